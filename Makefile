@@ -1,0 +1,38 @@
+# Co-DETR: `make help` lists the targets.
+#
+# Variables: VENV (environment, default .venv), PYTHON (makes it, default python3),
+# OPTS (config overrides for the quick start), OUTPUT (where the quick start writes).
+# The extension's build switches (FORCE_CUDA, ...) are read from the environment by setup.py.
+
+VENV ?= .venv
+PYTHON ?= python3
+OUTPUT ?= output/quickstart
+OPTS ?=
+
+RUN := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test lint clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: ## make the environment, install everything, build the extension (once)
+	@VENV="$(VENV)" PYTHON="$(PYTHON)" bash scripts/setup.sh
+
+quickstart: setup ## make the digits data set, train a small Co-DETR on it, evaluate, plot
+	$(RUN) tools/make_digits.py --out datasets/digits
+	$(RUN) train_net.py --config-file configs/quickstart.py train.output_dir=$(OUTPUT) $(OPTS)
+	$(RUN) tools/plot_results.py $(OUTPUT)
+
+test: setup ## run the tests
+	$(RUN) -m pytest -q
+
+lint: setup ## check style and formatting
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+clean: ## remove build products (keeps the environment, data and results)
+	rm -rf build *.egg-info .pytest_cache .ruff_cache
+	find co_detr configs tests tools -type d -name __pycache__ -prune -exec rm -rf {} +
+	find co_detr -name '*.so' -delete

@@ -1,0 +1,83 @@
+"""Checks of annotated boxes against their images."""
+
+from __future__ import annotations
+
+import logging
+import math
+from numbers import Real
+from typing import Any
+
+from co_detr.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+# Annotation tools round to whole pixels: less than this outside the image is not worth a warning.
+ROUNDING_PIXELS = 1.0
+
+
+class BoxChecker:
+    """Clips boxes to their images and counts what it had to change.
+
+    A box that has no area inside its image is an error, or is left out if `invalid_boxes` is
+    "skip". A box that is partly outside is clipped; `report` warns once for the whole file.
+    """
+
+    def __init__(self, annotation_file: str, invalid_boxes: str) -> None:
+        if invalid_boxes not in ("error", "skip"):
+            raise ConfigError(
+                f'data.invalid_boxes is "{invalid_boxes}" but can only be "error" or "skip".'
+            )
+        self.annotation_file = annotation_file
+        self.skip_invalid = invalid_boxes == "skip"
+        self.skipped: list[str] = []
+        self.clipped: list[str] = []
+
+    def clip(self, annotation: dict[str, Any], record: dict[str, Any]) -> list[float] | None:
+        """Returns the box (x, y, w, h) inside the image, or None if it is to be left out.
+
+        Raises:
+            DataError: if the box is not four finite numbers or has no area inside the image.
+        """
+        box = annotation["bbox"]
+        where = f"annotation {annotation.get('id')} of image {record['file_name']}"
+        if not (
+            isinstance(box, list)
+            and len(box) == 4
+            and all(isinstance(value, Real) and math.isfinite(value) for value in box)
+        ):
+            return self._invalid(where, f"its bbox {box} is not four finite numbers (x, y, w, h)")
+        x, y, width, height = (float(value) for value in box)
+        if width <= 0 or height <= 0:
+            return self._invalid(where, f"its bbox {box} (x, y, w, h) has no area")
+        left, top = max(x, 0.0), max(y, 0.0)
+        right, bottom = min(x + width, record["width"]), min(y + height, record["height"])
+        if right <= left or bottom <= top:
+            size = f"{record['width']}x{record['height']}"
+            return self._invalid(where, f"its bbox {box} (x, y, w, h) is outside the {size} image")
+        outside = max(left - x, top - y, x + width - right, y + height - bottom)
+        if outside > ROUNDING_PIXELS:
+            self.clipped.append(where)
+        return [left, top, right - left, bottom - top]
+
+    def report(self) -> None:
+        """Logs at most one warning per kind of change."""
+        for boxes, change in (
+            (self.clipped, "are partly outside their image and were clipped"),
+            (self.skipped, "have no area inside their image and were left out"),
+        ):
+            if boxes:
+                logger.warning(
+                    "%s: %d boxes %s, the first is %s.",
+                    self.annotation_file,
+                    len(boxes),
+                    change,
+                    boxes[0],
+                )
+
+    def _invalid(self, where: str, problem: str) -> None:
+        if not self.skip_invalid:
+            raise DataError(
+                f"{where} in {self.annotation_file} is unusable, {problem}: correct or remove it, "
+                "or set data.invalid_boxes=skip to leave such boxes out."
+            )
+        self.skipped.append(where)

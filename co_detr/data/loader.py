@@ -1,0 +1,178 @@
+"""Training batches whose content depends on the seed and the iteration only.
+
+Detectron2's loader buffers samples by aspect ratio and lets every worker shard an endless stream,
+so the sample that comes next depends on what was loaded before. Here the stream, the grouping and
+the split over processes are planned from the images' sizes alone; a plan is cheap to replay, so
+training resumes at any iteration exactly, and any number of processes, accumulation steps or
+loading workers sees the same images, augmented the same way, in the same iteration.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from detectron2.data import DatasetFromList
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from co_detr.errors import ConfigError
+from co_detr.seeding import locally_seeded, mix_seed
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SampleKey:
+    """One element of the endless sample stream."""
+
+    position: int  # in the stream; decides the augmentation
+    index: int  # of the image in the data set
+
+
+class BatchPlan(Sampler[list[SampleKey]]):
+    """Endless micro-batches of this process, starting at iteration `start_iteration`.
+
+    1. The stream is one shuffle of the data set after the other.
+    2. It is cut into batches of `total_batch_size`, each from one group (landscape or portrait,
+       which need less padding together) if `groups` is given.
+    3. Process r of n takes every n-th sample from the r-th on, in `accumulation_steps` pieces.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        total_batch_size: int,
+        *,
+        seed: int,
+        accumulation_steps: int = 1,
+        groups: Sequence[int] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        parts = world_size * accumulation_steps
+        if total_batch_size < 1 or total_batch_size % parts:
+            raise ConfigError(
+                f"dataloader.train.total_batch_size={total_batch_size} cannot be split over "
+                f"{world_size} processes x {accumulation_steps} accumulation steps: set it to a "
+                f"multiple of {parts}."
+            )
+        self.size = size
+        self.total_batch_size = total_batch_size
+        self.seed = seed
+        self.accumulation_steps = accumulation_steps
+        self.groups = groups
+        self.rank = rank
+        self.world_size = world_size
+        self.start_iteration = 0
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        micro_size = self.total_batch_size // (self.world_size * self.accumulation_steps)
+        for batch in islice(self._batches(), self.start_iteration, None):
+            mine = batch[self.rank :: self.world_size]
+            for start in range(0, len(mine), micro_size):
+                yield mine[start : start + micro_size]
+
+    def state_dict(self) -> dict[str, int]:
+        return {
+            "seed": self.seed,
+            "size": self.size,
+            "total_batch_size": self.total_batch_size,
+        }
+
+    def resume(self, state: dict[str, int], start_iteration: int) -> None:
+        """Continues at `start_iteration`; warns if the saved plan had other settings."""
+        self.start_iteration = start_iteration
+        changed = [key for key, value in self.state_dict().items() if state.get(key) != value]
+        if changed:
+            logger.warning(
+                "Resuming with another %s than the checkpoint was trained with: the order of "
+                "the images is not the one of the interrupted run.",
+                " and ".join(changed),
+            )
+
+    def _batches(self) -> Iterator[list[SampleKey]]:
+        groups: dict[int, list[SampleKey]] = {}
+        for key in self._stream():
+            group = groups.setdefault(0 if self.groups is None else self.groups[key.index], [])
+            group.append(key)
+            if len(group) == self.total_batch_size:
+                yield group.copy()
+                group.clear()
+
+    def _stream(self) -> Iterator[SampleKey]:
+        generator = torch.Generator().manual_seed(mix_seed("shuffle", self.seed))
+        position = 0
+        while True:
+            for index in torch.randperm(self.size, generator=generator).tolist():
+                yield SampleKey(position, index)
+                position += 1
+
+
+class SeededDataset(Dataset[dict[str, Any]]):
+    """Maps a `SampleKey` to a mapped sample whose augmentation depends on the key alone."""
+
+    def __init__(
+        self,
+        records: DatasetFromList,
+        mapper: Callable[[dict[str, Any]], dict[str, Any]],
+        seed: int,
+    ) -> None:
+        self.records = records
+        self.mapper = mapper
+        self.seed = seed
+
+    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+        with locally_seeded("sample", self.seed, key.position):
+            return self.mapper(self.records[key.index])
+
+
+def build_train_loader(
+    dataset: list[dict[str, Any]],
+    *,
+    mapper: Callable[[dict[str, Any]], dict[str, Any]],
+    total_batch_size: int,
+    seed: int,
+    accumulation_steps: int = 1,
+    aspect_ratio_grouping: bool = True,
+    num_workers: int = 0,
+) -> DataLoader:
+    """Builds the endless loader of this process's micro-batches (lists of mapped dicts).
+
+    Args:
+        dataset: dataset dicts with `width` and `height`.
+        mapper: what turns a dataset dict into a model input.
+        total_batch_size: images per optimiser step, over all processes and accumulation steps.
+        seed: of the order of the images and of their augmentation.
+        accumulation_steps: micro-batches per optimiser step.
+        aspect_ratio_grouping: whether landscape and portrait images are batched apart.
+        num_workers: loading processes; 0 loads in this process. Does not change the batches.
+
+    Raises:
+        ConfigError: if `total_batch_size` cannot be divided evenly.
+    """
+    groups = [int(record["width"] > record["height"]) for record in dataset]
+    plan = BatchPlan(
+        len(dataset),
+        total_batch_size,
+        seed=seed,
+        accumulation_steps=accumulation_steps,
+        groups=groups if aspect_ratio_grouping else None,
+        rank=comm.get_rank(),
+        world_size=comm.get_world_size(),
+    )
+    return DataLoader(
+        SeededDataset(DatasetFromList(dataset, copy=False), mapper, seed),
+        batch_sampler=plan,
+        num_workers=num_workers,
+        collate_fn=_keep_list,
+    )
+
+
+def _keep_list(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return samples
+

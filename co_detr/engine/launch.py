@@ -1,0 +1,132 @@
+"""Processes: `torchrun`, Detectron2's `launch`, or just this one."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from detectron2.engine import launch as launch_processes
+from detectron2.utils import comm
+from omegaconf import DictConfig
+
+from co_detr.errors import ConfigError, UserError
+
+Main = Callable[[DictConfig, argparse.Namespace], object]
+
+EPILOG = """
+examples:
+  train            python train_net.py --config-file configs/co_detr_r50.py --num-gpus 8
+  own data         python train_net.py --config-file configs/co_detr_r50.py data.train=a.json \\
+                       data.train_images=images data.val=b.json data.val_images=images \\
+                       model.num_classes=3
+  continue         python train_net.py --config-file configs/co_detr_r50.py --resume
+  evaluate         python train_net.py --config-file configs/co_detr_r50.py --eval-only \\
+                       train.init_checkpoint=model_final.pth
+  two processes    torchrun --nproc-per-node 2 train_net.py --config-file configs/quickstart.py \\
+                       train.device=cpu
+"""
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Detectron2's arguments and `--debug`; flags may stand before, between or behind overrides."""
+    parser = argparse.ArgumentParser(
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="FILE", help="experiment, such as configs/NAME.py")
+    add("--resume", action="store_true", help="continue from train.output_dir's last checkpoint")
+    add("--eval-only", action="store_true", help="evaluate only")
+    add("--num-gpus", type=int, default=1, help="processes per machine (CPU ones without GPUs)")
+    add("--num-machines", type=int, default=1, help="number of machines")
+    add("--machine-rank", type=int, default=0, help="number of this machine, from 0")
+    add("--dist-url", default="auto", help="tcp://ADDRESS_OF_MACHINE_0:PORT; auto: a free port")
+    add(
+        "--debug",
+        action="store_true",
+        default=os.environ.get("CO_DETR_DEBUG") == "1",
+        help="show the traceback of errors that are otherwise one sentence (CO_DETR_DEBUG=1)",
+    )
+    add("opts", nargs="*", metavar="KEY=VALUE", help="override of a config key")
+    return parser.parse_intermixed_args(argv)
+
+
+def launch(main: Main, cfg: DictConfig, args: argparse.Namespace) -> int:
+    """Runs `main(cfg, args)` in every process that `args` or `torchrun` asks for.
+
+    Returns:
+        The exit code: 0, or 2 after an error that was explained in one sentence.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return _run_under_torchrun(main, cfg, args)
+    if args.num_gpus * args.num_machines == 1:
+        return guarded(main, cfg, args)
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise ConfigError("--num-machines needs --dist-url tcp://ADDRESS_OF_MACHINE_0:PORT.")
+    # Detectron2 talks over NCCL wherever a GPU is present, whatever train.device says.
+    if torch.cuda.is_available():
+        if torch.device(cfg.train.device).type == "cpu":
+            raise ConfigError(
+                "--num-gpus with train.device=cpu is not possible on a machine with GPUs: start "
+                "CPU processes with torchrun --nproc-per-node N train_net.py ..."
+            )
+        if args.num_gpus > torch.cuda.device_count():
+            raise ConfigError(
+                f"--num-gpus {args.num_gpus} but this machine has {torch.cuda.device_count()}: "
+                "ask for no more than there are."
+            )
+    try:
+        launch_processes(
+            _exit_guarded,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(main, cfg, args),
+        )
+    except mp.ProcessExitedException as error:
+        return error.exit_code  # the process has said why
+    return 0
+
+
+def guarded(main: Main, cfg: DictConfig, args: argparse.Namespace) -> int:
+    """Runs `main` and reports a `UserError`; returns the exit code."""
+    try:
+        main(cfg, args)
+    except UserError as error:
+        report(error, args.debug)
+        return 2
+    return 0
+
+
+def report(error: UserError, debug: bool) -> None:
+    """Prints the error's sentence to stderr, or raises it again to show its traceback."""
+    if debug:
+        raise error
+    if error.joint and not comm.is_main_process():
+        return
+    prefix = f"[rank {comm.get_rank()}] " if comm.get_world_size() > 1 else ""
+    print(f"{prefix}error: {error.sentence}", file=sys.stderr, flush=True)
+
+
+def _exit_guarded(main: Main, cfg: DictConfig, args: argparse.Namespace) -> None:
+    code = guarded(main, cfg, args)
+    if code:
+        sys.exit(code)
+
+
+def _run_under_torchrun(main: Main, cfg: DictConfig, args: argparse.Namespace) -> int:
+    local_rank = int(os.environ["LOCAL_RANK"])
+    on_gpu = torch.device(cfg.train.device).type == "cuda" and torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+        return guarded(main, cfg, args)
+    finally:
+        dist.destroy_process_group()

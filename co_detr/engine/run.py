@@ -1,0 +1,167 @@
+"""From a config to a trained or evaluated model."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+from collections.abc import Callable
+
+import torch
+from detectron2.config import instantiate
+from detectron2.engine import hooks
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from omegaconf import DictConfig
+from torch import nn
+
+from co_detr.data.coco import require_same_classes
+from co_detr.engine.checkpoint import Checkpointer
+from co_detr.engine.evaluation import evaluate
+from co_detr.engine.trainer import StepSettings, Trainer
+from co_detr.engine.writers import build_writers
+from co_detr.errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def build_model(cfg: DictConfig) -> nn.Module:
+    """Builds `cfg.model` on `cfg.train.device`.
+
+    Raises:
+        ConfigError: if the device does not exist here.
+    """
+    if torch.device(cfg.train.device).type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"train.device={cfg.train.device} but no CUDA device is here: set train.device=cpu."
+        )
+    return instantiate(cfg.model).to(cfg.train.device)
+
+
+def run_training(cfg: DictConfig, resume: bool) -> dict[str, float]:
+    """Trains and evaluates; returns the final COCO metrics (see `evaluate`).
+
+    With `resume`, continues from the last checkpoint of `train.output_dir`, or starts anew if
+    there is none yet; otherwise starts from `train.init_checkpoint`.
+    """
+    train_loader = instantiate(cfg.dataloader.train)
+    # Built first although it is used last: a wrong data.val should not end a finished training.
+    run_evaluation = _build_evaluation(cfg)
+    require_same_classes(cfg.data.train, cfg.data.val)
+    model = build_model(cfg)
+    logger.info("%.1f M parameters", sum(p.numel() for p in model.parameters()) / 1e6)
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    trainer = Trainer(_distributed(model, cfg), train_loader, optimizer, _step_settings(cfg))
+    output_dir = cfg.train.output_dir
+    os.makedirs(output_dir, exist_ok=True)
+    checkpointer = Checkpointer(
+        model, output_dir, strict=cfg.train.init_checkpoint_strict, trainer=trainer
+    )
+    start_iter = _initialise(checkpointer, trainer, cfg.train.init_checkpoint, resume)
+    max_iter = cfg.train.max_iter
+    if start_iter >= max_iter:
+        logger.info("Nothing to train: iteration %d of %d is done.", start_iter, max_iter)
+        return run_evaluation(model)
+
+    metrics: dict[str, float] = {}
+
+    def evaluate_and_keep() -> None:
+        metrics.clear()
+        metrics.update(run_evaluation(model))
+        # Under Detectron2's names in the history: "bbox/AP50".
+        named = {f"bbox/{name}": value for name, value in metrics.items()}
+        get_event_storage().put_scalars(**named, smoothing_hint=False)
+
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            _checkpoint_hook(checkpointer, cfg) if comm.is_main_process() else None,
+            hooks.EvalHook(cfg.train.eval_period, evaluate_and_keep),
+            hooks.PeriodicWriter(
+                build_writers(output_dir, start_iter, max_iter, cfg.train.log_period),
+                period=cfg.train.log_period,
+            )
+            if comm.is_main_process()
+            else None,
+        ]
+    )
+    trainer.train(start_iter, max_iter)
+    return metrics
+
+
+def run_evaluation_only(cfg: DictConfig, resume: bool) -> dict[str, float]:
+    """Evaluates the last checkpoint of `train.output_dir` (`resume`) or `train.init_checkpoint`."""
+    run_evaluation = _build_evaluation(cfg)
+    model = build_model(cfg)
+    checkpointer = Checkpointer(
+        model, cfg.train.output_dir, strict=cfg.train.init_checkpoint_strict
+    )
+    if resume and not checkpointer.has_checkpoint():
+        raise CheckpointError(
+            f"there is no checkpoint in {cfg.train.output_dir} to evaluate: train first, or set "
+            "train.init_checkpoint instead of --resume."
+        )
+    if not resume and not cfg.train.init_checkpoint:
+        logger.warning("train.init_checkpoint is empty: evaluating random weights.")
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    return run_evaluation(model)
+
+
+def _build_evaluation(cfg: DictConfig) -> Callable[[nn.Module], dict[str, float]]:
+    """Loads the val set now and returns model -> metrics."""
+    loader = instantiate(cfg.dataloader.test)
+    evaluator = instantiate(cfg.dataloader.evaluator)
+    return lambda model: evaluate(model, loader, evaluator, cfg.train.output_dir)
+
+
+def _step_settings(cfg: DictConfig) -> StepSettings:
+    amp = cfg.train.amp
+    return StepSettings(
+        device=cfg.train.device,
+        seed=cfg.train.seed,
+        accumulation_steps=cfg.train.accumulation_steps,
+        max_norm=cfg.train.clip_grad.max_norm,
+        autocast_dtype=getattr(torch, amp.dtype) if amp.enabled else None,
+    )
+
+
+def _distributed(model: nn.Module, cfg: DictConfig) -> nn.Module:
+    settings = dict(cfg.train.ddp)
+    if torch.device(cfg.train.device).type == "cpu":
+        settings["device_ids"] = None  # Detectron2 would pass the rank as a GPU number
+    return create_ddp_model(model, **settings)
+
+
+def _initialise(
+    checkpointer: Checkpointer, trainer: Trainer, init_checkpoint: str, resume: bool
+) -> int:
+    """Loads what training starts from; returns the first iteration."""
+    if not checkpointer.has_checkpoint():
+        if resume:
+            logger.info("No checkpoint in %s: starting anew.", checkpointer.save_dir)
+        resume = False
+    elif resume:
+        # What was saved by this run has to fit completely, whatever it was initialised from.
+        checkpointer.strict = True
+    else:
+        logger.warning(
+            "%s holds checkpoints of an earlier run, which will be replaced; --resume continues "
+            "that run.",
+            checkpointer.save_dir,
+        )
+    checkpointer.resume_or_load(init_checkpoint, resume=resume)
+    return trainer.iter + 1 if resume else 0
+
+
+def _checkpoint_hook(checkpointer: Checkpointer, cfg: DictConfig) -> hooks.PeriodicCheckpointer:
+    settings = cfg.train.checkpointer
+    hook = hooks.PeriodicCheckpointer(
+        checkpointer, settings.period, max_to_keep=settings.max_to_keep
+    )
+    # So that a resumed run also removes the checkpoints that the interrupted run left.
+    pattern = os.path.join(cfg.train.output_dir, f"{hook.file_prefix}_{'[0-9]' * 7}.pth")
+    hook.recent_checkpoints = sorted(glob.glob(pattern))
+    return hook

@@ -1,0 +1,43 @@
+"""Errors that a user can mend.
+
+Each carries one sentence that names the file, image or key and says what to do; the command line
+prints that sentence and exits with code 2, without a traceback.
+"""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Base of all errors that are explained in one sentence."""
+
+    # True when all processes of a run raise the same error together, so that one of them reports.
+    joint = False
+
+    @property
+    def sentence(self) -> str:
+        """The message alone.
+
+        An error raised in a data-loading worker reaches the main process with the worker's
+        traceback in front of it; the message is then the last line, after the class name.
+        """
+        last_line = str(self).strip().splitlines()[-1]
+        _, separator, message = last_line.partition(f"{type(self).__name__}: ")
+        return message if separator else last_line
+
+
+class ConfigError(UserError):
+    """A config file, an override or a combination of settings is wrong."""
+
+
+class DataError(UserError):
+    """A data set, an annotation or an image is wrong."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, unreadable or does not fit the model."""
+
+
+class NonFiniteError(UserError, FloatingPointError):
+    """A loss or a gradient became NaN or infinite; the step was not taken."""
+
+    joint = True

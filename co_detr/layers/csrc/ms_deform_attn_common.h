@@ -1,0 +1,84 @@
+// What the CPU and the CUDA kernels share: sizes and the checks that keep them in bounds.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <cstdint>
+#include <limits>
+
+namespace co_detr {
+
+// Letters as in the Python docstrings: value (B, S, H, D), locations (B, Q, H, L, P, 2).
+struct Sizes {
+  int64_t batch, pixels, heads, channels, queries, levels, points;
+};
+
+inline at::ScalarType accumulation_type(at::ScalarType value_type) {
+  return value_type == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// Python validates with friendlier words; this guards direct calls of torch.ops.co_detr.*.
+inline Sizes check_sizes(
+    const at::Tensor& value,
+    at::IntArrayRef level_shapes,
+    const at::Tensor& locations,
+    const at::Tensor& weights) {
+  TORCH_CHECK_VALUE(value.dim() == 4, "value must have 4 dimensions, got ", value.sizes());
+  TORCH_CHECK_VALUE(
+      locations.dim() == 6 && locations.size(5) == 2 && locations.size(0) == value.size(0) &&
+          locations.size(2) == value.size(2),
+      "sampling_locations must have shape (B, Q, H, L, P, 2), got ", locations.sizes());
+  const Sizes sizes{
+      value.size(0), value.size(1), value.size(2), value.size(3),
+      locations.size(1), locations.size(3), locations.size(4)};
+  TORCH_CHECK_VALUE(
+      weights.sizes() == locations.sizes().slice(0, 5),
+      "attention_weights must have the shape of sampling_locations without its last dimension, ",
+      "got ", weights.sizes());
+  TORCH_CHECK_VALUE(
+      static_cast<int64_t>(level_shapes.size()) == 2 * sizes.levels,
+      "level_shapes must hold height and width of ", sizes.levels, " levels, got ", level_shapes);
+  int64_t pixels = 0;
+  for (int64_t level = 0; level < sizes.levels; ++level) {
+    const int64_t height = level_shapes[2 * level], width = level_shapes[2 * level + 1];
+    TORCH_CHECK_VALUE(
+        height > 0 && width > 0 && height <= sizes.pixels && width <= sizes.pixels,
+        "level_shapes must be positive and fit in value, got ", level_shapes);
+    pixels += height * width;
+  }
+  TORCH_CHECK_VALUE(
+      pixels == sizes.pixels && pixels < std::numeric_limits<int32_t>::max(),
+      "level_shapes describe ", pixels, " pixels, but value has ", sizes.pixels);
+  const auto value_type = value.scalar_type();
+  TORCH_CHECK_VALUE(
+      value_type == at::kFloat || value_type == at::kDouble || value_type == at::kBFloat16 ||
+          value_type == at::kHalf,
+      "value must be fp32, fp64, bf16 or fp16, got ", value_type);
+  const auto type = accumulation_type(value_type);
+  TORCH_CHECK_VALUE(
+      locations.scalar_type() == type,
+      "sampling_locations must be ", type, ", got ", locations.scalar_type());
+  TORCH_CHECK_VALUE(
+      weights.scalar_type() == type,
+      "attention_weights must be ", type, ", got ", weights.scalar_type());
+  TORCH_CHECK_VALUE(
+      locations.device() == value.device(), "sampling_locations must be on ", value.device());
+  TORCH_CHECK_VALUE(
+      weights.device() == value.device(), "attention_weights must be on ", value.device());
+  return sizes;
+}
+
+inline void check_grad_output(
+    const at::Tensor& grad_output, const at::Tensor& value, const Sizes& sizes) {
+  TORCH_CHECK_VALUE(
+      grad_output.dim() == 3 && grad_output.size(0) == sizes.batch &&
+          grad_output.size(1) == sizes.queries &&
+          grad_output.size(2) == sizes.heads * sizes.channels,
+      "grad_output must have shape (B, Q, H * D), got ", grad_output.sizes());
+  TORCH_CHECK_VALUE(
+      grad_output.scalar_type() == value.scalar_type() && grad_output.device() == value.device(),
+      "grad_output must have the dtype and device of value");
+}
+
+}  // namespace co_detr

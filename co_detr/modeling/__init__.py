@@ -1,0 +1,22 @@
+"""The model and its parts."""
+
+from co_detr.modeling.co_detr import CoDETR
+from co_detr.modeling.criterion import FocalLoss, SetCriterion
+from co_detr.modeling.decoder import DeformableDecoder
+from co_detr.modeling.encoder import DeformableEncoder
+from co_detr.modeling.matching import HungarianAssigner
+from co_detr.modeling.neck import ChannelMapper
+from co_detr.modeling.position import SinePosition
+from co_detr.modeling.postprocess import TopKPostprocessor
+
+__all__ = [
+    "ChannelMapper",
+    "CoDETR",
+    "DeformableDecoder",
+    "DeformableEncoder",
+    "FocalLoss",
+    "HungarianAssigner",
+    "SetCriterion",
+    "SinePosition",
+    "TopKPostprocessor",
+]

@@ -1,0 +1,92 @@
+"""The set of auxiliary heads, each with its customised positive queries."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+from detectron2.structures import ImageList, Instances
+from torch import nn
+
+from co_detr.modeling.queries.positive import PositiveQueries
+from co_detr.structures import AuxiliaryOutput, EncoderMemory, QueryGroup
+
+
+@dataclass(frozen=True)
+class AuxiliaryBranch:
+    """What the auxiliary part adds to one training step: outputs by head, and query groups."""
+
+    outputs: dict[str, AuxiliaryOutput]
+    groups: list[QueryGroup]
+
+
+class HybridAssignmentHeads(nn.Module):
+    """K one-to-many heads on the encoder output (Co-DETR section 3.2 and 3.3).
+
+    A head is any module with ``forward(images, features, gt_instances) -> AuxiliaryOutput`` and
+    ``inference(images, features) -> list[Instances]``. Heads are keyword arguments: their names
+    become prefixes of losses and paths of config overrides (``model.auxiliary.atss...``).
+
+    Args:
+        pyramid: adapter from ``EncoderMemory`` to the maps that heads read.
+        positive_queries: one query source that is copied, with new weights, for every head;
+            None trains the heads without customised queries.
+        num_decoder_layers, lambda_2: the losses of the heads are multiplied by their product.
+            The reference bakes it into each head's weights (6 layers x 2.0 = 12), to balance the
+            sum over decoder layers on the other side.
+
+    Raises:
+        ValueError: without any head (the plain DETR is ``model.auxiliary = None``).
+    """
+
+    def __init__(
+        self,
+        *,
+        pyramid: nn.Module,
+        positive_queries: PositiveQueries | None,
+        num_decoder_layers: int,
+        lambda_2: float = 2.0,
+        **heads: nn.Module,
+    ):
+        super().__init__()
+        if not heads:
+            raise ValueError(
+                "HybridAssignmentHeads needs at least one head; set model.auxiliary = None for none."
+            )
+        self.pyramid = pyramid
+        self.heads = nn.ModuleDict(heads)
+        self.loss_weight = num_decoder_layers * lambda_2
+        self.positive_queries = nn.ModuleDict()
+        if positive_queries is not None:
+            for name in heads:
+                source = copy.deepcopy(positive_queries)
+                source.reset_parameters()  # a copy alone would start all heads alike
+                self.positive_queries[name] = source
+
+    def forward(
+        self, images: ImageList, memory: EncoderMemory, gt_instances: list[Instances]
+    ) -> AuxiliaryBranch:
+        """Runs every head on its copy of the ground truth.
+
+        Args:
+            images: the network input; heads read its sizes.
+            memory: encoder output.
+            gt_instances: with ``gt_boxes`` (absolute) and ``gt_classes``.
+        """
+        features = self.pyramid(memory)
+        outputs, groups = {}, []
+        for name, head in self.heads.items():
+            output = head(images, features, gt_instances)
+            losses = {key: value * self.loss_weight for key, value in output.losses.items()}
+            outputs[name] = AuxiliaryOutput(losses, output.candidates)
+            if name in self.positive_queries:
+                source = self.positive_queries[name]
+                group = source(f"{name}_queries", output.candidates, memory.image_sizes)
+                groups.append(group)
+        return AuxiliaryBranch(outputs, groups)
+
+    def inference(
+        self, name: str, images: ImageList, memory: EncoderMemory
+    ) -> list[Instances]:
+        """Detections of one head alone, for analysis (Co-DETR table 11); needs ``eval()``."""
+        return self.heads[name].inference(images, self.pyramid(memory))

@@ -1,0 +1,59 @@
+"""Box arithmetic on tensors. Units are in the names: xyxy absolute, cxcywh normalised."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """``(..., 4)`` centre and size -> corners, in the unit of the input."""
+    centre, size = boxes.split(2, dim=-1)
+    return torch.cat([centre - 0.5 * size, centre + 0.5 * size], dim=-1)
+
+
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """``(..., 4)`` corners -> centre and size, in the unit of the input."""
+    low, high = boxes.split(2, dim=-1)
+    return torch.cat([(low + high) / 2, high - low], dim=-1)
+
+
+def size_factor(image_size: tuple[int, int], like: Tensor) -> Tensor:
+    """``(4,)`` = (w, h, w, h), the factor from normalised to absolute boxes."""
+    height, width = image_size
+    return like.new_tensor([width, height, width, height])
+
+
+def normalise_boxes(xyxy: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Absolute xyxy ``(N, 4)`` -> normalised cxcywh ``(N, 4)`` of an image (height, width)."""
+    return xyxy_to_cxcywh(xyxy / size_factor(image_size, xyxy))
+
+
+def generalised_iou(first: Tensor, second: Tensor) -> Tensor:
+    """GIoU of corner boxes, broadcast over leading dimensions: ``(..., 4), (..., 4) -> (...)``.
+
+    Areas are bounded below by 1e-6 as in the reference (mmdet ``bbox_overlaps``), so degenerate
+    boxes give a number. No assertion looks at the values: that would stall a GPU each step.
+    Source: Rezatofighi et al., "Generalized Intersection over Union", CVPR 2019.
+    """
+    overlap = _area(torch.maximum(first[..., :2], second[..., :2]),
+                    torch.minimum(first[..., 2:], second[..., 2:]))
+    hull = _area(torch.minimum(first[..., :2], second[..., :2]),
+                 torch.maximum(first[..., 2:], second[..., 2:])).clamp(min=1e-6)
+    areas = [(box[..., 2:] - box[..., :2]).prod(-1) for box in (first, second)]
+    union = (areas[0] + areas[1] - overlap).clamp(min=1e-6)
+    return overlap / union - (hull - union) / hull
+
+
+def _area(low: Tensor, high: Tensor) -> Tensor:
+    return (high - low).clamp(min=0).prod(-1)
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Logit of ``x`` with both sides of the fraction bounded below by ``eps``.
+
+    ``x`` is clamped to [0, 1] first; this is Deformable-DETR's definition, not ``torch.logit``
+    (which would clamp ``x`` itself and so cut the gradient earlier).
+    """
+    x = x.clamp(min=0, max=1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))

@@ -1,0 +1,230 @@
+"""The meta-architecture: images in, losses or detections out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.modeling import Backbone
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import ImageList, Instances
+from torch import Tensor, nn
+
+from co_detr.modeling.auxiliary.hybrid import AuxiliaryBranch, HybridAssignmentHeads
+from co_detr.modeling.boxes import normalise_boxes
+from co_detr.modeling.criterion import SetCriterion, average_over_processes, name_layers
+from co_detr.modeling.decoder import DeformableDecoder
+from co_detr.modeling.encoder import DeformableEncoder
+from co_detr.modeling.matching import HungarianAssigner, MatchingProblem
+from co_detr.modeling.postprocess import TopKPostprocessor, padding_mask
+from co_detr.structures import (
+    AssignedTargets,
+    EncoderMemory,
+    GroundTruth,
+    QueryGroup,
+    QuerySet,
+    TrainingOutput,
+)
+
+
+class CoDETR(nn.Module):
+    """DETR with collaborative hybrid assignments training (Zong et al., ICCV 2023).
+
+    1. The backbone's maps are encoded into a memory.
+    2. Training only: auxiliary heads are supervised on the memory by one-to-many assignment, and
+       what they assigned becomes customised positive queries.
+    3. Query sources make further groups; the first one is what inference uses.
+    4. All groups are decoded in one pass, blind to each other, and scored by one criterion.
+
+    In eval mode only the memory, the inference group and the decoder are computed.
+
+    Args:
+        num_classes: foreground classes K; every part must agree.
+        backbone: Detectron2 backbone whose outputs all have the encoder's width, finest first.
+        encoder, decoder, assigner, criterion, postprocessor: see their classes.
+        queries: query sources; exactly one must not be ``training_only``.
+        auxiliary: the auxiliary heads, or None for the plain DETR.
+        pixel_mean, pixel_std: per channel, in the order and range of the input images.
+
+    Raises:
+        ValueError: if parts disagree on ``num_classes`` or no single inference source exists.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        backbone: Backbone,
+        encoder: DeformableEncoder,
+        decoder: DeformableDecoder,
+        queries: Sequence[nn.Module],
+        assigner: HungarianAssigner,
+        criterion: SetCriterion,
+        postprocessor: TopKPostprocessor,
+        auxiliary: HybridAssignmentHeads | None = None,
+        pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
+        pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
+    ):
+        super().__init__()
+        self.num_classes = num_classes
+        self.backbone = backbone
+        self.encoder = encoder
+        self.decoder = decoder
+        self.queries = nn.ModuleList(queries)
+        self.assigner = assigner
+        self.criterion = criterion
+        self.postprocessor = postprocessor
+        self.auxiliary = auxiliary
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        for path, module in self.named_modules():
+            if path.startswith("backbone"):
+                continue  # an image classifier's own class count means nothing here
+            found = getattr(module, "num_classes", self.num_classes)
+            if found != self.num_classes:
+                raise ValueError(
+                    f"model.{path} is built for {found} classes but model.num_classes is "
+                    f"{self.num_classes}; let it interpolate ${{model.num_classes}}."
+                )
+        inference_sources = [source for source in self.queries if not source.training_only]
+        if len(inference_sources) != 1:
+            raise ValueError(
+                f"model.queries needs exactly one source for inference, got {len(inference_sources)}."
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+        """Detectron2's contract for detectors.
+
+        Args:
+            batched_inputs: dicts with ``image`` (3, H, W); in training also ``instances`` with
+                ``gt_boxes`` (absolute) and ``gt_classes``; in eval optionally ``height`` and
+                ``width`` of the output.
+
+        Returns:
+            training: weighted losses by name, their sum is the total loss;
+            eval: per image ``{"instances": Instances}`` in output resolution.
+        """
+        images = self.preprocess(batched_inputs)
+        if self.training:
+            gt_instances = [each["instances"].to(self.device) for each in batched_inputs]
+            return self.training_step(images, gt_instances).losses
+        results = []
+        detections = self.detect(images)
+        for each, found, size in zip(batched_inputs, detections, images.image_sizes, strict=True):
+            height, width = each.get("height", size[0]), each.get("width", size[1])
+            results.append({"instances": detector_postprocess(found, height, width)})
+        return results
+
+    def preprocess(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalises the images and pads them at the bottom and right to a common size."""
+        images = [
+            (each["image"].to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std
+            for each in batched_inputs
+        ]
+        return ImageList.from_tensors(
+            images,
+            self.backbone.size_divisibility,
+            padding_constraints=self.backbone.padding_constraints,
+        )
+
+    def encode(self, images: ImageList) -> EncoderMemory:
+        """Backbone and encoder."""
+        maps = list(self.backbone(images.tensor).values())
+        mask = padding_mask(images.image_sizes, images.tensor.shape, images.tensor.device)
+        return self.encoder(maps, mask, [tuple(size) for size in images.image_sizes])
+
+    @torch.no_grad()
+    def detect(self, images: ImageList) -> list[Instances]:
+        """Detections in the resolution of the network input."""
+        memory = self.encode(images)
+        source = next(source for source in self.queries if not source.training_only)
+        predictions = self.decoder(QuerySet.concat([source(memory)]), memory)
+        return self.postprocessor(
+            predictions.logits[-1], predictions.boxes[-1], memory.image_sizes
+        )
+
+    def training_step(self, images: ImageList, gt_instances: list[Instances]) -> TrainingOutput:
+        """One forward pass with all losses; ``forward`` returns its ``losses`` only.
+
+        Args:
+            images: normalised and padded.
+            gt_instances: with ``gt_boxes`` (absolute) and ``gt_classes``.
+        """
+        # Other fields (masks, key points) would be indexed by the heads again and again.
+        gt_instances = [
+            Instances(each.image_size, gt_boxes=each.gt_boxes, gt_classes=each.gt_classes)
+            for each in gt_instances
+        ]
+        memory = self.encode(images)
+        groups = [source(memory) for source in self.queries]
+        branch = AuxiliaryBranch({}, [])
+        if self.auxiliary is not None:
+            branch = self.auxiliary(images, memory, gt_instances)
+        groups = groups + branch.groups
+        query_set = QuerySet.concat(groups)
+        predictions = query_set.split(self.decoder(query_set, memory))
+
+        truth = [
+            GroundTruth(
+                each.gt_classes,
+                normalise_boxes(each.gt_boxes.tensor.to(memory.tokens.dtype), each.image_size),
+                tuple(each.image_size),
+            )
+            for each in gt_instances
+        ]
+        proposals = {group.name: group.proposals for group in groups if group.proposals}
+        targets, proposal_targets = self._assign(groups, predictions, truth)
+        scored = [
+            (group.name, group.loss_weight, predicted, assigned)
+            for group, predicted, assigned in zip(groups, predictions, targets, strict=True)
+        ] + [
+            (f"{name}.enc", 1.0, proposals[name].predictions, assigned)
+            for name, assigned in proposal_targets.items()
+        ]
+        # One reduction over processes for the normalisers of all groups.
+        counts = [self.criterion.count_positives(assigned) for *_, assigned in scored]
+        counts = average_over_processes(torch.cat(counts)).split([len(c) for c in counts])
+        losses: dict[str, Tensor] = {}
+        for (name, weight, predicted, assigned), count in zip(scored, counts, strict=True):
+            terms = self.criterion(predicted, assigned, memory.image_sizes, count)
+            terms = {key: value * weight for key, value in terms.items()}
+            losses.update(name_layers(name, terms))
+        for name, output in branch.outputs.items():
+            losses.update({f"{name}.{key}": value for key, value in output.losses.items()})
+        return TrainingOutput(
+            losses, memory, groups, predictions, targets, proposal_targets, branch.outputs
+        )
+
+    def _assign(self, groups, predictions, truth):
+        """Matches, in one go, all groups and encoder proposals that have no targets yet."""
+        as_object = [
+            GroundTruth(torch.zeros_like(each.labels), each.boxes, each.image_size)
+            for each in truth
+        ]
+        problems = {}
+        for index, (group, predicted) in enumerate(zip(groups, predictions, strict=True)):
+            if group.targets is None:
+                problems[index] = MatchingProblem(predicted, truth, self.num_classes)
+            if group.proposals is not None:
+                labels = as_object if group.proposals.binary else truth
+                problems[group.name] = MatchingProblem(
+                    group.proposals.predictions, labels, self.num_classes
+                )
+        solved = dict(zip(problems, self.assigner(list(problems.values())), strict=True))
+        targets = [
+            solved[index] if group.targets is None else group.targets
+            for index, group in enumerate(groups)
+        ]
+        return targets, {name: value for name, value in solved.items() if isinstance(name, str)}
+
+    def strip_auxiliary(self) -> None:
+        """Removes all that only training uses; what the model detects stays the same bit for bit."""
+        self.auxiliary = None
+        self.queries = nn.ModuleList(s for s in self.queries if not s.training_only)

@@ -1,0 +1,138 @@
+"""Deformable decoder: one pass over all query groups, with iterative box refinement."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from co_detr.layers import MultiScaleDeformableAttention
+from co_detr.modeling.boxes import inverse_sigmoid
+from co_detr.modeling.transformer_layers import BoxHead, FeedForward, SelfAttention, class_head
+from co_detr.structures import EncoderMemory, Predictions, QuerySet
+
+
+class DeformableDecoderLayer(nn.Module):
+    """Self-attention among queries, deformable attention to the memory, feed-forward; post-norm."""
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        num_heads: int,
+        num_levels: int,
+        num_points: int,
+        feedforward_dim: int,
+        dropout: float,
+    ):
+        super().__init__()
+        self.self_attention = SelfAttention(embed_dim, num_heads)
+        self.self_attention_norm = nn.LayerNorm(embed_dim)
+        self.cross_attention = MultiScaleDeformableAttention(
+            embed_dim, num_heads, num_levels, num_points
+        )
+        self.cross_attention_norm = nn.LayerNorm(embed_dim)
+        self.ffn = FeedForward(embed_dim, feedforward_dim, dropout)
+        self.ffn_norm = nn.LayerNorm(embed_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        content: Tensor,
+        position: Tensor,
+        reference: Tensor,
+        memory: EncoderMemory,
+        attend_mask: Tensor | None,
+    ) -> Tensor:
+        """``content, position (B, Q, C)``, ``reference (B, Q, L, 4)`` -> ``(B, Q, C)``."""
+        attended = self.self_attention(content, position, attend_mask)
+        content = self.self_attention_norm(content + self.dropout(attended))
+        attended = self.cross_attention(
+            content + position,
+            memory.tokens,
+            reference,
+            memory.level_shapes,
+            memory.padding_mask,
+        )
+        content = self.cross_attention_norm(content + self.dropout(attended))
+        return self.ffn_norm(content + self.dropout(self.ffn(content)))
+
+
+class DeformableDecoder(nn.Module):
+    """Decodes queries layer by layer; each layer refines the boxes of the one before.
+
+    A layer always attends around *detached* references. With ``look_forward_twice`` (DINO
+    section 3.5) the box predicted by layer i starts from the undetached refinement of layer
+    i - 1, so that its loss also trains that layer.
+
+    Args:
+        eps: bound of the inverse sigmoid on references; 1e-5 in Deformable-DETR, 1e-3 in DINO.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        num_layers: int = 6,
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        num_levels: int = 4,
+        num_points: int = 4,
+        feedforward_dim: int = 2048,
+        dropout: float = 0.0,
+        look_forward_twice: bool = True,
+        eps: float = 1e-5,
+    ):
+        super().__init__()
+        self.num_classes = num_classes
+        self.look_forward_twice = look_forward_twice
+        self.eps = eps
+        self.layers = nn.ModuleList(
+            [
+                DeformableDecoderLayer(
+                    embed_dim=embed_dim,
+                    num_heads=num_heads,
+                    num_levels=num_levels,
+                    num_points=num_points,
+                    feedforward_dim=feedforward_dim,
+                    dropout=dropout,
+                )
+                for _ in range(num_layers)
+            ]
+        )
+        self.class_heads = nn.ModuleList(
+            [class_head(embed_dim, num_classes) for _ in range(num_layers)]
+        )
+        self.box_heads = nn.ModuleList([BoxHead(embed_dim) for _ in range(num_layers)])
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def forward(self, queries: QuerySet, memory: EncoderMemory) -> Predictions:
+        """Decodes Q queries of every group at once.
+
+        Returns:
+            logits ``(D, B, Q, K)`` and normalised boxes ``(D, B, Q, 4)`` of all D layers.
+        """
+        logits, boxes = [], []
+        content = queries.content
+        reference = queries.reference  # detached: what the next layer attends around
+        base = reference  # what the next prediction starts from
+        level_scale = torch.cat([memory.valid_ratios] * 2, dim=-1)[:, None]  # (B, 1, L, 4)
+        for layer, to_logits, to_deltas in zip(
+            self.layers, self.class_heads, self.box_heads, strict=True
+        ):
+            content = layer(
+                content,
+                queries.position,
+                reference[:, :, None] * level_scale,
+                memory,
+                queries.attend_mask,
+            )
+            deltas = to_deltas(content)
+            logits.append(to_logits(content))
+            boxes.append((deltas + inverse_sigmoid(base, self.eps)).sigmoid())
+            refined = (deltas + inverse_sigmoid(reference, self.eps)).sigmoid()
+            reference = refined.detach()
+            base = refined if self.look_forward_twice else reference
+        return Predictions(torch.stack(logits), torch.stack(boxes))

@@ -1,0 +1,155 @@
+"""Deformable encoder: multi-scale maps in, ``EncoderMemory`` out."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from co_detr.layers import MultiScaleDeformableAttention
+from co_detr.modeling.transformer_layers import FeedForward
+from co_detr.structures import EncoderMemory
+
+
+class DeformableEncoderLayer(nn.Module):
+    """Deformable self-attention over all levels, then feed-forward; post-norm."""
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        num_heads: int,
+        num_levels: int,
+        num_points: int,
+        feedforward_dim: int,
+        dropout: float,
+    ):
+        super().__init__()
+        self.attention = MultiScaleDeformableAttention(embed_dim, num_heads, num_levels, num_points)
+        self.attention_norm = nn.LayerNorm(embed_dim)
+        self.ffn = FeedForward(embed_dim, feedforward_dim, dropout)
+        self.ffn_norm = nn.LayerNorm(embed_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        reference: Tensor,
+        level_shapes: list[tuple[int, int]],
+        padding_mask: Tensor,
+    ) -> Tensor:
+        """``tokens, position (B, S, C)``, ``reference (B, S, L, 2)`` -> ``(B, S, C)``."""
+        attended = self.attention(tokens + position, tokens, reference, level_shapes, padding_mask)
+        tokens = self.attention_norm(tokens + self.dropout(attended))
+        return self.ffn_norm(tokens + self.dropout(self.ffn(tokens)))
+
+
+class DeformableEncoder(nn.Module):
+    """Stack of deformable layers over the flattened levels (Deformable-DETR section 4.1).
+
+    Args:
+        position_encoding: module ``(B, H, W) bool -> (B, C, H, W)``.
+        num_layers: layers; all other arguments describe one of them.
+    """
+
+    def __init__(
+        self,
+        *,
+        position_encoding: nn.Module,
+        num_layers: int = 6,
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        num_levels: int = 4,
+        num_points: int = 4,
+        feedforward_dim: int = 2048,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.position_encoding = position_encoding
+        self.level_embed = nn.Parameter(torch.empty(num_levels, embed_dim))
+        nn.init.normal_(self.level_embed)
+        self.layers = nn.ModuleList(
+            [
+                DeformableEncoderLayer(
+                    embed_dim=embed_dim,
+                    num_heads=num_heads,
+                    num_levels=num_levels,
+                    num_points=num_points,
+                    feedforward_dim=feedforward_dim,
+                    dropout=dropout,
+                )
+                for _ in range(num_layers)
+            ]
+        )
+
+    @property
+    def num_levels(self) -> int:
+        return self.level_embed.shape[0]
+
+    def forward(
+        self, maps: list[Tensor], padding_mask: Tensor, image_sizes: list[tuple[int, int]]
+    ) -> EncoderMemory:
+        """Encodes one batch.
+
+        Args:
+            maps: ``(B, C, H_l, W_l)`` per level, finest first.
+            padding_mask: ``(B, H, W)`` bool at input resolution, True = padding.
+            image_sizes: un-padded (height, width) of each image.
+
+        Raises:
+            ValueError: if the number of maps is not ``num_levels``.
+        """
+        if len(maps) != self.num_levels:
+            raise ValueError(
+                f"The encoder is built for {self.num_levels} levels but got {len(maps)} maps; "
+                "make model.encoder.num_levels match the levels of model.backbone."
+            )
+        level_shapes = [(m.shape[2], m.shape[3]) for m in maps]
+        masks = [
+            F.interpolate(padding_mask[:, None].float(), size=shape)[:, 0].bool()
+            for shape in level_shapes
+        ]
+        # (B, C, H, W) -> (B, H*W, C), levels concatenated
+        tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
+        position = torch.cat(
+            [
+                self.position_encoding(mask, tokens.dtype).flatten(2).transpose(1, 2) + embed
+                for mask, embed in zip(masks, self.level_embed, strict=True)
+            ],
+            dim=1,
+        )
+        flat_mask = torch.cat([mask.flatten(1) for mask in masks], dim=1)
+        ratios = torch.stack([valid_ratio(mask, tokens.dtype) for mask in masks], dim=1)
+        reference = reference_points(level_shapes, ratios)
+        for layer in self.layers:
+            tokens = layer(tokens, position, reference, level_shapes, flat_mask)
+        return EncoderMemory(tokens, flat_mask, level_shapes, ratios, image_sizes)
+
+
+def valid_ratio(padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Un-padded share of a level, ``(B, H, W) bool -> (B, 2)`` in the order width, height."""
+    _, height, width = padding_mask.shape
+    inside = (~padding_mask).to(dtype)
+    return torch.stack([inside[:, 0, :].sum(1) / width, inside[:, :, 0].sum(1) / height], dim=-1)
+
+
+def reference_points(level_shapes: list[tuple[int, int]], valid_ratios: Tensor) -> Tensor:
+    """Cell centres of all tokens, expressed in the coordinates of every level.
+
+    Args:
+        level_shapes: (H, W) per level; valid_ratios: ``(B, L, 2)``.
+
+    Returns:
+        ``(B, S, L, 2)`` xy; [0, 1] spans the padded level, so values stay below its valid ratio
+        for tokens inside the image.
+    """
+    points = []
+    for level, (height, width) in enumerate(level_shapes):
+        y = torch.arange(height, dtype=valid_ratios.dtype, device=valid_ratios.device) + 0.5
+        x = torch.arange(width, dtype=valid_ratios.dtype, device=valid_ratios.device) + 0.5
+        grid = torch.stack(
+            [x.repeat(height) / width, y.repeat_interleave(width) / height], dim=-1
+        )
+        points.append(grid / valid_ratios[:, level, None])  # (B, H*W, 2) of the un-padded image
+    return torch.cat(points, dim=1)[:, :, None] * valid_ratios[:, None]

@@ -1,0 +1,6 @@
+"""Query sources: each makes one ``QueryGroup`` for the decoder."""
+
+from co_detr.modeling.queries.positive import PositiveQueries
+from co_detr.modeling.queries.two_stage import TwoStageQueries
+
+__all__ = ["PositiveQueries", "TwoStageQueries"]

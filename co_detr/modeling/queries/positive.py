@@ -1,0 +1,156 @@
+"""Customised positive queries: what an auxiliary head assigned, decoded as queries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from detectron2.structures import Instances
+from torch import Tensor, nn
+
+from co_detr.modeling.boxes import inverse_sigmoid, normalise_boxes
+from co_detr.modeling.position import encode_boxes
+from co_detr.structures import AssignedTargets, Candidates, QueryGroup
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """Chosen candidates of one image; the first ``len(indices)`` of Q slots are real."""
+
+    indices: Tensor
+    num_slots: int
+
+    def fill(self, values: Tensor, padding: float = 0) -> Tensor:
+        """``(n, ...)`` values of the chosen candidates -> ``(Q, ...)``."""
+        missing = self.num_slots - len(values)
+        if not missing:
+            return values
+        return torch.cat([values, values.new_full((missing, *values.shape[1:]), padding)])
+
+
+class PositiveQueries(nn.Module):
+    """Turns the positives of one auxiliary head into a supervised query group.
+
+    1. Every image keeps its positives, at most ``max_queries`` (a random choice beyond that).
+    2. The group is as long as the longest image needs, and at least ``min_queries``. Shorter
+       images are filled with random background candidates that are trained as background
+       (``padding="negatives"``) or with masked slots that no loss sees (``padding="mask"``).
+       Where the background candidates run out, the rest is masked.
+    3. A projected sine code of the candidate's box gives the positional and the content query;
+       with ``with_features`` the candidate's projected feature joins the content and a learned
+       scalar of the head joins the position.
+
+    The targets are the ground truths that the head had assigned; there is no matching.
+    Source: Co-DETR section 3.3 ("Customized Positive Queries Generation"); ``get_aux_targets``
+    and ``forward_aux`` of the reference, including the scalar head embedding.
+
+    Attributes:
+        permutation: ``n -> (n,)`` random order; replaceable, so that recorded draws can be fed.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        embed_dim: int,
+        with_features: bool = True,
+        padding: Literal["negatives", "mask"] = "negatives",
+        min_queries: int = 9,
+        max_queries: int = 300,
+        loss_weight: float = 1.0,
+    ):
+        super().__init__()
+        if padding not in ("negatives", "mask"):
+            raise ValueError(f'padding must be "negatives" or "mask", got {padding!r}.')
+        self.num_classes = num_classes
+        self.embed_dim = embed_dim
+        self.padding = padding
+        self.min_queries = min_queries
+        self.max_queries = max_queries
+        self.loss_weight = loss_weight
+        self.permutation: Callable[[int], Tensor] = torch.randperm
+        self.position_proj = nn.Linear(2 * embed_dim, 2 * embed_dim)
+        self.position_norm = nn.LayerNorm(2 * embed_dim)
+        self.with_features = with_features
+        if with_features:
+            self.feature_proj = nn.Linear(embed_dim, embed_dim)
+            self.feature_norm = nn.LayerNorm(embed_dim)
+            self.head_embedding = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws new initial weights: one configured instance is copied for every head."""
+        nn.init.xavier_uniform_(self.position_proj.weight)
+        nn.init.zeros_(self.position_proj.bias)
+        if self.with_features:
+            nn.init.xavier_uniform_(self.feature_proj.weight)
+            nn.init.zeros_(self.feature_proj.bias)
+            nn.init.normal_(self.head_embedding)
+
+    def forward(
+        self, name: str, candidates: Candidates, image_sizes: list[tuple[int, int]]
+    ) -> QueryGroup:
+        """Makes the group.
+
+        Args:
+            name: name of the group.
+            candidates: what the head assigned.
+            image_sizes: un-padded (height, width), the unit of normalised boxes.
+        """
+        chosen = self._choose(candidates.instances)
+        dtype = self.position_proj.weight.dtype  # Detectron2's Boxes are always float32
+        boxes, labels, targets, features = [], [], [], []
+        for image, (slots, size) in enumerate(zip(chosen, image_sizes, strict=True)):
+            picked = candidates.instances[image][slots.indices]
+            boxes.append(slots.fill(normalise_boxes(picked.proposal_boxes.tensor.to(dtype), size)))
+            labels.append(slots.fill(picked.gt_classes, padding=self.num_classes))
+            targets.append(slots.fill(normalise_boxes(picked.gt_boxes.tensor.to(dtype), size)))
+            if self.with_features:
+                features.append(slots.fill(candidates.gather_features(image, slots.indices)))
+
+        boxes = torch.stack(boxes)
+        valid = torch.stack([slots.fill(torch.ones_like(slots.indices)) for slots in chosen])
+        # Anchors may be larger than the image: attention uses them as they are, their code is
+        # that of the box cut to (0, 1).
+        code = encode_boxes(inverse_sigmoid(boxes).sigmoid(), self.embed_dim // 2)
+        position, content = self.position_norm(self.position_proj(code)).chunk(2, dim=-1)
+        if self.with_features:
+            content = content + self.feature_norm(self.feature_proj(torch.stack(features)))
+            position = position + self.head_embedding
+        all_real = all(len(slots.indices) == slots.num_slots for slots in chosen)
+        return QueryGroup(
+            name=name,
+            content=content,
+            position=position,
+            reference=boxes,
+            valid=None if all_real else valid.bool(),
+            targets=AssignedTargets(
+                labels=torch.stack(labels)[None],
+                boxes=torch.stack(targets)[None],
+                weights=valid.to(boxes.dtype)[None],
+            ),
+            loss_weight=self.loss_weight,
+        )
+
+    def _choose(self, instances: list[Instances]) -> list[_Slots]:
+        positives = [
+            ((each.gt_classes >= 0) & (each.gt_classes < self.num_classes)).nonzero().squeeze(1)
+            for each in instances
+        ]
+        longest = max(len(indices) for indices in positives)
+        num_slots = max(self.min_queries, min(self.max_queries, longest))
+        chosen = []
+        for each, indices in zip(instances, positives, strict=True):
+            if len(indices) > num_slots:
+                indices = self._draw(indices, num_slots)
+            elif len(indices) < num_slots and self.padding == "negatives":
+                background = (each.gt_classes == self.num_classes).nonzero().squeeze(1)
+                filler = self._draw(background, num_slots - len(indices))
+                indices = torch.cat([indices, filler])
+            chosen.append(_Slots(indices, num_slots))
+        return chosen
+
+    def _draw(self, indices: Tensor, number: int) -> Tensor:
+        return indices[self.permutation(len(indices))[:number].to(indices.device)]

@@ -1,0 +1,100 @@
+"""Two-stage queries: the encoder proposes boxes, the best ones become references."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from co_detr.modeling.position import encode_boxes
+from co_detr.modeling.transformer_layers import BoxHead, class_head
+from co_detr.structures import EncoderMemory, EncoderProposals, Predictions, QueryGroup
+
+
+class TwoStageQueries(nn.Module):
+    """Top-scoring encoder proposals with learned content (mixed query selection).
+
+    1. Every token proposes a box: a grid prior plus a predicted offset.
+    2. Tokens are ranked by the logit of class 0; the best ``num_queries`` give the references.
+       Class 0 stands for "object" because all proposals are trained with label 0, over all
+       tokens (Deformable-DETR's two-stage variant; the reference Co-Deformable-DETR keeps it).
+    3. Content queries are learned, one per rank; positional queries code the reference box.
+
+    Source: Deformable-DETR appendix A.4; DINO section 3.4; Co-DETR's ``CoDeformDETRHead``.
+    """
+
+    training_only = False
+
+    def __init__(self, *, num_queries: int, num_classes: int, embed_dim: int, name: str = "matching"):
+        super().__init__()
+        self.name = name
+        self.num_queries = num_queries
+        self.num_classes = num_classes
+        self.memory_proj = nn.Linear(embed_dim, embed_dim)
+        self.memory_norm = nn.LayerNorm(embed_dim)
+        self.class_head = class_head(embed_dim, num_classes)
+        self.box_head = BoxHead(embed_dim)
+        self.content = nn.Embedding(num_queries, embed_dim)
+        # Twice the width as in released checkpoints, where the second half would be the content
+        # of the variant without learned content; the norm runs over both halves.
+        self.position_proj = nn.Linear(2 * embed_dim, 2 * embed_dim)
+        self.position_norm = nn.LayerNorm(2 * embed_dim)
+        for linear in (self.memory_proj, self.position_proj):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, memory: EncoderMemory) -> QueryGroup:
+        """Makes the group of ``num_queries`` one-to-one matched queries.
+
+        Raises:
+            ValueError: if the image batch has fewer tokens than ``num_queries``.
+        """
+        num_tokens = memory.tokens.shape[1]
+        if num_tokens < self.num_queries:
+            raise ValueError(
+                f"{self.num_queries} queries need as many encoder tokens, but an input of "
+                f"{memory.image_sizes} pixels gives {num_tokens}: lower model.queries.0.num_queries "
+                "or feed larger images."
+            )
+        output_memory, grid_logits = propose_grid(memory)
+        output_memory = self.memory_norm(self.memory_proj(output_memory))
+        class_logits = self.class_head(output_memory)
+        box_logits = self.box_head(output_memory) + grid_logits
+        best = class_logits[..., 0].topk(self.num_queries, dim=1).indices
+        chosen = box_logits.gather(1, best[..., None].expand(-1, -1, 4)).detach()
+        reference = chosen.sigmoid()
+        embed_dim = self.content.embedding_dim
+        position = self.position_norm(self.position_proj(encode_boxes(reference, embed_dim // 2)))
+        predictions = Predictions(class_logits[None], box_logits.sigmoid()[None])
+        return QueryGroup(
+            name=self.name,
+            content=self.content.weight.expand(len(best), -1, -1),
+            position=position[..., :embed_dim],
+            reference=reference,
+            proposals=EncoderProposals(predictions, binary=True),
+        )
+
+
+def propose_grid(memory: EncoderMemory) -> tuple[Tensor, Tensor]:
+    """Grid priors of all tokens, and the memory without the tokens that cannot propose.
+
+    A prior is centred on its cell and has side 0.05 * 2^level of the un-padded image. Tokens in
+    the padding, or whose prior leaves (0.01, 0.99), cannot propose: their memory is zeroed and
+    their logits are +inf (a box at 1 that gets no gradient).
+
+    Returns:
+        memory ``(B, S, C)`` and box logits ``(B, S, 4)``, cxcywh.
+    """
+    grids = []
+    ratios = memory.valid_ratios
+    for level, (height, width) in enumerate(memory.level_shapes):
+        y = torch.arange(height, dtype=ratios.dtype, device=ratios.device) + 0.5
+        x = torch.arange(width, dtype=ratios.dtype, device=ratios.device) + 0.5
+        centre = torch.stack([x.repeat(height), y.repeat_interleave(width)], dim=-1)
+        extent = ratios[:, level] * ratios.new_tensor([width, height])  # un-padded cells
+        centre = centre / extent[:, None]
+        grids.append(torch.cat([centre, torch.full_like(centre, 0.05 * 2**level)], dim=-1))
+    grid = torch.cat(grids, dim=1)
+    usable = ((grid > 0.01) & (grid < 0.99)).all(-1, keepdim=True)
+    usable &= ~memory.padding_mask[..., None]
+    logits = torch.log(grid / (1 - grid)).masked_fill(~usable, float("inf"))
+    return memory.tokens.masked_fill(~usable, 0.0), logits

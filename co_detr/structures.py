@@ -1,0 +1,246 @@
+"""Typed values that travel between the parts of a model.
+
+Letters used in shapes: B images, L levels, S tokens (all levels), Q queries, G ground truths,
+R candidates, C channels, D decoder layers, K foreground classes.
+
+Boxes come in two units only. *Absolute* boxes are xyxy pixels of the network input and live in
+``detectron2.structures.Boxes`` inside ``Instances``. *Normalised* boxes are cxcywh in [0, 1] of
+the un-padded image and are bare tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from detectron2.structures import Instances
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EncoderMemory:
+    """Encoder output and the geometry needed to read it.
+
+    Attributes:
+        tokens: ``(B, S, C)``, levels concatenated, finest first, row-major inside a level.
+        padding_mask: ``(B, S)`` bool, True where the token lies in the batch padding.
+        level_shapes: ``(H, W)`` of each level as python ints, so that splitting needs no sync.
+        valid_ratios: ``(B, L, 2)``, un-padded share (width, height) of each level in (0, 1].
+        image_sizes: un-padded ``(height, width)`` of each image in pixels.
+    """
+
+    tokens: Tensor
+    padding_mask: Tensor
+    level_shapes: list[tuple[int, int]]
+    valid_ratios: Tensor
+    image_sizes: list[tuple[int, int]]
+
+    def level_tokens(self) -> list[Tensor]:
+        """Views ``(B, H*W, C)`` of the tokens, one per level."""
+        return list(self.tokens.split([h * w for h, w in self.level_shapes], dim=1))
+
+    def maps(self) -> list[Tensor]:
+        """The tokens folded back to maps ``(B, C, H, W)``, one per level."""
+        return [
+            tokens.transpose(1, 2).unflatten(2, shape)
+            for tokens, shape in zip(self.level_tokens(), self.level_shapes, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """What one image should be detected as.
+
+    Attributes:
+        labels: ``(G,)`` int64 in [0, K).
+        boxes: ``(G, 4)`` normalised cxcywh.
+        image_size: un-padded ``(height, width)`` in pixels, to get back to pixels.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    image_size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Class logits ``(D, B, Q, K)`` and normalised boxes ``(D, B, Q, 4)`` of D layers."""
+
+    logits: Tensor
+    boxes: Tensor
+
+
+@dataclass(frozen=True)
+class AssignedTargets:
+    """What every query should predict; D is 1 where all decoder layers share the targets.
+
+    Attributes:
+        labels: ``(D, B, Q)`` int64 in [0, K]; K is background.
+        boxes: ``(D, B, Q, 4)`` normalised; meaningless where the label is background.
+        weights: ``(D, B, Q)``; 0 takes a slot out of every loss and every normaliser.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class EncoderProposals:
+    """Dense predictions of a two-stage query source that have a loss of their own.
+
+    Attributes:
+        predictions: D = 1, one slot per supervised token.
+        binary: the reference trains Co-Deformable-DETR's proposals with every label set to 0.
+    """
+
+    predictions: Predictions
+    binary: bool
+
+
+@dataclass(frozen=True)
+class QueryGroup:
+    """Queries that see each other, are decoded together with all others and scored as one.
+
+    A group is supervised either by ``targets`` (known when it is made) or, when those are None,
+    by one-to-one matching after decoding.
+
+    Attributes:
+        name: prefix of its losses.
+        content: ``(B, Q, C)`` content queries.
+        position: ``(B, Q, C)`` positional queries.
+        reference: ``(B, Q, 4)`` normalised reference boxes, detached.
+        valid: ``(B, Q)`` bool, False for slots that only fill up the batch; None: all valid.
+        targets: assigned targets, or None for Hungarian matching.
+        proposals: encoder proposals that share the group's ground truth.
+        loss_weight: factor of every loss of the group.
+    """
+
+    name: str
+    content: Tensor
+    position: Tensor
+    reference: Tensor
+    valid: Tensor | None = None
+    targets: AssignedTargets | None = None
+    proposals: EncoderProposals | None = None
+    loss_weight: float = 1.0
+
+    @property
+    def num_queries(self) -> int:
+        return self.content.shape[1]
+
+
+@dataclass(frozen=True)
+class QuerySet:
+    """All groups of a step as one batch of queries for a single decoder pass.
+
+    Attributes:
+        content, position: ``(B, Q, C)``; reference: ``(B, Q, 4)``.
+        attend_mask: ``(Q, Q)`` or ``(B, 1, Q, Q)`` bool, True = may attend (the convention of
+            ``scaled_dot_product_attention``); None when nothing has to be hidden.
+        sizes: number of queries of each group, in order.
+    """
+
+    content: Tensor
+    position: Tensor
+    reference: Tensor
+    attend_mask: Tensor | None
+    sizes: list[int]
+
+    @classmethod
+    def concat(cls, groups: list[QueryGroup]) -> QuerySet:
+        """Joins groups along the query axis; no query sees a query of another group."""
+        sizes = [group.num_queries for group in groups]
+        return cls(
+            content=torch.cat([group.content for group in groups], dim=1),
+            position=torch.cat([group.position for group in groups], dim=1),
+            reference=torch.cat([group.reference for group in groups], dim=1),
+            attend_mask=_attend_mask(groups, sizes),
+            sizes=sizes,
+        )
+
+    def split(self, predictions: Predictions) -> list[Predictions]:
+        """Cuts decoded predictions back into one value per group."""
+        return [
+            Predictions(logits, boxes)
+            for logits, boxes in zip(
+                predictions.logits.split(self.sizes, dim=2),
+                predictions.boxes.split(self.sizes, dim=2),
+                strict=True,
+            )
+        ]
+
+
+def _attend_mask(groups: list[QueryGroup], sizes: list[int]) -> Tensor | None:
+    device = groups[0].content.device
+    padded = [group for group in groups if group.valid is not None]
+    if len(groups) == 1 and not padded:
+        return None
+    block = torch.repeat_interleave(
+        torch.arange(len(groups), device=device),
+        torch.tensor(sizes, device=device),
+        output_size=sum(sizes),
+    )
+    mask = block[:, None] == block[None, :]
+    if not padded:
+        return mask
+    batch = groups[0].content.shape[0]
+    valid = torch.cat(
+        [
+            torch.ones(batch, size, dtype=torch.bool, device=device)
+            if group.valid is None
+            else group.valid
+            for group, size in zip(groups, sizes, strict=True)
+        ],
+        dim=1,
+    )
+    # A padded slot still sees itself: a row without any key is NaN in some attention kernels.
+    itself = torch.eye(block.numel(), dtype=torch.bool, device=device)
+    return ((mask & valid[:, None, :]) | itself)[:, None]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Everything an auxiliary head may turn into customised positive queries.
+
+    Attributes:
+        instances: per image, R candidates with the fields ``proposal_boxes`` (absolute),
+            ``gt_classes`` (K = background, -1 = ignored) and ``gt_boxes`` (absolute; zeros
+            where there is no match).
+        gather_features: ``(image index, candidate indices (n,)) -> (n, C)``. Features are
+            gathered for the chosen candidates only, so that no (anchors x C) copy is made;
+            gradients flow through them.
+    """
+
+    instances: list[Instances]
+    gather_features: Callable[[int, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class AuxiliaryOutput:
+    """Losses of an auxiliary head, un-prefixed and already weighted, and its candidates."""
+
+    losses: dict[str, Tensor]
+    candidates: Candidates
+
+
+@dataclass(frozen=True)
+class TrainingOutput:
+    """All that a training forward pass computed, kept for analysis and fidelity checks.
+
+    Attributes:
+        losses: weighted losses by their full names.
+        memory: encoder output.
+        groups: query groups in decoding order; predictions, targets: per group, same order.
+        proposal_targets: assignment of the encoder proposals by group name.
+        auxiliary: outputs of the auxiliary heads by name.
+    """
+
+    losses: dict[str, Tensor]
+    memory: EncoderMemory
+    groups: list[QueryGroup]
+    predictions: list[Predictions]
+    targets: list[AssignedTargets]
+    proposal_targets: dict[str, AssignedTargets] = field(default_factory=dict)
+    auxiliary: dict[str, AuxiliaryOutput] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""Pictures of a run: training curves and predictions beside the ground truth."""

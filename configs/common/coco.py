@@ -1,0 +1,59 @@
+"""COCO-format data; all paths are in `data`, so that overrides name each of them once."""
+
+from detectron2.config import LazyCall as L
+from detectron2.data import build_detection_test_loader
+
+from co_detr.data.augmentation import detr_test_augmentation, detr_train_augmentation
+from co_detr.data.coco import load_coco
+from co_detr.data.loader import build_train_loader
+from co_detr.data.mapper import CheckedDatasetMapper
+from co_detr.engine.evaluation import CocoBoxEvaluator
+
+data = dict(
+    train="datasets/coco/annotations/instances_train2017.json",
+    train_images="datasets/coco/train2017",
+    val="datasets/coco/annotations/instances_val2017.json",
+    val_images="datasets/coco/val2017",
+    # What to do with boxes that have no area inside their image: "error" or "skip".
+    invalid_boxes="error",
+    image_format="RGB",  # "BGR" for backbones that were trained on it
+)
+
+dataloader = dict(
+    train=L(build_train_loader)(
+        dataset=L(load_coco)(
+            annotation_file="${data.train}",
+            image_root="${data.train_images}",
+            num_classes="${model.num_classes}",
+            invalid_boxes="${data.invalid_boxes}",
+        ),
+        mapper=L(CheckedDatasetMapper)(
+            is_train=True,
+            augmentations=L(detr_train_augmentation)(max_size=1333),
+            image_format="${data.image_format}",
+        ),
+        total_batch_size=16,
+        num_workers=4,
+        aspect_ratio_grouping=True,
+        seed="${train.seed}",
+        accumulation_steps="${train.accumulation_steps}",
+    ),
+    test=L(build_detection_test_loader)(
+        dataset=L(load_coco)(
+            annotation_file="${data.val}",
+            image_root="${data.val_images}",
+            num_classes="${model.num_classes}",
+            invalid_boxes="${data.invalid_boxes}",
+        ),
+        mapper=L(CheckedDatasetMapper)(
+            is_train=False,
+            augmentations=L(detr_test_augmentation)(short_edge=800, max_size=1333),
+            image_format="${data.image_format}",
+        ),
+        num_workers=4,
+    ),
+    evaluator=L(CocoBoxEvaluator)(
+        annotation_file="${data.val}",
+        output_dir="${train.output_dir}",
+    ),
+)

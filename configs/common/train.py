@@ -1,0 +1,21 @@
+"""Settings of the training loop."""
+
+import torch
+
+train = dict(
+    output_dir="output/run",
+    # .pth or .pkl (Detectron2), or .safetensors; a file with only a backbone fills model.backbone.
+    init_checkpoint="",
+    init_checkpoint_strict=True,  # False: load what fits, for fine-tuning on other classes
+    max_iter=90000,  # 12 epochs of COCO at total batch 16
+    device="cuda" if torch.cuda.is_available() else "cpu",
+    seed=0,
+    amp=dict(enabled=False, dtype="bfloat16"),
+    clip_grad=dict(max_norm=0.1),  # L2 norm over all parameters; None: no clipping
+    # Micro-batches per optimiser step. The batch of a step stays dataloader.train.total_batch_size.
+    accumulation_steps=1,
+    ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
+    checkpointer=dict(period=5000, max_to_keep=20),
+    eval_period=7500,  # one epoch of COCO; 0: only at the end
+    log_period=20,
+)

@@ -1,0 +1,99 @@
+"""The auxiliary part of Co-DETR: Faster R-CNN and ATSS heads with customised positive queries.
+
+The interpolations reach the model that this node is attached to as ``model.auxiliary``.
+"""
+
+from detectron2.config import LazyCall as L
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.proposal_generator import RPN, StandardRPNHead
+from detectron2.modeling.roi_heads import FastRCNNConvFCHead, FastRCNNOutputLayers
+
+from co_detr.modeling.auxiliary import (
+    ATSSAssigner,
+    ATSSHead,
+    CollaborativeROIHeads,
+    ExtraLevel,
+    FasterRCNNHead,
+    HybridAssignmentHeads,
+)
+from co_detr.modeling.queries import PositiveQueries
+
+rpn = L(RPN)(
+    in_features=["p3", "p4", "p5", "p6", "p7"],
+    head=L(StandardRPNHead)(in_channels="${.....encoder.embed_dim}", num_anchors=9),
+    anchor_generator=L(DefaultAnchorGenerator)(
+        # three octave scales of four strides, as RetinaNet has them
+        sizes=[[size * 2 ** (i / 3) for i in range(3)] for size in (32, 64, 128, 256, 512)],
+        aspect_ratios=[0.5, 1.0, 2.0],
+        strides=[8, 16, 32, 64, 128],
+        offset=0.0,
+    ),
+    anchor_matcher=L(Matcher)(
+        thresholds=[0.3, 0.7], labels=[0, -1, 1], allow_low_quality_matches=True
+    ),
+    box2box_transform=L(Box2BoxTransform)(weights=[1.0, 1.0, 1.0, 1.0]),
+    batch_size_per_image=256,
+    positive_fraction=0.5,
+    pre_nms_topk=(4000, 1000),
+    post_nms_topk=(1000, 1000),
+    nms_thresh=0.7,
+    smooth_l1_beta=0.0,
+)
+
+roi_heads = L(CollaborativeROIHeads)(
+    num_classes="${....num_classes}",
+    batch_size_per_image=512,
+    positive_fraction=0.25,
+    proposal_matcher=L(Matcher)(thresholds=[0.5], labels=[0, 1], allow_low_quality_matches=False),
+    box_in_features=["p3", "p4", "p5", "p6"],
+    # Detectron2's canonical size 224 at level 4 puts boxes under 224 pixels on stride 8, as the
+    # reference's finest scale 112 does.
+    box_pooler=L(ROIPooler)(
+        output_size=7,
+        scales=(1 / 8, 1 / 16, 1 / 32, 1 / 64),
+        sampling_ratio=0,
+        pooler_type="ROIAlignV2",
+    ),
+    box_head=L(FastRCNNConvFCHead)(
+        input_shape=L(ShapeSpec)(channels="${......encoder.embed_dim}", height=7, width=7),
+        conv_dims=[],
+        fc_dims=[1024, 1024],
+    ),
+    box_predictor=L(FastRCNNOutputLayers)(
+        input_shape=L(ShapeSpec)(channels="${...box_head.fc_dims.1}"),
+        num_classes="${..num_classes}",
+        box2box_transform=L(Box2BoxTransform)(weights=(10.0, 10.0, 5.0, 5.0)),
+        test_score_thresh=0.0,
+        test_nms_thresh=0.5,
+        test_topk_per_image=100,
+        box_reg_loss_type="giou",
+        loss_weight={"loss_cls": 1.0, "loss_box_reg": 10.0},
+    ),
+)
+
+auxiliary = L(HybridAssignmentHeads)(
+    pyramid=L(ExtraLevel)(embed_dim="${...encoder.embed_dim}"),
+    positive_queries=L(PositiveQueries)(
+        num_classes="${...num_classes}",
+        embed_dim="${...encoder.embed_dim}",
+        with_features=True,
+        padding="negatives",
+        min_queries=9,
+        max_queries=300,
+        loss_weight=1.0,  # lambda_1
+    ),
+    num_decoder_layers="${..decoder.num_layers}",
+    lambda_2=2.0,
+    roi=L(FasterRCNNHead)(rpn=rpn, roi_heads=roi_heads),
+    atss=L(ATSSHead)(
+        num_classes="${...num_classes}",
+        embed_dim="${...encoder.embed_dim}",
+        in_features=["p3", "p4", "p5", "p6", "p7"],
+        strides=[8, 16, 32, 64, 128],
+        assigner=L(ATSSAssigner)(topk=9),
+    ),
+)

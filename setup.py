@@ -1,0 +1,153 @@
+"""Installs co_detr and builds its MSDeformAttn kernels (C++ for the CPU, CUDA where possible).
+
+    pip install --no-build-isolation --no-deps -e .
+
+Environment:
+    CUDA_HOME              the CUDA toolkit, when it is not the one of nvcc or /usr/local/cuda
+    FORCE_CUDA=1           fail when the CUDA kernels cannot be built (default: build if possible)
+    CO_DETR_NO_CUDA=1      build the CPU kernels only
+    CO_DETR_NO_EXT=1       build no kernels: the slow PyTorch reference is used
+    TORCH_CUDA_ARCH_LIST   GPU architectures, e.g. "8.0;9.0+PTX"
+    MAX_JOBS               parallel compiler processes
+
+No GPU is needed to build the CUDA kernels.
+"""
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+KERNELS = "co_detr/layers/csrc/ms_deform_attn"
+BUILD_COMMAND = "pip install --no-build-isolation --no-deps -e ."
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError as error:
+    raise SystemExit(
+        f"co_detr is built against the PyTorch that runs it, but importing torch failed ({error}). "
+        f"Install torch>=2.4 first, then: {BUILD_COMMAND}"
+    ) from error
+
+
+def enabled(variable: str) -> bool:
+    """Whether an environment switch is set to something other than 0 or nothing."""
+    return os.environ.get(variable, "") not in ("", "0")
+
+
+def find_toolkit() -> str | None:
+    """The first complete CUDA toolkit, or None.
+
+    torch takes the folder above an ``nvcc`` on PATH, which is no toolkit when that is a wrapper
+    script or a link.
+    """
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [named] if named else [cpp_extension.CUDA_HOME, "/usr/local/cuda"]
+    for home in (Path(candidate) for candidate in candidates if candidate):
+        headers = [home / "include", *home.glob("targets/*/include")]
+        if (home / "bin" / "nvcc").exists() and any(
+            (folder / "cuda_runtime_api.h").exists() for folder in headers
+        ):
+            return str(home)
+    return None
+
+
+def wants_cuda(toolkit: str | None) -> bool:
+    """CUDA kernels need a toolkit and a PyTorch built with CUDA, but no GPU."""
+    if enabled("CO_DETR_NO_CUDA"):
+        return False
+    found = toolkit is not None and torch.version.cuda is not None
+    if enabled("FORCE_CUDA") and not found:
+        raise SystemExit(
+            f"FORCE_CUDA=1 needs a CUDA toolkit with bin/nvcc and its headers (found: {toolkit}) "
+            f"and a PyTorch with CUDA (torch {torch.__version__} has: {torch.version.cuda}); set "
+            "CUDA_HOME, install another torch, or leave FORCE_CUDA out."
+        )
+    return found
+
+
+def default_architectures() -> str:
+    """What to compile for when nobody said so and no GPU can be asked: A100, RTX 30/40, H100 on."""
+    major = int(torch.version.cuda.split(".")[0])
+    return "8.0;8.6;8.9;9.0+PTX" if major >= 12 else "8.0;8.6+PTX"
+
+
+def extension() -> "cpp_extension.CppExtension":
+    """The ``co_detr._C`` library; see the module docstring for its switches."""
+    # at::parallel_for is header code: without -fopenmp here it silently runs on one thread.
+    openmp = [] if platform.system() == "Darwin" else ["-fopenmp"]
+    flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
+    compile_args = {"cxx": [*flags, *openmp]}
+    sources = [f"{KERNELS}.cpp", f"{KERNELS}_cpu.cpp"]
+    kind = cpp_extension.CppExtension
+    toolkit = find_toolkit()
+    if wants_cuda(toolkit):
+        cpp_extension.CUDA_HOME = toolkit
+        if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
+            os.environ["TORCH_CUDA_ARCH_LIST"] = default_architectures()
+        kind = cpp_extension.CUDAExtension
+        sources += [f"{KERNELS}_cuda.cpp", f"{KERNELS}_cuda_kernels.cu"]
+        compile_args["nvcc"] = ["-O3", "--threads=0"]  # the architectures in parallel
+    print(f"co_detr: building kernels for CPU{' and CUDA' if 'nvcc' in compile_args else ' only'}")
+    return kind(
+        "co_detr._C",
+        sources,
+        depends=[f"{KERNELS}_{name}.h" for name in ("common", "cuda", "plan", "simd")],
+        extra_compile_args=compile_args,
+        extra_link_args=openmp,
+    )
+
+
+class Build(cpp_extension.BuildExtension):
+    """BuildExtension whose failure ends in one sentence that says what to do."""
+
+    def build_extensions(self) -> None:
+        try:
+            super().build_extensions()
+        except Exception as error:
+            sys.stdout.flush()
+            raise SystemExit(
+                f"\nco_detr: building the MSDeformAttn kernels failed ({error}); the compiler's "
+                "message is above. They need a C++ compiler (g++) and ninja, and for CUDA a "
+                f"toolkit of torch's major version (torch has CUDA {torch.version.cuda}). "
+                "CO_DETR_NO_CUDA=1 builds the CPU kernels only, CO_DETR_NO_EXT=1 none (slow "
+                f"reference). Then again: {BUILD_COMMAND}"
+            ) from error
+
+
+def version() -> str:
+    for line in (ROOT / "co_detr" / "__init__.py").read_text().splitlines():
+        if line.startswith("__version__"):
+            return line.split('"')[1]
+    raise SystemExit("co_detr/__init__.py has no __version__ line")
+
+
+setup(
+    name="co_detr",
+    version=version(),
+    description="Co-DETR: DETR detectors with collaborative hybrid assignments, on Detectron2",
+    license="Apache-2.0",
+    packages=find_packages(include=["co_detr", "co_detr.*"]),
+    python_requires=">=3.10",
+    # Detectron2 is left out on purpose: an installed one is kept, whatever its distribution's name.
+    install_requires=[
+        "torch>=2.4",
+        "fvcore",
+        "iopath",
+        "omegaconf<2.4",
+        "hydra-core",
+        "pycocotools",
+        "scipy",
+        "tabulate",
+        "tqdm",
+        "pillow",
+        "matplotlib",
+    ],
+    ext_modules=[] if enabled("CO_DETR_NO_EXT") else [extension()],
+    cmdclass={"build_ext": Build.with_options(use_ninja=True)},
+    zip_safe=False,
+)

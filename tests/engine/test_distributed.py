@@ -1,0 +1,41 @@
+"""Several processes equal one process on the joined batch."""
+
+import json
+
+import pytest
+import torch
+from detectron2.utils.env import seed_all_rng
+
+from co_detr.engine.run import run_training
+
+# The large epsilon keeps AdamW from dividing rounding differences by tiny numbers.
+COMMON = ["train.max_iter=4", "optimizer.eps=1e-2"]
+
+
+def _run(output_dir):
+    state = torch.load(output_dir / "model_final.pth")["model"]
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["total_loss"] for line in lines if "total_loss" in line]
+    return state, losses, json.loads((output_dir / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "num-gpus"])
+def test_two_gloo_processes_equal_one(train_net, tiny_cfg, tiny_data, tmp_path, launcher):
+    if launcher == "num-gpus" and torch.cuda.is_available():
+        pytest.skip("--num-gpus starts GPU processes here")
+    seed_all_rng(0)  # as train_net.py does with train.seed
+    run_training(tiny_cfg(*COMMON, output="one"), resume=False)
+    arguments = [*tiny_data.overrides(tmp_path / "two"), *COMMON]
+    if launcher == "torchrun":
+        # Each process also adds up its half of the batch in two pieces.
+        double = train_net(*arguments, "train.accumulation_steps=2", processes=2)
+    else:
+        double = train_net("--num-gpus", "2", *arguments)
+    assert double.returncode == 0, double.stderr
+
+    expected, expected_losses, expected_metrics = _run(tmp_path / "one")
+    actual, losses, metrics = _run(tmp_path / "two")
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    for key, value in expected.items():
+        torch.testing.assert_close(actual[key], value, rtol=1e-4, atol=1e-6)
+    assert metrics == pytest.approx(expected_metrics, abs=0.1)

@@ -1,0 +1,130 @@
+"""One optimiser step: accumulation, clipping, mixed precision, and the finite check."""
+
+import json
+
+import pytest
+import torch
+from detectron2.config import instantiate
+from tiny_detector import NaNDetector
+
+from co_detr.engine.run import run_training
+from co_detr.errors import NonFiniteError
+
+
+def _train(cfg):
+    torch.manual_seed(0)
+    run_training(cfg, resume=False)
+    return _weights_of(cfg)
+
+
+def _weights_of(cfg):
+    return torch.load(f"{cfg.train.output_dir}/model_final.pth")["model"]
+
+
+def _lines(output_dir):
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_accumulation_equals_one_large_batch(tiny_cfg, tmp_path):
+    # In float64 the two ways of summing agree to rounding.
+    common = ["optimizer.lr=1e-3", "train.max_iter=3"]
+    torch.set_default_dtype(torch.float64)
+    try:
+        whole = _train(tiny_cfg(*common, output="whole"))
+        parts = _train(tiny_cfg(*common, "train.accumulation_steps=2", output="parts"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-6, atol=1e-9)
+    losses = [
+        [line["total_loss"] for line in _lines(tmp_path / name) if "total_loss" in line]
+        for name in ("whole", "parts")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_gradient_is_clipped_to_the_norm(tiny_cfg):
+    """With SGD, the step is the learning rate times the clipped gradient."""
+    cfg = tiny_cfg("train.max_iter=1", "train.clip_grad.max_norm=0.01")
+    cfg.optimizer = {
+        "_target_": torch.optim.SGD,
+        "params": cfg.optimizer.params,
+        "lr": 1.0,
+    }
+    cfg.optimizer.params.lr_factor_func.factor = 1.0
+    torch.manual_seed(0)
+    before = instantiate(cfg.model).state_dict()
+    after = _train(cfg)
+    step = torch.cat([(after[name] - before[name]).flatten() for name in before])
+    assert step.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_no_clipping_without_a_limit(tiny_cfg, tmp_path):
+    run_training(tiny_cfg("train.max_iter=1", "train.clip_grad.max_norm=null"), resume=False)
+    assert _lines(tmp_path / "out")[0]["grad_norm"] > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mixed_precision_steps_on_the_cpu(tiny_cfg, tmp_path, dtype):
+    amp = ["train.amp.enabled=true", f"train.amp.dtype={dtype}", "train.max_iter=4"]
+    with_amp = _train(tiny_cfg(*amp, output="amp"))
+    without = _train(tiny_cfg("train.max_iter=4", output="full"))
+    differences = []
+    for name, value in without.items():
+        assert with_amp[name].dtype == torch.float32
+        torch.testing.assert_close(with_amp[name], value, rtol=0.2, atol=0.02)
+        differences.append((with_amp[name] - value).abs().max())
+    assert max(differences) > 0  # autocast was on
+
+
+def test_float16_resumes_with_its_loss_scale(tiny_cfg, tmp_path):
+    amp = ["train.amp.enabled=true", "train.amp.dtype=float16"]
+    whole = _train(tiny_cfg(*amp, output="whole"))
+    torch.manual_seed(0)
+    run_training(tiny_cfg(*amp, "train.max_iter=3", output="parts"), resume=False)
+    scale = torch.load(tmp_path / "parts" / "model_final.pth")["trainer"]["grad_scaler"]["scale"]
+    assert scale > 1
+    parts = tiny_cfg(*amp, output="parts")
+    run_training(parts, resume=True)
+    for name, value in _weights_of(parts).items():
+        assert torch.equal(value, whole[name]), name
+
+
+def test_nan_loss_stops_before_the_weights_change(tiny_cfg, tmp_path):
+    cfg = tiny_cfg("train.checkpointer.period=1")
+    cfg.model._target_ = NaNDetector
+    with pytest.raises(NonFiniteError) as caught:
+        run_training(cfg, resume=False)
+    message = caught.value.sentence
+    assert "at iteration 2 (roi.loss_bbox=nan)" in message
+    assert ".png (id " in message and "--resume" in message
+    assert isinstance(caught.value, FloatingPointError)
+    # What was written before is whole and finite, and nothing was written after.
+    assert (tmp_path / "out" / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert not list((tmp_path / "out").glob("model_000000[2-9].pth"))
+    assert not (tmp_path / "out" / "model_final.pth").exists()
+    for value in torch.load(tmp_path / "out" / "model_0000001.pth")["model"].values():
+        assert value.isfinite().all()
+    # The mend (here: another model class) continues from there.
+    run_training(tiny_cfg("train.checkpointer.period=1"), resume=True)
+    losses = [line["iteration"] for line in _lines(tmp_path / "out") if "total_loss" in line]
+    assert losses == list(range(6))
+
+
+def test_infinite_gradient_is_reported_too(tiny_cfg, monkeypatch):
+    def infinite_gradient(self, logits, boxes, batched_inputs):
+        # sqrt has an infinite slope at 0 but the loss itself is 0
+        return {"loss": (logits.sum() * 0).sqrt()}
+
+    monkeypatch.setattr("tiny_detector.TinyDetector._losses", infinite_gradient)
+    with pytest.raises(NonFiniteError, match="the gradient became NaN or infinite at iteration 0"):
+        run_training(tiny_cfg(), resume=False)
+
+
+def test_learning_rates_by_name_and_progress(tiny_cfg, tmp_path):
+    run_training(tiny_cfg("optimizer.lr=1e-3", "lr_multiplier.drops=[0.5]"), resume=False)
+    optimizer = torch.load(tmp_path / "out" / "model_final.pth")["trainer"]["optimizer"]
+    rates = sorted(group["initial_lr"] for group in optimizer["param_groups"])
+    assert rates == pytest.approx([1e-4, 1e-3])
+    logged = [line["lr"] for line in _lines(tmp_path / "out") if "lr" in line]
+    assert logged == pytest.approx([logged[0]] * 3 + [logged[0] / 10] * 3)

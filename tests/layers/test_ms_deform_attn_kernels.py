@@ -1,0 +1,175 @@
+"""The compiled kernels against the PyTorch reference."""
+
+import pytest
+import torch
+
+from co_detr.layers import ms_deform_attn, ms_deform_attn_reference
+from co_detr.layers.ms_deform_attn_op import KERNEL_DEVICES
+from tests.layers.cases import CASES, Case, outputs_and_gradients
+
+# Relative to the largest entry: half precision rounds the output and the value's gradient.
+TOLERANCES = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.bfloat16: 1e-2,
+    torch.float16: 2e-3,
+}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(autouse=True)
+def needs_kernel(request: pytest.FixtureRequest) -> None:
+    callspec = getattr(request.node, "callspec", None)
+    device = callspec.params.get("device", "cpu") if callspec else "cpu"
+    if device not in KERNEL_DEVICES:
+        pytest.skip(f"co_detr was installed without a kernel for {device}")
+
+
+def assert_same(actual: dict, expected: dict, tolerance: float) -> None:
+    for name, tensor in actual.items():
+        wanted = expected[name]
+        assert tensor.shape == wanted.shape, name
+        if tensor.numel() == 0:
+            continue
+        tensor, wanted = tensor.cpu().double(), wanted.double()
+        error = (tensor - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
+        assert error <= tolerance, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("device", DEVICES)
+def test_equals_reference(case: Case, dtype, device):
+    actual = outputs_and_gradients(ms_deform_attn, case, case.tensors(dtype, device))
+    assert actual["output"].dtype == actual["value"].dtype == dtype
+    # The reference gets the same rounded inputs, in fp64.
+    rounded = tuple(t.detach().double().requires_grad_() for t in case.tensors(dtype))
+    expected = outputs_and_gradients(ms_deform_attn_reference, case, rounded)
+    assert_same(actual, expected, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_non_contiguous_inputs(device):
+    case = CASES["odd channels"]
+    dense = case.tensors(torch.float64, device)
+    # The same numbers behind permuted strides, and a view that starts at an odd address.
+    value = dense[0].detach().permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    locations = dense[1].detach().flip(1).contiguous().flip(1).transpose(1, 2).contiguous()
+    locations = locations.transpose(1, 2)
+    weights = torch.cat([dense[2].detach().new_zeros(1), dense[2].detach().flatten()])[1:]
+    strided = (value, locations, weights.view_as(dense[2]))
+    assert not value.is_contiguous() and not locations.is_contiguous()
+    actual = outputs_and_gradients(
+        ms_deform_attn, case, tuple(tensor.requires_grad_() for tensor in strided)
+    )
+    expected = outputs_and_gradients(ms_deform_attn, case, dense)
+    assert_same(actual, {k: v.cpu() for k, v in expected.items()}, 1e-12)
+
+
+BAD_LOCATIONS = [float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 2.0**31, 5.0, -5.0]
+
+
+@pytest.mark.parametrize("function", [ms_deform_attn, ms_deform_attn_reference])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("device", DEVICES)
+def test_points_that_are_nowhere_contribute_nothing(function, dtype, device):
+    case = Case(batch=1, queries=len(BAD_LOCATIONS), channels=9)
+    value, locations, weights = (t.detach() for t in case.tensors(dtype, device, spread=0))
+    kept = locations.clone()
+    for query, bad in enumerate(BAD_LOCATIONS):
+        locations[:, query, :, :, 0, query % 2] = bad  # only one of x and y is bad
+        locations[:, query, :, 0, 1] = bad
+    without = weights.clone()
+    without[:, :, :, :, 0] = 0
+    without[:, :, :, 0, 1] = 0
+    tensors = tuple(t.requires_grad_() for t in (value, locations, weights))
+    actual = outputs_and_gradients(function, case, tensors)
+    assert all(tensor.isfinite().all() for tensor in actual.values())
+    assert actual["locations"][:, :, :, :, 0].abs().max() == 0
+    assert actual["weights"][:, :, :, :, 0].abs().max() == 0
+    expected = outputs_and_gradients(
+        function, case, tuple(t.detach().requires_grad_() for t in (value, kept, without))
+    )
+    for name in ("output", "value"):
+        torch.testing.assert_close(actual[name], expected[name])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradcheck_and_gradgradcheck(device):
+    case = Case(batch=1, queries=2, heads=2, channels=3, points=2, level_shapes=((3, 4), (1, 1)))
+    tensors = case.tensors(torch.float64, device, spread=0.1)
+
+    def function(*inputs):
+        return ms_deform_attn(inputs[0], case.level_shapes, *inputs[1:])
+
+    assert torch.autograd.gradcheck(function, tensors, nondet_tol=1e-12)
+    assert torch.autograd.gradgradcheck(function, tensors, nondet_tol=1e-12)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device):
+    case = CASES["one vector"]
+    value, locations, weights = case.tensors(torch.float32, device)
+    shapes = [size for shape in case.level_shapes for size in shape]
+    grad = torch.randn(case.batch, case.queries, case.heads * case.channels, device=device)
+    operators = torch.ops.co_detr
+    torch.library.opcheck(operators.ms_deform_attn.default, (value, shapes, locations, weights))
+    torch.library.opcheck(
+        operators.ms_deform_attn_backward.default,
+        (grad.requires_grad_(), value, shapes, locations, weights),
+    )
+
+
+def test_cpu_gradients_have_the_same_bits_for_any_number_of_threads():
+    case = Case(batch=1, queries=50, heads=3, channels=32)  # the queries share pixels
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5, 5):  # 5 > heads: levels are shared out too
+            torch.set_num_threads(threads)
+            results.append(outputs_and_gradients(ms_deform_attn, case, case.tensors(torch.float32)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for name, tensor in other.items():
+            assert torch.equal(tensor, results[0][name]), name
+
+
+@pytest.mark.gpu
+def test_deterministic_mode_is_not_ignored_on_cuda():
+    case = CASES["usual"]
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError, match="ms_deform_attn_backward"):
+            outputs_and_gradients(ms_deform_attn, case, case.tensors(torch.float32, "cuda"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_operators_reject_what_would_read_out_of_bounds():
+    value, locations, weights = CASES["one vector"].tensors()
+    for shapes in ([6, 7, 3, 4], [6, 7, 3, 4, 2, 1], [6, 7, 3, 4, 0, 1], [-6, -7, 3, 4, 1, 1]):
+        with pytest.raises(ValueError, match="level_shapes"):
+            torch.ops.co_detr.ms_deform_attn(value, shapes, locations, weights)
+    shapes = [6, 7, 3, 4, 1, 1]
+    with pytest.raises(ValueError, match="attention_weights"):
+        torch.ops.co_detr.ms_deform_attn(value, shapes, locations, weights[:, 1:])
+    with pytest.raises(ValueError, match="sampling_locations"):
+        torch.ops.co_detr.ms_deform_attn(value, shapes, locations.float(), weights)
+    with pytest.raises(ValueError, match="grad_output"):
+        torch.ops.co_detr.ms_deform_attn_backward(
+            value.flatten()[:4], value, shapes, locations, weights
+        )
+
+
+def test_compiles_into_one_graph():
+    case = CASES["usual"]
+    tensors = case.tensors(torch.float32)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(value, level_shapes, locations, weights):
+        return ms_deform_attn(value, level_shapes, locations, weights) * 2
+
+    actual = outputs_and_gradients(compiled, case, tensors)
+    expected = outputs_and_gradients(lambda *inputs: ms_deform_attn(*inputs) * 2, case, tensors)
+    assert_same(actual, expected, 1e-6)

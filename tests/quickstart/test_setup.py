@@ -1,0 +1,106 @@
+"""scripts/setup.sh, with interpreters that only write down what they are asked to do."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Answers like an environment that has torch 9.9 and a Detectron2 of its own.
+COMPLETE_PYTHON = """#!/bin/sh
+echo "$@" >>"$CALLS"
+case "$*" in
+    *m.version*) echo 9.9 ;;
+    *find_spec*) echo /elsewhere/detectron2/__init__.py ;;
+esac
+"""
+OLD_PYTHON = """#!/bin/sh
+[ "$1" = --version ] && echo "Python 3.8.1" && exit 0
+exit 1
+"""
+
+
+def write_script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def run_setup(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        "PATH": os.environ["PATH"],
+        "VENV": str(tmp_path / "venv"),
+        "CALLS": str(tmp_path / "calls"),
+        **variables,
+    }
+    command = ["bash", str(ROOT / "scripts" / "setup.sh")]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def calls(tmp_path: Path) -> list[str]:
+    path = tmp_path / "calls"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_missing_and_old_interpreters_are_named(tmp_path: Path) -> None:
+    missing = run_setup(tmp_path, PYTHON="no-such-python")
+    assert missing.returncode == 1
+    assert "'no-such-python' was not found; install Python 3.10 or newer" in missing.stderr
+    old = run_setup(tmp_path, PYTHON=str(write_script(tmp_path / "old", OLD_PYTHON)))
+    assert old.returncode == 1
+    assert "Python 3.8.1 is too old; Co-DETR needs Python 3.10 or newer" in old.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_missing_compiler_is_named_before_anything_is_installed(tmp_path: Path) -> None:
+    write_script(tmp_path / "venv" / "bin" / "python", COMPLETE_PYTHON)
+    result = run_setup(tmp_path, CXX="no-such-compiler")
+    assert result.returncode == 1
+    assert "compiler 'no-such-compiler' was not found; install g++" in result.stderr
+    assert not any("pip" in call for call in calls(tmp_path))
+
+
+def test_an_existing_environment_keeps_torch_and_detectron2(tmp_path: Path) -> None:
+    write_script(tmp_path / "venv" / "bin" / "python", COMPLETE_PYTHON)
+    result = run_setup(tmp_path, CO_DETR_NO_EXT="1")
+    assert result.returncode == 0, result.stderr
+    assert "keep torch 9.9" in result.stdout
+    assert "keep Detectron2 in /elsewhere/detectron2" in result.stdout
+    installs = [call for call in calls(tmp_path) if "pip install" in call]
+    assert len(installs) == 2  # the other requirements, and this package
+    assert "-r requirements.txt" in installs[0] and "-e ." in installs[1]
+    assert not any("constraints.txt" in call for call in installs)
+
+
+def test_second_run_does_nothing_until_a_switch_changes(tmp_path: Path) -> None:
+    write_script(tmp_path / "venv" / "bin" / "python", COMPLETE_PYTHON)
+    run_setup(tmp_path, CO_DETR_NO_EXT="1")
+    first = calls(tmp_path)
+    # The switch is remembered: leaving it out is no change.
+    for variables in ({"CO_DETR_NO_EXT": "1"}, {}):
+        again = run_setup(tmp_path, **variables)
+        assert again.returncode == 0
+        assert again.stdout == f"setup: {tmp_path / 'venv'} is up to date\n"
+        assert calls(tmp_path) == first
+    run_setup(tmp_path, CO_DETR_NO_EXT="1", TORCH_CUDA_ARCH_LIST="9.0")
+    assert len(calls(tmp_path)) > len(first)
+
+
+def test_failed_phase_shows_the_log_and_is_repeated(tmp_path: Path) -> None:
+    failing = COMPLETE_PYTHON + 'case "$*" in *-e*.) echo "the reason"; exit 1 ;; esac\n'
+    python = write_script(tmp_path / "venv" / "bin" / "python", failing)
+    result = run_setup(tmp_path, CO_DETR_NO_EXT="1")
+    assert result.returncode == 1
+    assert "the reason" in result.stderr
+    assert f"whole log: {tmp_path / 'venv' / 'setup.log'}" in result.stderr
+    write_script(python, COMPLETE_PYTHON)
+    assert "ready after" in run_setup(tmp_path, CO_DETR_NO_EXT="1").stdout
+
+
+@pytest.mark.parametrize("target", ["help", "setup", "quickstart", "test", "lint", "clean"])
+def test_makefile_has_the_target(target: str) -> None:
+    command = ["make", "--dry-run", "--directory", str(ROOT), target]
+    assert subprocess.run(command, capture_output=True).returncode == 0
