@@ -60,6 +60,7 @@ dataloader.test.num_workers = 1
 optimizer.lr = 4e-4
 optimizer.params.lr_factor_func.update(prefixes=[], parts=["sampling_offsets"])
 lr_multiplier.drops = [0.85]
+train.init_checkpoint = ""
 train.max_iter = 2000
 train.eval_period = 500
 train.log_period = 50

@@ -24,7 +24,11 @@
 
 // One library for every x86-64: the loader picks the AVX2 clone where the processor has it.
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
+#if __GNUC__ >= 12
 #define CO_DETR_MULTIVERSION __attribute__((target_clones("arch=x86-64-v3", "default")))
+#else  // cannot name a level, nor two features at once: AVX2 without FMA
+#define CO_DETR_MULTIVERSION __attribute__((target_clones("avx2", "default")))
+#endif
 #else
 #define CO_DETR_MULTIVERSION
 #endif

@@ -1,5 +1,5 @@
-// 32-byte vectors of fp32 or fp64, written with the vector extensions of GCC and Clang: they compile
-// for any processor, with whatever width it has.
+// 32-byte vectors of fp32 or fp64, written with the vector extensions of GCC and Clang: these
+// compile for any processor, with whatever width it has.
 #pragma once
 
 #include <cstdint>
