@@ -175,4 +175,3 @@ def build_train_loader(
 
 def _keep_list(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return samples
-
