@@ -4,7 +4,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+
+# OpenMP threads that wait for work spin for long by default. Where a data worker or another
+# program shares the cores, that makes a step several times slower; must be set before torch loads.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from detectron2.engine import default_setup
 from detectron2.utils import comm

@@ -12,11 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from co_detr.errors import CheckpointError
 from co_detr.modeling import CoDETR
-
-
-class CheckpointError(ValueError):
-    """A checkpoint does not fit the model; the message names the keys and the mend."""
 
 
 @dataclass(frozen=True)
@@ -197,9 +194,7 @@ def _resnet_rows() -> Iterable[Row]:
         yield Row(f"{theirs}.downsample.1.{{rest}}", f"{here}.shortcut.norm.{{rest}}")
 
 
-def _layer_rows(
-    official: str, ours: str, attentions: list[str], norms: list[str]
-) -> Iterable[Row]:
+def _layer_rows(official: str, ours: str, attentions: list[str], norms: list[str]) -> Iterable[Row]:
     theirs, here = f"{official}.layers.{{i}}", f"{ours}.layers.{{i}}"
     for number, name in enumerate(attentions):
         # mmcv wraps nn.MultiheadAttention one level deeper
@@ -231,7 +226,9 @@ def _auxiliary_rows(model: CoDETR) -> Iterable[Row]:
     if "roi" in names:
         rpn, roi = "auxiliary.heads.roi.rpn.rpn_head", "auxiliary.heads.roi.roi_heads"
         yield Row("rpn_head.rpn_conv.{rest}", f"{rpn}.conv.{{rest}}")
-        yield Row("rpn_head.rpn_cls.{rest}", f"{rpn}.objectness_logits.{{rest}}", _reorder_anchors(1))
+        yield Row(
+            "rpn_head.rpn_cls.{rest}", f"{rpn}.objectness_logits.{{rest}}", _reorder_anchors(1)
+        )
         yield Row("rpn_head.rpn_reg.{rest}", f"{rpn}.anchor_deltas.{{rest}}", _reorder_anchors(4))
         theirs = "roi_head.0.bbox_head"
         yield Row(f"{theirs}.shared_fcs.0.{{rest}}", f"{roi}.box_head.fc1.{{rest}}")

@@ -54,8 +54,8 @@ dataloader.train.mapper.augmentations.update(
 )
 dataloader.test.mapper.augmentations.update(short_edge=168, max_size=256)
 dataloader.train.total_batch_size = 8
-dataloader.train.num_workers = 1
-dataloader.test.num_workers = 1
+dataloader.train.num_workers = 0  # two cores: a worker would take one from the model
+dataloader.test.num_workers = 0
 
 optimizer.lr = 4e-4
 optimizer.params.lr_factor_func.update(prefixes=[], parts=["sampling_offsets"])

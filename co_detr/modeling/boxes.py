@@ -36,10 +36,14 @@ def generalised_iou(first: Tensor, second: Tensor) -> Tensor:
     boxes give a number. No assertion looks at the values: that would stall a GPU each step.
     Source: Rezatofighi et al., "Generalized Intersection over Union", CVPR 2019.
     """
-    overlap = _area(torch.maximum(first[..., :2], second[..., :2]),
-                    torch.minimum(first[..., 2:], second[..., 2:]))
-    hull = _area(torch.minimum(first[..., :2], second[..., :2]),
-                 torch.maximum(first[..., 2:], second[..., 2:])).clamp(min=1e-6)
+    overlap = _area(
+        torch.maximum(first[..., :2], second[..., :2]),
+        torch.minimum(first[..., 2:], second[..., 2:]),
+    )
+    hull = _area(
+        torch.minimum(first[..., :2], second[..., :2]),
+        torch.maximum(first[..., 2:], second[..., 2:]),
+    ).clamp(min=1e-6)
     areas = [(box[..., 2:] - box[..., :2]).prod(-1) for box in (first, second)]
     union = (areas[0] + areas[1] - overlap).clamp(min=1e-6)
     return overlap / union - (hull - union) / hull

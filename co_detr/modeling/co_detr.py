@@ -10,6 +10,7 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
+from co_detr.errors import ConfigError
 from co_detr.modeling.auxiliary.hybrid import AuxiliaryBranch, HybridAssignmentHeads
 from co_detr.modeling.boxes import normalise_boxes
 from co_detr.modeling.criterion import SetCriterion, average_over_processes, name_layers
@@ -18,10 +19,8 @@ from co_detr.modeling.encoder import DeformableEncoder
 from co_detr.modeling.matching import HungarianAssigner, MatchingProblem
 from co_detr.modeling.postprocess import TopKPostprocessor, padding_mask
 from co_detr.structures import (
-    AssignedTargets,
     EncoderMemory,
     GroundTruth,
-    QueryGroup,
     QuerySet,
     TrainingOutput,
 )
@@ -47,7 +46,7 @@ class CoDETR(nn.Module):
         pixel_mean, pixel_std: per channel, in the order and range of the input images.
 
     Raises:
-        ValueError: if parts disagree on ``num_classes`` or no single inference source exists.
+        ConfigError: if parts disagree on ``num_classes`` or no single inference source exists.
     """
 
     def __init__(
@@ -85,14 +84,15 @@ class CoDETR(nn.Module):
                 continue  # an image classifier's own class count means nothing here
             found = getattr(module, "num_classes", self.num_classes)
             if found != self.num_classes:
-                raise ValueError(
+                raise ConfigError(
                     f"model.{path} is built for {found} classes but model.num_classes is "
                     f"{self.num_classes}; let it interpolate ${{model.num_classes}}."
                 )
         inference_sources = [source for source in self.queries if not source.training_only]
         if len(inference_sources) != 1:
-            raise ValueError(
-                f"model.queries needs exactly one source for inference, got {len(inference_sources)}."
+            raise ConfigError(
+                "model.queries needs exactly one source that is not training-only, got "
+                f"{len(inference_sources)}."
             )
 
     @property
@@ -146,9 +146,7 @@ class CoDETR(nn.Module):
         memory = self.encode(images)
         source = next(source for source in self.queries if not source.training_only)
         predictions = self.decoder(QuerySet.concat([source(memory)]), memory)
-        return self.postprocessor(
-            predictions.logits[-1], predictions.boxes[-1], memory.image_sizes
-        )
+        return self.postprocessor(predictions.logits[-1], predictions.boxes[-1], memory.image_sizes)
 
     def training_step(self, images: ImageList, gt_instances: list[Instances]) -> TrainingOutput:
         """One forward pass with all losses; ``forward`` returns its ``losses`` only.
@@ -225,6 +223,6 @@ class CoDETR(nn.Module):
         return targets, {name: value for name, value in solved.items() if isinstance(name, str)}
 
     def strip_auxiliary(self) -> None:
-        """Removes all that only training uses; what the model detects stays the same bit for bit."""
+        """Removes all that only training uses; detections stay the same bit for bit."""
         self.auxiliary = None
         self.queries = nn.ModuleList(s for s in self.queries if not s.training_only)

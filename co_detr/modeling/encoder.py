@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from co_detr.errors import ConfigError
 from co_detr.layers import MultiScaleDeformableAttention
 from co_detr.modeling.transformer_layers import FeedForward
 from co_detr.structures import EncoderMemory
@@ -98,10 +99,10 @@ class DeformableEncoder(nn.Module):
             image_sizes: un-padded (height, width) of each image.
 
         Raises:
-            ValueError: if the number of maps is not ``num_levels``.
+            ConfigError: if the number of maps is not ``num_levels``.
         """
         if len(maps) != self.num_levels:
-            raise ValueError(
+            raise ConfigError(
                 f"The encoder is built for {self.num_levels} levels but got {len(maps)} maps; "
                 "make model.encoder.num_levels match the levels of model.backbone."
             )
@@ -148,8 +149,6 @@ def reference_points(level_shapes: list[tuple[int, int]], valid_ratios: Tensor) 
     for level, (height, width) in enumerate(level_shapes):
         y = torch.arange(height, dtype=valid_ratios.dtype, device=valid_ratios.device) + 0.5
         x = torch.arange(width, dtype=valid_ratios.dtype, device=valid_ratios.device) + 0.5
-        grid = torch.stack(
-            [x.repeat(height) / width, y.repeat_interleave(width) / height], dim=-1
-        )
+        grid = torch.stack([x.repeat(height) / width, y.repeat_interleave(width) / height], dim=-1)
         points.append(grid / valid_ratios[:, level, None])  # (B, H*W, 2) of the un-padded image
     return torch.cat(points, dim=1)[:, :, None] * valid_ratios[:, None]

@@ -8,6 +8,8 @@ from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
+from co_detr.errors import ConfigError
+
 
 class ChannelMapper(Backbone):
     """Wraps any Detectron2 backbone, as ``FPN`` does, without a top-down path.
@@ -24,7 +26,7 @@ class ChannelMapper(Backbone):
         num_groups: groups of the normalisation.
 
     Raises:
-        ValueError: if ``bottom_up`` lacks one of ``in_features``.
+        ConfigError: if ``bottom_up`` lacks one of ``in_features``.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class ChannelMapper(Backbone):
         shapes = bottom_up.output_shape()
         missing = [name for name in in_features if name not in shapes]
         if missing:
-            raise ValueError(
+            raise ConfigError(
                 f"backbone.in_features names {missing}, but the backbone only returns "
                 f"{sorted(shapes)}; add them to its out_features or change in_features."
             )

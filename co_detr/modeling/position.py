@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from co_detr.errors import ConfigError
+
 
 class SinePosition(nn.Module):
     """Encodes the position of every cell of a padded map.
@@ -19,13 +21,13 @@ class SinePosition(nn.Module):
         offset: added to the 1-based cell number; -0.5 (cell centres) in Deformable-DETR, 0 in DINO.
 
     Raises:
-        ValueError: if ``embed_dim`` is not a multiple of 4.
+        ConfigError: if ``embed_dim`` is not a multiple of 4.
     """
 
     def __init__(self, embed_dim: int, temperature: float = 10000.0, offset: float = -0.5):
         super().__init__()
         if embed_dim % 4:
-            raise ValueError(f"SinePosition needs embed_dim divisible by 4, got {embed_dim}.")
+            raise ConfigError(f"SinePosition needs embed_dim divisible by 4, got {embed_dim}.")
         self.num_features = embed_dim // 2
         self.temperature = temperature
         self.offset = offset

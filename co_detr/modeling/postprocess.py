@@ -53,7 +53,9 @@ class TopKPostprocessor(nn.Module):
         return results
 
 
-def padding_mask(image_sizes: list[tuple[int, int]], padded: torch.Size, device: torch.device) -> Tensor:
+def padding_mask(
+    image_sizes: list[tuple[int, int]], padded: torch.Size, device: torch.device
+) -> Tensor:
     """``(B, H, W)`` bool, True where a batch of shape ``(B, C, H, W)`` holds padding."""
     heights = torch.tensor([size[0] for size in image_sizes], device=device)[:, None, None]
     widths = torch.tensor([size[1] for size in image_sizes], device=device)[:, None, None]

@@ -6,6 +6,8 @@ from detectron2.layers import CNNBlockBase
 from detectron2.modeling.backbone import ResNet
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 
+from co_detr.errors import ConfigError
+
 BLOCKS_PER_STAGE = {
     18: (2, 2, 2, 2),
     34: (3, 4, 6, 3),
@@ -32,10 +34,10 @@ def resnet_stages(
         stride_in_1x1: where bottleneck blocks of MSRA's variant have their stride.
 
     Raises:
-        ValueError: for another depth.
+        ConfigError: for another depth.
     """
     if depth not in BLOCKS_PER_STAGE:
-        raise ValueError(f"ResNet depth must be one of {sorted(BLOCKS_PER_STAGE)}, got {depth}.")
+        raise ConfigError(f"ResNet depth must be one of {sorted(BLOCKS_PER_STAGE)}, got {depth}.")
     stages, in_channels = [], stem_channels
     for index, num_blocks in enumerate(BLOCKS_PER_STAGE[depth]):
         out_channels = res2_channels * 2**index

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from co_detr.errors import ConfigError
+
 
 class SelfAttention(nn.Module):
     """Multi-head attention among queries through ``scaled_dot_product_attention``.
@@ -17,7 +19,7 @@ class SelfAttention(nn.Module):
     def __init__(self, embed_dim: int, num_heads: int):
         super().__init__()
         if embed_dim % num_heads:
-            raise ValueError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}.")
+            raise ConfigError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}.")
         self.num_heads = num_heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim))
@@ -38,7 +40,9 @@ class SelfAttention(nn.Module):
         """
         channels = content.shape[-1]
         query_key = F.linear(
-            content + position, self.in_proj_weight[: 2 * channels], self.in_proj_bias[: 2 * channels]
+            content + position,
+            self.in_proj_weight[: 2 * channels],
+            self.in_proj_bias[: 2 * channels],
         )
         value = F.linear(
             content, self.in_proj_weight[2 * channels :], self.in_proj_bias[2 * channels :]
@@ -77,7 +81,11 @@ class BoxHead(nn.Module):
     def __init__(self, embed_dim: int):
         super().__init__()
         self.layers = nn.ModuleList(
-            [nn.Linear(embed_dim, embed_dim), nn.Linear(embed_dim, embed_dim), nn.Linear(embed_dim, 4)]
+            [
+                nn.Linear(embed_dim, embed_dim),
+                nn.Linear(embed_dim, embed_dim),
+                nn.Linear(embed_dim, 4),
+            ]
         )
         nn.init.zeros_(self.layers[2].weight)
         nn.init.zeros_(self.layers[2].bias)

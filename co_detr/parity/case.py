@@ -108,5 +108,7 @@ class Case:
 
 
 def _resnet_depth(weights: dict[str, Tensor]) -> int:
-    blocks = sum(key.startswith("backbone.layer3.") and key.endswith("conv1.weight") for key in weights)
+    blocks = sum(
+        key.startswith("backbone.layer3.") and key.endswith("conv1.weight") for key in weights
+    )
     return {6: 50, 23: 101, 36: 152}[blocks]

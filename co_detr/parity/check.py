@@ -41,8 +41,15 @@ def check_file(path: Path) -> Report:
 
 def _check_case(case: Case, report: Report) -> Report:
     report.given("meta", "describes the model")
-    for entry in ("images_uint8_rgb", "batch", "image_sizes_hw", "scale_factors_wh", "state_dict",
-                  "gt_boxes_xyxy", "gt_labels"):
+    for entry in (
+        "images_uint8_rgb",
+        "batch",
+        "image_sizes_hw",
+        "scale_factors_wh",
+        "state_dict",
+        "gt_boxes_xyxy",
+        "gt_labels",
+    ):
         if report.has(entry):
             report.given(entry, "input")
     zero_padding = any(

@@ -81,7 +81,9 @@ def reference_samples(case: Case, model: CoDETR, entries: dict) -> Iterator[None
 def rpn_labels(case: Case, rpn: RPN, entries: dict) -> tuple[list[Tensor], list[Tensor]]:
     """The reference's anchor labels and matched boxes, in Detectron2's order and meaning."""
     targets = entries["targets"]
-    order = level_order([labels.shape[1] for labels in targets["labels"]], rpn.anchor_generator.num_anchors[0])
+    order = level_order(
+        [labels.shape[1] for labels in targets["labels"]], rpn.anchor_generator.num_anchors[0]
+    )
     labels, boxes = [], []
     for image, gt_boxes in enumerate(case.own["gt_boxes_xyxy"]):
         background = torch.cat([level[image] for level in targets["labels"]])  # 0 means object

@@ -71,8 +71,7 @@ def _check_assignment(report, name, run, anchors, targets, image, instances) -> 
     inside = targets.inside[image]
     levels = [len(level) for level in head.anchors([run.pyramid[f] for f in head.in_features])]
     kept = [
-        level[keep]
-        for level, keep in zip(anchors.split(levels), inside.split(levels), strict=True)
+        level[keep] for level, keep in zip(anchors.split(levels), inside.split(levels), strict=True)
     ]
     assigned = torch.full((len(anchors),), -2)
     assigned[inside] = head.assigner(kept, instances.gt_boxes.tensor)
@@ -81,7 +80,9 @@ def _check_assignment(report, name, run, anchors, targets, image, instances) -> 
     iou = pairwise_iou(Boxes(anchors), instances.gt_boxes)
     row = torch.arange(len(anchors))
     found = assigned >= 0
-    ours = torch.where(found, iou[row, assigned.clamp(min=0)], -1e8) if len(instances) else iou.sum(1)
+    ours = (
+        torch.where(found, iou[row, assigned.clamp(min=0)], -1e8) if len(instances) else iou.sum(1)
+    )
     worst = (overlaps - ours)[inside].abs().max().item()
     note = f"{worst:.1e} abs inside the image, at most {tol.GEOMETRY:.1e}"
     report.verdict(f"{name}.assign[{image}].max_overlaps_all", worst <= tol.GEOMETRY, note)

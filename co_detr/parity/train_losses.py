@@ -42,8 +42,11 @@ def check_losses(report: Report, prefix: str, run: TrainingRun) -> None:
     ours["loss"] = torch.stack(list(run.output.losses.values())).sum().detach()
     for kind in ("losses", "losses_raw"):
         start = f"{prefix}.{kind}."
-        names = {re.sub(r"\[\d+\]$", "", e.removeprefix(start)) for e in report.entries
-                 if e.startswith(start)}
+        names = {
+            re.sub(r"\[\d+\]$", "", e.removeprefix(start))
+            for e in report.entries
+            if e.startswith(start)
+        }
         for name in sorted(names):
             _compare(report, start + name, ours.get(name))
         missing = set(ours) - names - {"loss"}

@@ -58,9 +58,7 @@ def _channels(maps: Tensor, num_anchors: int, width: int) -> Tensor:
 
 def _check_proposals(report: Report, name: str, run: TrainingRun, rpn, anchors) -> None:
     objectness = [m.permute(0, 2, 3, 1).flatten(1) for m in run.objectness]
-    deltas = [
-        m.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for m in run.rpn_deltas
-    ]
+    deltas = [m.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for m in run.rpn_deltas]
     proposals = rpn.predict_proposals(anchors, objectness, deltas, run.images.image_sizes)
     for image, found in enumerate(proposals):
         scores = found.objectness_logits.sigmoid()[:, None]

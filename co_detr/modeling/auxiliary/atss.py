@@ -14,6 +14,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
+from co_detr.errors import ConfigError
 from co_detr.modeling.auxiliary.assigners import ATSSAssigner
 from co_detr.modeling.boxes import generalised_iou
 from co_detr.modeling.criterion import EPS, FocalLoss, average_over_processes
@@ -74,7 +75,7 @@ class ATSSHead(nn.Module):
     ):
         super().__init__()
         if len(in_features) != len(strides):
-            raise ValueError(f"{len(in_features)} in_features but {len(strides)} strides.")
+            raise ConfigError(f"{len(in_features)} in_features but {len(strides)} strides.")
         self.num_classes = num_classes
         self.in_features = list(in_features)
         self.strides = list(strides)

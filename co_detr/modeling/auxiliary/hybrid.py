@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from detectron2.structures import ImageList, Instances
 from torch import nn
 
+from co_detr.errors import ConfigError
 from co_detr.modeling.queries.positive import PositiveQueries
 from co_detr.structures import AuxiliaryOutput, EncoderMemory, QueryGroup
 
@@ -36,7 +37,7 @@ class HybridAssignmentHeads(nn.Module):
             sum over decoder layers on the other side.
 
     Raises:
-        ValueError: without any head (the plain DETR is ``model.auxiliary = None``).
+        ConfigError: without any head (the plain DETR is ``model.auxiliary = None``).
     """
 
     def __init__(
@@ -50,8 +51,8 @@ class HybridAssignmentHeads(nn.Module):
     ):
         super().__init__()
         if not heads:
-            raise ValueError(
-                "HybridAssignmentHeads needs at least one head; set model.auxiliary = None for none."
+            raise ConfigError(
+                "HybridAssignmentHeads needs a head; for none at all set model.auxiliary=null."
             )
         self.pyramid = pyramid
         self.heads = nn.ModuleDict(heads)
@@ -85,8 +86,6 @@ class HybridAssignmentHeads(nn.Module):
                 groups.append(group)
         return AuxiliaryBranch(outputs, groups)
 
-    def inference(
-        self, name: str, images: ImageList, memory: EncoderMemory
-    ) -> list[Instances]:
+    def inference(self, name: str, images: ImageList, memory: EncoderMemory) -> list[Instances]:
         """Detections of one head alone, for analysis (Co-DETR table 11); needs ``eval()``."""
         return self.heads[name].inference(images, self.pyramid(memory))

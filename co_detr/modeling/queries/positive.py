@@ -10,6 +10,7 @@ import torch
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
+from co_detr.errors import ConfigError
 from co_detr.modeling.boxes import inverse_sigmoid, normalise_boxes
 from co_detr.modeling.position import encode_boxes
 from co_detr.structures import AssignedTargets, Candidates, QueryGroup
@@ -63,7 +64,7 @@ class PositiveQueries(nn.Module):
     ):
         super().__init__()
         if padding not in ("negatives", "mask"):
-            raise ValueError(f'padding must be "negatives" or "mask", got {padding!r}.')
+            raise ConfigError(f'padding must be "negatives" or "mask", got {padding!r}.')
         self.num_classes = num_classes
         self.embed_dim = embed_dim
         self.padding = padding

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from co_detr.errors import ConfigError
 from co_detr.modeling.position import encode_boxes
 from co_detr.modeling.transformer_layers import BoxHead, class_head
 from co_detr.structures import EncoderMemory, EncoderProposals, Predictions, QueryGroup
@@ -24,7 +25,9 @@ class TwoStageQueries(nn.Module):
 
     training_only = False
 
-    def __init__(self, *, num_queries: int, num_classes: int, embed_dim: int, name: str = "matching"):
+    def __init__(
+        self, *, num_queries: int, num_classes: int, embed_dim: int, name: str = "matching"
+    ):
         super().__init__()
         self.name = name
         self.num_queries = num_queries
@@ -46,14 +49,14 @@ class TwoStageQueries(nn.Module):
         """Makes the group of ``num_queries`` one-to-one matched queries.
 
         Raises:
-            ValueError: if the image batch has fewer tokens than ``num_queries``.
+            ConfigError: if the image batch has fewer tokens than ``num_queries``.
         """
         num_tokens = memory.tokens.shape[1]
         if num_tokens < self.num_queries:
-            raise ValueError(
+            raise ConfigError(
                 f"{self.num_queries} queries need as many encoder tokens, but an input of "
-                f"{memory.image_sizes} pixels gives {num_tokens}: lower model.queries.0.num_queries "
-                "or feed larger images."
+                f"{memory.image_sizes} pixels gives {num_tokens}: lower "
+                "model.queries.0.num_queries or feed larger images."
             )
         output_memory, grid_logits = propose_grid(memory)
         output_memory = self.memory_norm(self.memory_proj(output_memory))
