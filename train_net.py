@@ -11,21 +11,22 @@ import sys
 # program shares the cores, that makes a step several times slower; must be set before torch loads.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-from detectron2.engine import default_setup
-from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
+from co_detr.noise import silence_dependencies
+
+silence_dependencies()
+
 from omegaconf import DictConfig
 
 from co_detr.engine.config import load_config
 from co_detr.engine.launch import launch, parse_arguments, report
 from co_detr.engine.run import run_evaluation_only, run_training
+from co_detr.engine.setup import setup_run
 from co_detr.errors import UserError
 
 
 def main(cfg: DictConfig, args: argparse.Namespace) -> None:
     """Runs in every process."""
-    default_setup(cfg, args)
-    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="co_detr")
+    setup_run(cfg)
     if args.eval_only:
         run_evaluation_only(cfg, args.resume)
     else:

@@ -13,6 +13,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from co_detr.noise import silence_dependencies
+
+silence_dependencies()
+
 from co_detr.parity.check import check_file
 
 

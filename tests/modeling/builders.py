@@ -1,0 +1,205 @@
+"""Tiny models, batches and values that the tests of the model share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils.events import EventStorage
+from omegaconf import DictConfig
+from torch import Tensor
+
+from co_detr.engine.config import load_config
+from co_detr.modeling import CoDETR
+from co_detr.modeling.resnet import resnet_stages
+from co_detr.structures import Candidates, EncoderMemory
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("*.py"))
+BY_HEADS = {0: "deformable_detr_r50", 1: "co_detr_r50_atss", 2: "co_detr_r50"}
+NUM_CLASSES = 5
+NUM_QUERIES = 20
+
+
+def shrink(cfg: DictConfig) -> DictConfig:
+    """Any experiment at test size; levels, heads, losses and the recipe stay as they are."""
+    model = cfg.model
+    bottom_up = model.backbone.bottom_up
+    bottom_up.stem.update(out_channels=16, norm="FrozenBN")
+    bottom_up.stages = L(resnet_stages)(depth=18, stem_channels=16, res2_channels=16)
+    bottom_up.freeze_at = 0
+    model.backbone.num_groups = 8
+    model.encoder.update(embed_dim=32, num_heads=4, num_layers=2, num_points=2, feedforward_dim=48)
+    model.decoder.num_layers = 2
+    model.queries[0].num_queries = NUM_QUERIES
+    cfg.train.update(device="cpu", init_checkpoint="")
+    cfg.dataloader.train.num_workers = cfg.dataloader.test.num_workers = 0
+    auxiliary = model.auxiliary
+    if auxiliary is None:
+        return cfg
+    auxiliary.pyramid.num_groups = 8
+    auxiliary.positive_queries.max_queries = 30
+    auxiliary.atss.update(anchor_scale=4.0, num_groups=8)
+    if "roi" in auxiliary:
+        rpn, roi_heads = auxiliary.roi.rpn, auxiliary.roi.roi_heads
+        strides = rpn.anchor_generator.strides
+        rpn.anchor_generator.sizes = [[2.0 * s, 2.5 * s, 3.2 * s] for s in strides]
+        rpn.update(batch_size_per_image=64, pre_nms_topk=(100, 100), post_nms_topk=(60, 60))
+        roi_heads.batch_size_per_image = 32
+        roi_heads.box_head.fc_dims = [32, 32]
+    return cfg
+
+
+def tiny_config(heads: int = 2, overrides: Sequence[str] = ()) -> DictConfig:
+    """The reference recipe with `heads` auxiliary heads, at test size; then overrides."""
+    path = str(CONFIGS / f"{BY_HEADS[heads]}.py")
+    return shrink(load_config(path, [f"model.num_classes={NUM_CLASSES}", *overrides]))
+
+
+def tiny_model(heads: int = 2, overrides: Sequence[str] = (), seed: int = 0) -> CoDETR:
+    """A tiny model in training mode, with the initial weights of `seed`."""
+    cfg = tiny_config(heads, overrides)
+    torch.manual_seed(seed)
+    return instantiate(cfg.model)
+
+
+def randomise(model: torch.nn.Module, seed: int = 0, scale: float = 0.1) -> None:
+    """Moves every parameter, so that no layer is zero, one, or the same as another."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter += scale * noise.to(parameter.dtype)
+
+
+def random_boxes(
+    number: int, size: tuple[int, int], generator: torch.Generator, smallest: float = 8.0
+) -> Tensor:
+    """``(number, 4)`` absolute xyxy inside an image (height, width)."""
+    extent = torch.tensor([size[1], size[0]], dtype=torch.float32)
+    sides = smallest + torch.rand(number, 2, generator=generator) * (extent / 2 - smallest)
+    low = torch.rand(number, 2, generator=generator) * (extent - sides)
+    return torch.cat([low, low + sides], dim=1)
+
+
+def make_instances(boxes: Tensor, classes: Tensor, size: tuple[int, int]) -> Instances:
+    return Instances(size, gt_boxes=Boxes(boxes), gt_classes=classes)
+
+
+def make_batch(
+    sizes: Sequence[tuple[int, int]] = ((96, 128), (80, 112)),
+    num_gts: Sequence[int] = (3, 2),
+    seed: int = 0,
+) -> list[dict]:
+    """Inputs as the data mapper makes them: random images and boxes."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = []
+    for size, number in zip(sizes, num_gts, strict=True):
+        image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
+        classes = torch.randint(0, NUM_CLASSES, (number,), generator=generator)
+        boxes = random_boxes(number, size, generator)
+        batch.append(
+            {"image": image, "instances": make_instances(boxes, classes, size)}
+            | {"height": size[0], "width": size[1], "image_id": len(batch)}
+        )
+    return batch
+
+
+def train_step(model: CoDETR, batch: list[dict], seed: int = 0) -> dict[str, Tensor]:
+    """Losses of one step and gradients in `.grad`; sampling is drawn from `seed`."""
+    model.train().zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
+    with EventStorage():
+        losses = model(batch)
+    sum(losses.values()).backward()
+    return losses
+
+
+def assert_complete(model: CoDETR, losses: dict[str, Tensor]) -> None:
+    """All losses are finite, and every trainable parameter has a finite gradient."""
+    wrong = [name for name, value in losses.items() if not value.isfinite()]
+    assert not wrong, f"not finite: {wrong}"
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable
+    missing = [name for name, p in trainable.items() if p.grad is None]
+    assert not missing, f"no gradient: {missing}"
+    wrong = [name for name, p in trainable.items() if not p.grad.isfinite().all()]
+    assert not wrong, f"gradient not finite: {wrong}"
+
+
+@contextlib.contextmanager
+def evaluating(model: CoDETR) -> Iterator[None]:
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train()
+
+
+def detect(model: CoDETR, batch: list[dict]) -> list[Instances]:
+    with evaluating(model):
+        return [each["instances"] for each in model(batch)]
+
+
+def random_memory(
+    level_shapes: Sequence[tuple[int, int]] = ((12, 16), (6, 8), (3, 4), (2, 2)),
+    image_sizes: Sequence[tuple[int, int]] = ((96, 128), (96, 128)),
+    channels: int = 32,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> EncoderMemory:
+    """A memory without padding whose tokens are random and require gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = sum(height * width for height, width in level_shapes)
+    shape = (len(image_sizes), tokens, channels)
+    return EncoderMemory(
+        tokens=torch.randn(shape, generator=generator, dtype=dtype).requires_grad_(),
+        padding_mask=torch.zeros(shape[:2], dtype=torch.bool),
+        level_shapes=list(level_shapes),
+        valid_ratios=torch.ones(shape[0], len(level_shapes), 2, dtype=dtype),
+        image_sizes=list(image_sizes),
+    )
+
+
+def make_candidates(
+    positives: Sequence[int],
+    backgrounds: Sequence[int],
+    size: tuple[int, int] = (96, 128),
+    channels: int = 32,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> tuple[Candidates, list[Tensor]]:
+    """Candidates per image in mixed order, some of them ignored (-1).
+
+    Returns:
+        the candidates, and the feature tables ``(R, C)`` that they gather from.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    instances, tables = [], []
+    for foreground, background in zip(positives, backgrounds, strict=True):
+        classes = torch.randint(0, NUM_CLASSES, (foreground,), generator=generator)
+        labels = [classes, torch.full((background,), NUM_CLASSES), torch.full((2,), -1)]
+        labels = torch.cat(labels)
+        order = torch.randperm(len(labels), generator=generator)
+        labels = labels[order]
+        targets = random_boxes(len(labels), size, generator)
+        targets = targets * ((labels >= 0) & (labels < NUM_CLASSES))[:, None]
+        instances.append(
+            Instances(
+                size,
+                proposal_boxes=Boxes(random_boxes(len(labels), size, generator)),
+                gt_classes=labels,
+                gt_boxes=Boxes(targets),
+            )
+        )
+        table = torch.randn(len(labels), channels, generator=generator, dtype=dtype)
+        tables.append(table.requires_grad_())
+    return Candidates(instances, lambda image, indices: tables[image][indices]), tables
+
+
+def image_list(images: Tensor, sizes: Sequence[tuple[int, int]]) -> ImageList:
+    return ImageList(images, list(sizes))
