@@ -109,6 +109,12 @@ def convert_official(official: Mapping[str, Tensor], model: CoDETR) -> Conversio
     return conversion
 
 
+def is_official(checkpoint: Mapping) -> bool:
+    """Whether a loaded file was written by the reference implementation."""
+    state = checkpoint.get("state_dict", checkpoint)
+    return any(key.removeprefix("module.").startswith("query_head.") for key in state)
+
+
 def official_state_dict(checkpoint: Mapping) -> dict[str, Tensor]:
     """The state dict inside a loaded official checkpoint, without wrappers and prefixes.
 

@@ -1,4 +1,4 @@
-"""Co-Deformable-DETR for small data sets on modest machines: thin ResNet-50, short edge 320.
+"""Co-Deformable-DETR for small data sets on modest machines: thin ResNet-50, short edge 256.
 
 Half the backbone's width, width 128, three encoder and three decoder layers. Set data.* and
 model.num_classes for your data, train.init_checkpoint for a pretrained backbone, and
@@ -23,19 +23,19 @@ model.auxiliary.roi.roi_heads.box_head.fc_dims = [256, 256]
 
 augmentation = dataloader.train.mapper.augmentations
 augmentation.update(
-    short_edges=[256, 288, 320, 352],
-    max_size=512,
-    crop_short_edges=[320, 400],
-    crop_size=[224, 320],
+    short_edges=[224, 240, 256, 272, 288],
+    max_size=448,
+    crop_short_edges=[288, 352],
+    crop_size=[192, 288],
 )
-dataloader.test.mapper.augmentations.update(short_edge=320, max_size=512)
+dataloader.test.mapper.augmentations.update(short_edge=256, max_size=448)
 dataloader.train.total_batch_size = 4
 dataloader.train.num_workers = 1
 dataloader.test.num_workers = 1
 
 train.init_checkpoint = ""
-train.max_iter = 2000
-train.eval_period = 500
+train.max_iter = 1000
+train.eval_period = 250
 train.log_period = 50
-train.checkpointer.update(period=500, max_to_keep=2)
+train.checkpointer.update(period=250, max_to_keep=2)
 train.output_dir = "output/co_detr_thin_r50"

@@ -61,8 +61,8 @@ optimizer.lr = 4e-4
 optimizer.params.lr_factor_func.update(prefixes=[], parts=["sampling_offsets"])
 lr_multiplier.drops = [0.85]
 train.init_checkpoint = ""
-train.max_iter = 2000
-train.eval_period = 500
+train.max_iter = 1000
+train.eval_period = 250
 train.log_period = 50
 train.checkpointer.update(period=500, max_to_keep=2)
 train.output_dir = "output/quickstart"

@@ -63,7 +63,11 @@ class BoxChecker:
         """Logs at most one warning per kind of change."""
         for boxes, change in (
             (self.clipped, "are partly outside their image and were clipped"),
-            (self.skipped, "have no area inside their image and were left out"),
+            (
+                self.skipped,
+                "have no area inside their image and were left out (correct the file, or set "
+                "data.invalid_boxes=error to stop here)",
+            ),
         ):
             if boxes:
                 logger.warning(

@@ -12,6 +12,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from torch import Tensor, nn
 
+from co_detr.checkpoint import convert_official, is_official, official_state_dict
 from co_detr.errors import CheckpointError
 
 _NUM_LISTED = 8
@@ -29,6 +30,7 @@ class Checkpointer(DetectionCheckpointer):
       `.safetensors`) goes into the model's backbone below the channel mapper (`backbone.bottom_up`;
       `backbone` if there is no mapper); each of its tensors must be used and each of the
       backbone's must be in it.
+    - A file of the reference implementation is converted (`co_detr.checkpoint`); it has to fit.
     """
 
     def __init__(
@@ -98,6 +100,9 @@ class Checkpointer(DetectionCheckpointer):
         return loaded
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        if is_official(checkpoint["model"]):
+            state = official_state_dict(checkpoint["model"])
+            checkpoint["model"] = convert_official(state, self.model).state_dict
         self._convert_ndarray_to_tensor(checkpoint["model"])
         if _is_backbone(checkpoint, self.model):
             checkpoint["model"] = self._backbone_state(checkpoint)

@@ -6,6 +6,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
+from co_detr.errors import NonFiniteError
 from co_detr.modeling.boxes import cxcywh_to_xyxy, size_factor
 
 
@@ -32,12 +33,20 @@ class TopKPostprocessor(nn.Module):
         Returns:
             per image ``pred_boxes`` (absolute, clipped to the image), ``scores``, ``pred_classes``,
             best first.
+
+        Raises:
+            NonFiniteError: if a box is NaN, which only broken weights or pixels give.
         """
         num_classes = logits.shape[-1]
         scores = logits.float().sigmoid().flatten(1)
         scores, pairs = scores.topk(min(self.max_detections, scores.shape[1]), dim=1)
         queries = pairs // num_classes
         chosen = boxes.gather(1, queries[..., None].expand(-1, -1, 4))
+        if not chosen.isfinite().all():
+            raise NonFiniteError(
+                "the model predicts boxes that are NaN: its weights or the image are not finite; "
+                "check train.init_checkpoint, or go back to an earlier checkpoint."
+            )
         results = []
         for image, size in enumerate(image_sizes):
             absolute = Boxes(cxcywh_to_xyxy(chosen[image]) * size_factor(size, chosen))
