@@ -169,10 +169,12 @@ class CoDETR(nn.Module):
         query_set = QuerySet.concat(groups)
         predictions = query_set.split(self.decoder(query_set, memory))
 
+        # Not in the precision of the memory: half precision would move boxes by pixels.
+        dtype = torch.promote_types(memory.tokens.dtype, torch.float32)
         truth = [
             GroundTruth(
                 each.gt_classes,
-                normalise_boxes(each.gt_boxes.tensor.to(memory.tokens.dtype), each.image_size),
+                normalise_boxes(each.gt_boxes.tensor.to(dtype), each.image_size),
                 tuple(each.image_size),
             )
             for each in gt_instances

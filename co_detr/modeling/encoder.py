@@ -113,15 +113,17 @@ class DeformableEncoder(nn.Module):
         ]
         # (B, C, H, W) -> (B, H*W, C), levels concatenated
         tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
+        # Half precision could not number the cells of a large map.
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
         position = torch.cat(
             [
-                self.position_encoding(mask, tokens.dtype).flatten(2).transpose(1, 2) + embed
+                self.position_encoding(mask, dtype).flatten(2).transpose(1, 2) + embed
                 for mask, embed in zip(masks, self.level_embed, strict=True)
             ],
             dim=1,
         )
         flat_mask = torch.cat([mask.flatten(1) for mask in masks], dim=1)
-        ratios = torch.stack([valid_ratio(mask, tokens.dtype) for mask in masks], dim=1)
+        ratios = torch.stack([valid_ratio(mask, dtype) for mask in masks], dim=1)
         reference = reference_points(level_shapes, ratios)
         for layer in self.layers:
             tokens = layer(tokens, position, reference, level_shapes, flat_mask)

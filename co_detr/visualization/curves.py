@@ -13,6 +13,7 @@ matplotlib.use("Agg")  # works without a display
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 
 TOTAL_LOSS = "total_loss"
 _EVALUATION = (("bbox/AP", "AP", "-"), ("bbox/AP50", "AP50", "--"))
@@ -175,6 +176,9 @@ def _log_scale_if_positive(axes: Axes) -> None:
     values = [line.get_ydata() for line in axes.get_lines()]
     if values and all((value > 0).all() for value in values):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter("{x:g}")  # 20, not 2 x 10^1
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _legend_or_note(axes: Axes, note: str) -> None:

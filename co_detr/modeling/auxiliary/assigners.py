@@ -51,7 +51,7 @@ class ATSSAssigner(nn.Module):
         margin = torch.cat([centres - gt_boxes[:, :2], gt_boxes[:, 2:] - centres], dim=-1).amin(-1)
         positive = (overlaps >= threshold) & (margin > 0.01)
 
-        best = flat.new_full((len(flat),), -1.0)
+        best = overlaps.new_full((len(flat),), -1.0)  # Boxes are float32 whatever the anchors are
         best.scatter_reduce_(
             0, candidates.flatten(), torch.where(positive, overlaps, -1.0).flatten(), "amax"
         )
