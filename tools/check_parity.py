@@ -2,15 +2,16 @@
 
     python tools/check_parity.py DIR [--failures-only]
 
-DIR holds ``case_*.pt`` and ``units.pt``. Every entry of every file gets a line; the exit status
-is 1 if one differs or was not compared.
+DIR holds ``case_*.pt`` and ``units.pt`` (or ``.pt.xz``). Every entry of every file gets a line.
+Exit status: 0 if all agree, 1 if an entry differs or was not compared, 2 if there is nothing to
+compare. See docs/fidelity.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from co_detr.noise import silence_dependencies
@@ -18,28 +19,28 @@ from co_detr.noise import silence_dependencies
 silence_dependencies()
 
 from co_detr.parity.check import check_file
+from co_detr.parity.golden_file import golden_files
+from co_detr.parity.printing import format_file, format_summary
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("directory", type=Path, help="folder with case_*.pt and units.pt")
     parser.add_argument("--failures-only", action="store_true", help="print only what is not ok")
-    arguments = parser.parse_args()
-    files = sorted(arguments.directory.glob("*.pt"))
+    options = parser.parse_args(arguments)
+    files = golden_files(options.directory) if options.directory.is_dir() else []
     if not files:
-        print(f"{arguments.directory} holds no .pt file; give the folder with the golden cases.")
+        message = "holds no golden file; name the folder with case_*.pt or units.pt."
+        print(f"{options.directory} {message}", file=sys.stderr)
         return 2
-    totals: Counter[str] = Counter()
+    reports = {}
     for path in files:
-        report = check_file(path)
-        counts = Counter(line.status for line in report.lines)
-        print(f"== {path.name}: " + ", ".join(f"{n} {status}" for status, n in counts.items()))
-        for line in report.lines:
-            if line.status == "FAIL" or not arguments.failures_only:
-                print(line)
-        totals += counts
-    print("== all files: " + ", ".join(f"{n} {status}" for status, n in totals.items()))
-    return 1 if totals["FAIL"] else 0
+        reports[path.name] = check_file(path)
+        print(format_file(path.name, reports[path.name], options.failures_only), flush=True)
+    print(format_summary(reports))
+    failures = sum(len(report.failures) for report in reports.values())
+    print(f"\nFAIL: {failures} entries" if failures else "\nPASS")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

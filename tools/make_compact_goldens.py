@@ -1,7 +1,9 @@
 """Cuts the reference's golden tensors down to what the repository ships for its tests.
 
-The numbers stay as the reference dumped them: whole elements are dropped, or tensors are sliced
-along axes whose entries do not influence each other (images, heads, channels, anchors).
+The numbers stay as the reference dumped them. Of units, whole elements are dropped, or tensors
+are sliced along axes whose entries do not influence each other (images, heads, channels,
+anchors). Of cases, whole entries are dropped: the weights of backbone and neck, so that these
+cases start at the recorded output of the neck, and large tensors that others depend on.
 """
 
 from __future__ import annotations
@@ -13,11 +15,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from co_detr.parity.golden_file import load_golden, save_golden
+
 # Kept elements of the units that have many alike; of all other units all elements are kept.
 ATSS_CASES = ("tiny", "no gt", "duplicate gts", "anchors restricted")
 DENOISING_CASES = (2, 3)
 SINE_FEATURES = 32
 MAX_COSTS = 500  # queries times ground truths
+
+CASES = ("A", "A_empty", "A_allempty", "A_official_sampler", "A_zero_padding")
+# Parts that come before the recorded maps.
+BEFORE = ("backbone.", "neck.")
+LARGE = (
+    "images_uint8_rgb",
+    "batch",
+    "eval.backbone_feats",
+    "eval.enc_output_memory",
+    "train.roi.bbox_pred",
+    "train.roi.cls_score",
+    "train.roi.feats_mean",
+    "train.rpn.deltas",
+)
+MAX_GRADIENT = 2000  # elements; the norms of all gradients stay
 
 
 def compact_units(units: dict[str, Any]) -> dict[str, Any]:
@@ -100,6 +119,39 @@ def _first_channels(entry: dict, channels: int = 2) -> dict:
     }
 
 
+def compact_case(case: dict[str, Any]) -> dict[str, Any]:
+    """A case without what comes before the recorded maps, and without large tensors.
+
+    ``meta.dropped`` names the entries that the checks would otherwise miss.
+    """
+    meta = dict(case["meta"])
+    meta["dropped"] = [*LARGE, "train.grad_none", "train_finite.grad_none"]
+    if "base_case" in meta:
+        meta["base_case"] += "_compact"
+    small = {**_without(case, meta["dropped"]), "meta": meta}
+    if "state_dict" in small:
+        small["state_dict"] = _after(small["state_dict"])
+    for part in {"train", "train_finite"} & small.keys():
+        gradients = _after(small[part]["grads"])
+        kept = {key: value for key, value in gradients.items() if value.numel() <= MAX_GRADIENT}
+        norms = _after(small[part]["grad_norms"])
+        small[part] = {**small[part], "grads": kept, "grad_norms": norms}
+    return small
+
+
+def _without(tree: dict[str, Any], names: list[str], prefix: str = "") -> dict[str, Any]:
+    """Copy of nested dicts without the entries of these dotted names."""
+    return {
+        key: _without(value, names, f"{prefix}{key}.") if isinstance(value, dict) else value
+        for key, value in tree.items()
+        if f"{prefix}{key}" not in names
+    }
+
+
+def _after(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if not key.startswith(BEFORE)}
+
+
 def packed(value: Any, pool: dict[tuple, Tensor]) -> Any:
     """Copies views, whose files would hold the whole storage, and stores equal tensors once."""
     if isinstance(value, dict):
@@ -119,10 +171,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("tests/data"))
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    target = args.output / "units.pt"
-    units = torch.load(args.source / "units.pt", weights_only=True)
-    torch.save(packed(compact_units(units), {}), target)
-    print(f"{target}: {target.stat().st_size / 1e6:.2f} MB")
+    compact = {"units": compact_units(load_golden(args.source / "units.pt"))}
+    for name in CASES:
+        case = load_golden(args.source / f"case_{name}.pt")
+        compact[f"case_{name}_compact"] = compact_case(case)
+    for name, content in compact.items():
+        target = args.output / f"{name}.pt.xz"
+        save_golden(packed(content, {}), target)
+        print(f"{target}: {target.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from detectron2.modeling.proposal_generator import RPN
@@ -15,48 +16,95 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from co_detr.modeling import CoDETR
+from co_detr.parity.anchor_order import level_order
 from co_detr.parity.case import Case
-
-RATIOS = 3
-
-
-def anchor_order(num_cells: int, num_anchors: int) -> Tensor:
-    """Index that turns the reference's rows (ratio outside) into Detectron2's (size outside).
-
-    ``detectron2_rows = reference_rows[anchor_order(...)]`` for ``num_cells * num_anchors`` rows.
-    """
-    within = torch.arange(num_anchors).view(RATIOS, -1).t().flatten()
-    return (torch.arange(num_cells)[:, None] * num_anchors + within).flatten()
-
-
-def level_order(counts: list[int], num_anchors: int) -> Tensor:
-    """``anchor_order`` over several levels; ``counts`` are anchors per level."""
-    orders, start = [], 0
-    for count in counts:
-        orders.append(anchor_order(count // num_anchors, num_anchors) + start)
-        start += count
-    return torch.cat(orders)
 
 
 class RecordedPermutations:
-    """Stands in for ``torch.randperm``, replaying what the reference drew."""
+    """Stands in for ``torch.randperm``, replaying what the reference drew in its order.
+
+    Attributes:
+        remaining: what our code did not ask for so far.
+        num_shorter: how many draws were of fewer things than ours.
+    """
 
     def __init__(self, recorded: list[Tensor]):
         self.remaining = list(recorded)
+        self.num_shorter = 0
 
-    def __call__(self, number: int) -> Tensor:
+    def draw(self, number: int, lacks: frozenset[int] = frozenset()) -> Tensor:
+        """The next permutation, which must be one of ``number`` things.
+
+        Args:
+            lacks: by how many it may be shorter.
+
+        Raises:
+            RuntimeError: if the reference drew something else, or nothing any more.
+        """
         if not self.remaining:
             raise RuntimeError(f"Our code draws a permutation of {number} that was not recorded.")
-        return self.remaining.pop(0)
+        permutation = self.remaining.pop(0)
+        self.num_shorter += len(permutation) < number
+        if number - len(permutation) not in {0, *lacks}:
+            raise RuntimeError(
+                f"Our code draws a permutation of {number}, the reference of {len(permutation)}."
+            )
+        return permutation
 
 
-class _CountingPermutations:
-    def __init__(self) -> None:
-        self.calls = 0
+def sampler_draws(case: Case, entries: dict) -> list[int]:
+    """Lengths of the permutations that the reference's samplers drew: RPN first, then ROI.
 
-    def __call__(self, number: int) -> Tensor:
-        self.calls += 1
-        return torch.arange(number)
+    A sampler draws for an image's positives, then for its negatives, each only if it may not keep
+    them all.
+    """
+    lengths = []
+    for assigned, sampled in zip(entries["rpn"]["assign"], entries["rpn"]["sampled"], strict=True):
+        found = assigned["gt_inds_all"]
+        for available, kept in (
+            ((found > 0).sum(), sampled["num_pos"]),
+            ((found == 0).sum(), sampled["num_neg"]),
+        ):
+            lengths += [int(available)] if available > kept else []
+    roi = zip(entries["roi"]["assign"], entries["roi"]["sampling"], strict=True)
+    for gt_labels, (assigned, sampled) in zip(case.own["gt_labels"], roi, strict=True):
+        found = assigned["gt_inds"]
+        for available, kept in (
+            ((found > 0).sum() + len(gt_labels), sampled["pos_inds"]),
+            ((found == 0).sum(), sampled["neg_inds"]),
+        ):
+            lengths += [int(available)] if available > len(kept) else []
+    return lengths
+
+
+def missing_fillers(entries: dict) -> frozenset[int]:
+    """By how many background samples the reference's pools are smaller than ours (``roi-trim``)."""
+    counts = [len(each["pos_inds"]) + len(each["neg_inds"]) for each in entries["roi"]["sampling"]]
+    return frozenset(count - min(counts) for count in counts)
+
+
+@contextmanager
+def recorded_draws(case: Case, model: CoDETR, entries: dict) -> Iterator[RecordedPermutations]:
+    """Replays the recorded permutations for all sources of positive queries.
+
+    Raises:
+        RuntimeError: unless the record starts with what the samplers must have drawn.
+    """
+    recorded = entries["aux_randperms"]
+    samplers = sampler_draws(case, entries)
+    first = [len(permutation) for permutation in recorded[: len(samplers)]]
+    if first != samplers:
+        raise RuntimeError(f"Recorded draws of {first} where samplers must have drawn {samplers}.")
+    replay = RecordedPermutations(recorded[len(samplers) :])
+    sources = model.auxiliary.positive_queries
+    for name, source in sources.items():
+        lacks = missing_fillers(entries) if name == "roi" else frozenset()
+        source.permutation = partial(replay.draw, lacks=lacks)
+    try:
+        yield replay
+    finally:
+        for source in sources.values():
+            source.permutation = torch.randperm
 
 
 @contextmanager
@@ -66,10 +114,10 @@ def reference_samples(case: Case, model: CoDETR, entries: dict) -> Iterator[None
     rpn, roi_heads = roi.rpn, roi.roi_heads
     saved = rpn.batch_size_per_image
     rpn.label_and_sample_anchors = lambda anchors, gts: rpn_labels(case, rpn, entries["rpn"])
-    # Detectron2 divides by batch_size_per_image x images, mmdet by what was sampled.
+    # Difference by design ``rpn-normaliser``: what our loss divides by is set to the reference's.
     targets = entries["rpn"]["targets"]
     total = targets["num_total_pos"] + targets["num_total_neg"]
-    rpn.batch_size_per_image = total / len(case.own["image_sizes_hw"])
+    rpn.batch_size_per_image = total / len(case.image_sizes)
     roi_heads.label_and_sample_proposals = lambda proposals, gts: roi_samples(case, entries["roi"])
     try:
         yield
@@ -100,38 +148,14 @@ def roi_samples(case: Case, entries: dict) -> list[Instances]:
     """The reference's sampled proposals with their targets."""
     rois, targets = entries["rois"], entries["targets"]
     samples = []
-    for image, size in enumerate(case.own["image_sizes_hw"]):
+    for image, size in enumerate(case.image_sizes):
         here = rois[:, 0] == image
         samples.append(
             Instances(
-                tuple(size),
+                size,
                 proposal_boxes=Boxes(rois[here, 1:]),
                 gt_classes=targets["labels"][here],
                 gt_boxes=Boxes(targets["bbox_targets"][here]),
             )
         )
     return samples
-
-
-@contextmanager
-def recorded_draws(model: CoDETR, recorded: list[Tensor], dry_run) -> Iterator[None]:
-    """Replays the recorded permutations for all sources of positive queries.
-
-    The record also holds the samplers' draws, which come first. ``dry_run`` is called once to
-    count how many of the last ones belong to the positive queries.
-    """
-    sources = list(model.auxiliary.positive_queries.values())
-    counter = _CountingPermutations()
-    for source in sources:
-        source.permutation = counter
-    dry_run()
-    replay = RecordedPermutations(recorded[len(recorded) - counter.calls :])
-    for source in sources:
-        source.permutation = replay
-    try:
-        yield
-    finally:
-        for source in sources:
-            source.permutation = torch.randperm
-    if replay.remaining:
-        raise RuntimeError(f"{len(replay.remaining)} recorded permutations were not used.")

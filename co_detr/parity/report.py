@@ -2,37 +2,64 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from math import isnan, nan
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from co_detr.parity.compare import Deviation, Limit, deviation, equality
+from co_detr.parity.differences import Difference
+from co_detr.parity.golden_file import flatten
+
+# The first of these that an entry was given is its status.
+STATUSES = ("FAIL", "known", "ok", "given", "not yet")
 
 
 @dataclass(frozen=True)
 class Line:
-    """One printed line.
+    """What became of one entry.
 
     Attributes:
         status: ``ok``, ``FAIL``, ``given`` (fed to our code instead of compared), ``known``
-            (differs by design; the note names the difference) or ``not yet`` (belongs to a part
-            that this project does not have yet).
+            (differs by design, see ``difference``) or ``not yet`` (belongs to a part that this
+            project does not have yet).
+        absolute, relative, ratio: see ``Deviation``.
+        tolerance: as text; ``equal`` allows no deviation.
+        difference: the difference by design that the entry shows or was bridged for.
     """
 
     name: str
     status: str
-    absolute: float = math.nan
-    relative: float = math.nan
+    absolute: float = nan
+    relative: float = nan
+    ratio: float = nan
     tolerance: str = ""
     note: str = ""
+    difference: Difference | None = None
 
-    def __str__(self) -> str:
-        errors = (
-            "" if math.isnan(self.absolute) else f"{self.absolute:.1e} abs {self.relative:.1e} rel"
-        )
-        return f"{self.status:<8}{self.name:<58} {errors:<24} {self.tolerance:<14} {self.note}".rstrip()
+    def merged(self, other: Line) -> Line:
+        """Both findings about one entry as one line: the worse one's numbers, both notes."""
+        worse, better = sorted((self, other), key=_badness)
+        if isnan(worse.absolute) and worse.status != "FAIL":
+            worse = replace(
+                worse,
+                absolute=better.absolute,
+                relative=better.relative,
+                ratio=better.ratio,
+                tolerance=better.tolerance,
+            )
+        notes = dict.fromkeys(note for note in (self.note, other.note) if note)
+        difference = worse.difference or better.difference
+        return replace(worse, note="; ".join(notes), difference=difference)
+
+
+def _badness(line: Line) -> tuple[int, float]:
+    return STATUSES.index(line.status), 0.0 if isnan(line.ratio) else -line.ratio
 
 
 @dataclass
@@ -41,19 +68,20 @@ class Report:
 
     Attributes:
         entries: leaves of the file by dotted name, for example ``train.rpn.proposals[0]``.
-        lines: what has been printed.
+        dropped: names of entries, and of groups of them, that the file may lack.
     """
 
-    entries: dict[str, Any]
-    lines: list[Line] = field(default_factory=list)
-    _left: set[str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._left = set(self.entries)
+    entries: dict[str, Any] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+    _lines: dict[str, Line] = field(default_factory=dict)
 
     @property
-    def failed(self) -> bool:
-        return any(line.status == "FAIL" for line in self.lines)
+    def lines(self) -> list[Line]:
+        return list(self._lines.values())
+
+    @property
+    def failures(self) -> list[Line]:
+        return [line for line in self.lines if line.status == "FAIL"]
 
     def has(self, prefix: str) -> bool:
         """Whether the file has entries at or below ``prefix``."""
@@ -61,129 +89,119 @@ class Report:
 
     def finish(self) -> None:
         """Fails every entry that nothing compared."""
-        for name in sorted(self._left):
-            self.lines.append(Line(name, "FAIL", note="not compared"))
+        for name in self.entries:
+            if name not in self._lines:
+                self._add(Line(name, "FAIL", note="not compared"))
 
-    def given(self, prefix: str, note: str) -> None:
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Turns whatever stops a part of the check into a failure, so that others still run."""
+        try:
+            yield
+        except Exception as error:  # the check itself broke; its entries stay "not compared"
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(frame.filename).name}:{frame.lineno}"
+            note = f"stopped at {where} by {type(error).__name__}: {error}"
+            self._add(Line(f"<check of {name}>", "FAIL", note=" ".join(note.split())))
+
+    def given(self, prefix: str, note: str, difference: Difference | None = None) -> None:
         """Marks the entries below ``prefix`` as inputs of the check."""
-        for name in self._take(prefix):
-            self.lines.append(Line(name, "given", note=note))
-
-    def known(self, prefix: str, note: str, holds: bool) -> None:
-        """Marks a named difference by design; fails if what explains it does not hold."""
-        for name in self._take(prefix):
-            self.lines.append(Line(name, "known" if holds else "FAIL", note=note))
+        self._mark(prefix, Line("", "given", note=note, difference=difference))
 
     def not_yet(self, prefix: str, note: str) -> None:
         """Marks entries of a part of the reference that this project does not have yet."""
-        for name in self._take(prefix):
-            self.lines.append(Line(name, "not yet", note=note))
+        self._mark(prefix, Line("", "not yet", note=note))
 
-    def verdict(self, prefix: str, ok: bool, note: str) -> None:
-        """Records a comparison made by the caller."""
-        for name in self._take(prefix):
-            self.lines.append(Line(name, "ok" if ok else "FAIL", note=note))
+    def fail(self, prefix: str, note: str) -> None:
+        self._mark(prefix, Line("", "FAIL", note=note))
 
-    def exact(self, name: str, actual: Any) -> None:
-        """Compares integers, booleans, strings or lists of them for equality."""
-        self._each(name, actual, lambda leaf, value: self._exact(leaf, value))
+    def record(
+        self,
+        prefix: str,
+        found: Deviation,
+        tolerance: str,
+        note: str = "",
+        difference: Difference | None = None,
+    ) -> None:
+        """Records a comparison made by the caller.
+
+        Args:
+            difference: if given, the entry was compared in spite of this difference.
+        """
+        note = "; ".join(each for each in (found.note, note) if each)
+        numbers = (found.absolute, found.relative, found.ratio)
+        status = "ok" if found.ok else "FAIL"
+        self._mark(prefix, Line("", status, *numbers, tolerance, note, difference))
+
+    def derived(self, name: str, found: Deviation, tolerance: str, note: str = "") -> None:
+        """Records a comparison of what follows from several entries, as a line of its own."""
+        numbers = (found.absolute, found.relative, found.ratio)
+        self._add(Line(name, "ok" if found.ok else "FAIL", *numbers, tolerance, note))
+
+    def known(self, prefix: str, difference: Difference, holds: bool, note: str = "") -> None:
+        """Marks a difference by design; fails if what explains it does not hold."""
+        note = note if holds else f"{note}; {difference.name} does not explain it"
+        status = "known" if holds else "FAIL"
+        self._mark(prefix, Line("", status, note=note, difference=difference))
+
+    def exact(self, name: str, actual: Any, note: str = "", difference=None) -> None:
+        """Compares integers, booleans, strings or (nested lists of) tensors for equality."""
+
+        def compare(leaf: str, value: Any) -> None:
+            self.record(leaf, equality(self.entries[leaf], value), "equal", note, difference)
+
+        self._each(name, actual, compare)
 
     def close(
-        self, name: str, actual: Any, atol: float = 0.0, rtol: float = 0.0, note: str = ""
+        self,
+        name: str,
+        actual: Any,
+        atol: Limit = 0.0,
+        rtol: float = 0.0,
+        note: str = "",
+        where: Tensor | None = None,
+        difference: Difference | None = None,
     ) -> None:
-        """Compares floats or (nested lists of) tensors; infinities must be in the same places.
+        """Compares floats or (nested lists of) tensors; see ``compare.deviation``."""
 
-        The relative error is that of the largest deviation, relative to the largest magnitude.
-        """
-        self._each(name, actual, lambda leaf, value: self._close(leaf, value, atol, rtol, note))
+        def compare(leaf: str, value: Any) -> None:
+            found = deviation(self.entries[leaf], value, atol, rtol, where)
+            self.record(leaf, found, describe(atol, rtol), note, difference)
 
-    def rows(self, name: str, actual: Tensor, atol: float) -> None:
-        """Compares ``(N, X)`` tensors as sets of rows: each row has a partner on the other side."""
-        for leaf in self._take(name):
-            expected = self.entries[leaf].to(actual.dtype)
-            if expected.shape != actual.shape:
-                note = f"shape {tuple(actual.shape)}, reference {tuple(expected.shape)}"
-                self.lines.append(Line(leaf, "FAIL", note=note))
-                continue
-            distance = (expected[:, None] - actual[None]).abs().amax(-1)
-            worst = max(distance.amin(0).max().item(), distance.amin(1).max().item())
-            status = "ok" if worst <= atol else "FAIL"
-            scale = expected.abs().max().item()
-            self.lines.append(
-                Line(leaf, status, worst, worst / max(scale, 1e-30), f"abs {atol:.1e}", "as a set")
-            )
+        self._each(name, actual, compare)
 
-    def _take(self, prefix: str) -> Iterator[str]:
+    def _mark(self, prefix: str, line: Line) -> None:
         names = [name for name in self.entries if _below(name, prefix)]
+        for name in names:
+            self._add(replace(line, name=name))
         if not names:
-            self.lines.append(Line(prefix, "FAIL", note="the file has no such entry"))
-        self._left.difference_update(names)
-        return iter(names)
+            self._missing(prefix)
 
-    def _each(self, name: str, actual: Any, compare) -> None:
+    def _each(self, name: str, actual: Any, compare: Callable[[str, Any], None]) -> None:
         leaves = flatten(actual, name)
-        names = [each for each in self.entries if _below(each, name)]
-        for missing in [each for each in names if each not in leaves]:
-            self._left.discard(missing)
-            self.lines.append(Line(missing, "FAIL", note="we have no such entry"))
         for leaf, value in leaves.items():
-            if leaf not in self.entries:
-                self.lines.append(Line(leaf, "FAIL", note="the file has no such entry"))
-                continue
-            self._left.discard(leaf)
-            compare(leaf, value)
+            if leaf in self.entries:
+                compare(leaf, value)
+            else:
+                self._missing(leaf)
+        for leaf in self.entries:
+            if _below(leaf, name) and leaf not in leaves:
+                self._add(Line(leaf, "FAIL", note="we have no such entry"))
 
-    def _exact(self, name: str, actual: Any) -> None:
-        expected = self.entries[name]
-        if isinstance(expected, Tensor):
-            same = torch.is_tensor(actual) and expected.shape == actual.shape
-            wrong = int((expected != actual).sum()) if same else -1
-            note = "" if wrong == 0 else f"{wrong} of {expected.numel()} differ"
-            self.lines.append(
-                Line(name, "ok" if wrong == 0 else "FAIL", tolerance="equal", note=note)
-            )
-        else:
-            note = "" if expected == actual else f"{actual!r}, reference {expected!r}"
-            self.lines.append(Line(name, "FAIL" if note else "ok", tolerance="equal", note=note))
+    def _missing(self, name: str) -> None:
+        if not any(_below(name, prefix) for prefix in self.dropped):
+            self._add(Line(name, "FAIL", note="the file has no such entry"))
 
-    def _close(self, name: str, actual: Any, atol: float, rtol: float, note: str) -> None:
-        expected = torch.as_tensor(self.entries[name], dtype=torch.float64)
-        actual = torch.as_tensor(actual).detach().to(torch.float64)
-        if expected.numel() == actual.numel() == 1:  # the reference logs some scalars as (1,)
-            actual = actual.reshape(expected.shape)
-        if expected.shape != actual.shape:
-            note = f"shape {tuple(actual.shape)}, reference {tuple(expected.shape)}"
-            self.lines.append(Line(name, "FAIL", note=note))
-            return
-        finite = expected.isfinite()
-        special = bool(((expected == actual) | finite).all()) and bool(
-            actual[finite].isfinite().all()
-        )
-        difference = (expected - actual)[finite].abs()
-        worst = difference.max().item() if difference.numel() else 0.0
-        scale = expected[finite].abs().max().item() if difference.numel() else 0.0
-        ok = special and worst <= atol + rtol * scale
-        tolerance = " ".join(
-            f"{kind} {value:.1e}" for kind, value in (("abs", atol), ("rel", rtol)) if value
-        )
-        note = note if special else "non-finite values differ"
-        relative = worst / scale if scale else 0.0
-        self.lines.append(Line(name, "ok" if ok else "FAIL", worst, relative, tolerance, note))
+    def _add(self, line: Line) -> None:
+        earlier = self._lines.get(line.name)
+        self._lines[line.name] = line if earlier is None else earlier.merged(line)
 
 
-def flatten(value: Any, name: str) -> dict[str, Any]:
-    """Leaves of nested dicts, lists and tuples by dotted name; plain lists of numbers are leaves."""
-    if isinstance(value, dict):
-        items = [(f"{name}.{key}" if name else str(key), each) for key, each in value.items()]
-    elif isinstance(value, list | tuple) and any(_nested(each) for each in value):
-        items = [(f"{name}[{index}]", each) for index, each in enumerate(value)]
-    else:
-        return {name: value}
-    return {leaf: each for key, inner in items for leaf, each in flatten(inner, key).items()}
-
-
-def _nested(value: Any) -> bool:
-    return isinstance(value, Tensor | dict | list | tuple)
+def describe(atol: Limit, rtol: float = 0.0) -> str:
+    """A tolerance as text: ``abs 1.0e-03``; per column without repetitions."""
+    columns = dict.fromkeys(atol if isinstance(atol, tuple) else (atol,))
+    parts = ["abs " + "/".join(f"{each:.1e}" for each in columns)] if any(columns) else []
+    return " ".join([*parts, f"rel {rtol:.1e}"] if rtol else parts) or "equal"
 
 
 def _below(name: str, prefix: str) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from co_detr.modeling import CoDETR
 from co_detr.parity.case import Case
-from co_detr.parity.feed import recorded_draws, reference_samples
+from co_detr.parity.feed import RecordedPermutations, recorded_draws, reference_samples
 from co_detr.structures import TrainingOutput
 
 HEADS = ("roi", "atss")  # in the reference's order: suffixes 0 and 1
@@ -28,6 +28,7 @@ class TrainingRun:
         query_features: per head, ``(B, Q, C)`` features that entered the positive queries.
         pooled: ``(P, C, 7, 7)`` ROI features; scores, deltas: the box predictor's output.
         objectness, rpn_deltas: RPN maps per level.
+        draws: the replay of recorded random permutations, after the step.
     """
 
     case: Case
@@ -43,6 +44,13 @@ class TrainingRun:
     deltas: Tensor
     objectness: list[Tensor]
     rpn_deltas: list[Tensor]
+    draws: RecordedPermutations
+
+    @property
+    def reference_masks_rows(self) -> bool:
+        """Whether the reference hid everything from some padded query, which makes NaN there."""
+        masks = [each["attn_masks"] for each in self.entries["aux"]]
+        return any(mask is not None and bool(mask.all(-1).any()) for mask in masks)
 
 
 @dataclass
@@ -71,13 +79,8 @@ class _Recorder:
 
 def run_training(case: Case, model: CoDETR, entries: dict) -> TrainingRun:
     """Forward and backward pass, fed with the draws in ``entries`` (a ``train`` dump)."""
-    images, truth = case.images(torch.float32), case.ground_truth(torch.float32)
+    images, truth = case.images(), case.ground_truth()
     model.train()
-
-    def dry_run() -> None:
-        with torch.no_grad():
-            model.training_step(images, truth)
-
     recorder = _Recorder()
     roi = model.auxiliary.heads["roi"]
     recorder.output("pyramid", model.auxiliary.pyramid)
@@ -91,7 +94,7 @@ def run_training(case: Case, model: CoDETR, entries: dict) -> TrainingRun:
     with (
         EventStorage(),
         reference_samples(case, model, entries),
-        recorded_draws(model, entries["aux_randperms"], dry_run),
+        recorded_draws(case, model, entries) as draws,
     ):
         output = model.training_step(images, truth)
         sum(output.losses.values()).backward()
@@ -111,4 +114,5 @@ def run_training(case: Case, model: CoDETR, entries: dict) -> TrainingRun:
         deltas=kept["predictor"][1],
         objectness=kept["rpn"][0],
         rpn_deltas=kept["rpn"][1],
+        draws=draws,
     )

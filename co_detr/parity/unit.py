@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from co_detr.parity.differences import Difference
 from co_detr.parity.report import Report
 
 # Relative to the largest magnitude of the entry.
@@ -42,16 +43,15 @@ class Unit:
         """An expected output, to explain a difference; does not account for it."""
         return self.entry[key]
 
-    def close(
-        self, key: str, actual: Any, rtol: float = FLOAT32, atol: float = 0.0, note: str = ""
-    ) -> None:
-        self.report.close(f"{self.name}.{key}", actual, atol, rtol, note)
+    def close(self, key: str, actual: Any, rtol: float = FLOAT32, **options: Any) -> None:
+        """See ``Report.close``, which takes the ``options``."""
+        self.report.close(f"{self.name}.{key}", actual, rtol=rtol, **options)
 
     def exact(self, key: str, actual: Any) -> None:
         self.report.exact(f"{self.name}.{key}", actual)
 
-    def known(self, key: str, note: str, holds: bool) -> None:
-        self.report.known(f"{self.name}.{key}", note, holds)
+    def known(self, key: str, difference: Difference, holds: bool, note: str) -> None:
+        self.report.known(f"{self.name}.{key}", difference, holds, note)
 
 
 def level_shapes(shapes: Any) -> list[tuple[int, int]]:

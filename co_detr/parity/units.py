@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from co_detr.parity import units_assignment, units_boxes, units_transformer
-from co_detr.parity.report import Report, flatten
+from co_detr.parity.golden_file import flatten
+from co_detr.parity.report import Report
 from co_detr.parity.unit import Unit
 
 CHECKS: dict[str, Callable[[Unit], None]] = {
@@ -38,22 +39,21 @@ CHECKS: dict[str, Callable[[Unit], None]] = {
 NOT_YET = ("dino_sineembed_for_position", "qfl", "soft_nms", "dn_generator")
 
 
-def check_units(entries: dict[str, Any]) -> Report:
+def check_units(entries: dict[str, Any], report: Report) -> None:
     """Compares the content of a ``units.pt``, or of any subset of it.
 
     Args:
         entries: unit name -> dict, or list of dicts, of inputs and expected outputs.
-
-    Returns:
-        a finished report; entries that no check looks at are in it as failures.
+        report: an empty one; an entry that no check looks at is a failure in it.
     """
-    report = Report(flatten(entries, ""))
+    report.entries = flatten(entries)
     for name, content in entries.items():
         if name in NOT_YET:
             report.not_yet(name, "Co-DINO")
         elif name in CHECKS:
             listed = isinstance(content, list)
             for index, entry in enumerate(content if listed else [content]):
-                CHECKS[name](Unit(report, f"{name}[{index}]" if listed else name, entry))
+                unit = Unit(report, f"{name}[{index}]" if listed else name, entry)
+                with report.part(unit.name):
+                    CHECKS[name](unit)
     report.finish()
-    return report

@@ -6,12 +6,13 @@ import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, pairwise_iou
-from torch import Tensor
 
 from co_detr.modeling.auxiliary import ATSSAssigner, ATSSHead
 from co_detr.modeling.auxiliary.atss import inside_cells
 from co_detr.modeling.boxes import normalise_boxes
 from co_detr.modeling.matching import HungarianAssigner, MatchingProblem, solve_assignment
+from co_detr.parity.differences import RPN_LOW_QUALITY
+from co_detr.parity.rpn_rule import RPNAssignment, match, rpn_matcher
 from co_detr.parity.unit import FLOAT32, Unit, level_shapes
 from co_detr.structures import GroundTruth, Predictions
 
@@ -107,39 +108,19 @@ def atss_assigner(unit: Unit) -> None:
 
 
 def max_iou_assigner(unit: Unit) -> None:
-    """Detectron2's matchers. Its low-quality rule for RPN anchors differs by design.
-
-    For every ground truth, the reference makes the anchors of highest overlap positive if that
-    overlap is at least 0.3, and gives them this ground truth even if another one overlaps more.
-    Detectron2 has no such bound and keeps the ground truth of highest overlap.
-    """
+    """Detectron2's matchers; the one for RPN anchors has another low-quality rule by design."""
     kind, _ = unit["kind"], unit["name"]
     overlaps = pairwise_iou(Boxes(unit["gt_boxes_xyxy"]), Boxes(unit["boxes"]))  # (G, R)
     best = overlaps.amax(0) if len(overlaps) else overlaps.new_zeros(overlaps.shape[1])
     unit.close("max_overlaps", best)
     if kind == "rcnn":
         matcher = Matcher([0.5], [0, 1], allow_low_quality_matches=False)
-        unit.exact("gt_inds", _match(matcher, overlaps))
+        unit.exact("gt_inds", match(matcher, overlaps))
         return
-    expected = unit.expected("gt_inds")
-    ours = _match(Matcher([0.3, 0.7], [0, -1, 1], allow_low_quality_matches=True), overlaps)
-    differs = ours != expected
-    if not differs.any():
-        unit.exact("gt_inds", ours)
-        return
-    explained = _match(Matcher([0.3, 0.7], [0, -1, 1], allow_low_quality_matches=False), overlaps)
-    is_low_quality = overlaps == overlaps.amax(1, keepdim=True)
-    for truth, (row, anchors_of_truth) in enumerate(zip(overlaps, is_low_quality, strict=True)):
-        if row.max() >= 0.3:
-            explained[anchors_of_truth] = truth + 1
-    unit.known(
-        "gt_inds",
-        f"Detectron2's low-quality rule: {int(differs.sum())} of {len(ours)} anchors",
-        holds=torch.equal(explained, expected) and bool(is_low_quality.any(0)[differs].all()),
-    )
-
-
-def _match(matcher: Matcher, overlaps: Tensor) -> Tensor:
-    """``(G, R)`` -> ``(R,)``: 1-based ground truth, 0 for background, -1 for ignored."""
-    truths, labels = matcher(overlaps)
-    return torch.where(labels == 1, truths + 1, labels.long())
+    matcher, expected = rpn_matcher(allow_low_quality=True), unit.expected("gt_inds")
+    everywhere = torch.ones(overlaps.shape[1], dtype=torch.bool)
+    found = RPNAssignment.compare(matcher, overlaps, expected, everywhere)
+    if found.differing:
+        unit.known("gt_inds", RPN_LOW_QUALITY, found.explained, f"{found.differing} anchors")
+    else:
+        unit.exact("gt_inds", match(matcher, overlaps))

@@ -12,6 +12,7 @@ from detectron2.structures.boxes import matched_pairwise_iou
 from co_detr.modeling.auxiliary.atss import centreness_target, decode_deltas
 from co_detr.modeling.boxes import generalised_iou, xyxy_to_cxcywh
 from co_detr.modeling.criterion import FocalLoss, SetCriterion
+from co_detr.parity.differences import DELTA_CLAMP
 from co_detr.parity.unit import Unit
 from co_detr.structures import AssignedTargets, Predictions
 
@@ -80,8 +81,13 @@ def delta_coder(unit: Unit) -> None:
     transform = Box2BoxTransform(weights=tuple(1 / std for std in unit["stds"]))
     anchors = unit["anchors"]
     unit.close("encoded", transform.get_deltas(anchors, unit["gts"]))
-    decoded = decode_deltas(transform, unit["deltas"], anchors)
-    unit.close("decoded", decoded)
+    deltas = unit["deltas"]
+    decoded = decode_deltas(transform, deltas, anchors)
+    below = deltas[:, 2:] < -transform.scale_clamp * torch.tensor(transform.weights[2:])
+    clamped = below.any(1, keepdim=True)
+    note = f"ours; Detectron2's own but for {int(clamped.sum())} rows"
+    unit.close("decoded", decoded, note=note, difference=DELTA_CLAMP)
+    unit.close("decoded", transform.apply_deltas(deltas, anchors), where=~clamped)
     clipped = Boxes(decoded.clone())
     clipped.clip((160, 224))
     unit.close("decoded_clipped_160x224", clipped.tensor)
@@ -92,8 +98,8 @@ def centerness_target(unit: Unit) -> None:
 
 
 def roi_extractor(unit: Unit) -> None:
-    """Detectron2's pooler; canonical size 224 at level 4 equals both kinds' finest scale."""
-    _ = unit["kind"], unit["finest_scale"]
+    """Detectron2's pooler with its usual canonical size, 224 pixels at level 4."""
+    _ = unit["kind"]
     strides, rois = unit["strides"], unit["rois"]
     pooler = ROIPooler(
         output_size=7,
@@ -101,6 +107,7 @@ def roi_extractor(unit: Unit) -> None:
         sampling_ratio=0,
         pooler_type="ROIAlignV2",
     )
+    unit.exact("finest_scale", pooler.canonical_box_size * strides[0] // 2**pooler.canonical_level)
     # Detectron2 takes boxes image by image; the entry has them mixed.
     maps = unit["feats"]
     images = range(len(maps[0]))
@@ -121,10 +128,10 @@ def roi_extractor(unit: Unit) -> None:
 
 
 def batched_nms_unit(unit: Unit) -> None:
-    if unit.expected("type") != "nms":
+    if unit.expected("type") == "soft_nms":
         unit.report.not_yet(unit.name, "Co-DINO")
         return
-    _ = unit["type"]
+    unit.exact("type", "nms")
     boxes, scores = unit["boxes"], unit["scores"]
     keep = batched_nms(boxes, scores, unit["class_ids"], unit["iou_threshold"])
     unit.exact("keep", keep)

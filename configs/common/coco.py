@@ -1,5 +1,7 @@
 """COCO-format data; all paths are in `data`, so that overrides name each of them once."""
 
+import os
+
 from detectron2.config import LazyCall as L
 from detectron2.data import build_detection_test_loader
 
@@ -34,7 +36,7 @@ dataloader = dict(
             image_format="${data.image_format}",
         ),
         total_batch_size=16,
-        num_workers=4,
+        num_workers=min(4, os.cpu_count() or 1),
         aspect_ratio_grouping=True,
         seed="${train.seed}",
         accumulation_steps="${train.accumulation_steps}",
@@ -51,7 +53,7 @@ dataloader = dict(
             augmentations=L(detr_test_augmentation)(short_edge=800, max_size=1333),
             image_format="${data.image_format}",
         ),
-        num_workers=4,
+        num_workers=min(4, os.cpu_count() or 1),
     ),
     evaluator=L(CocoBoxEvaluator)(
         annotation_file="${data.val}",

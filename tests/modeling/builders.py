@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig
 from torch import Tensor
 
-from co_detr.engine.config import load_config
+from co_detr.engine.config import apply_overrides, load_config
 from co_detr.modeling import CoDETR
 from co_detr.modeling.resnet import resnet_stages
 from co_detr.structures import Candidates, EncoderMemory
@@ -57,8 +57,9 @@ def shrink(cfg: DictConfig) -> DictConfig:
 
 def tiny_config(heads: int = 2, overrides: Sequence[str] = ()) -> DictConfig:
     """The reference recipe with `heads` auxiliary heads, at test size; then overrides."""
-    path = str(CONFIGS / f"{BY_HEADS[heads]}.py")
-    return shrink(load_config(path, [f"model.num_classes={NUM_CLASSES}", *overrides]))
+    cfg = shrink(load_config(str(CONFIGS / f"{BY_HEADS[heads]}.py")))
+    apply_overrides(cfg, [f"model.num_classes={NUM_CLASSES}", *overrides])
+    return cfg
 
 
 def tiny_model(heads: int = 2, overrides: Sequence[str] = (), seed: int = 0) -> CoDETR:
@@ -145,6 +146,14 @@ def detect(model: CoDETR, batch: list[dict]) -> list[Instances]:
         return [each["instances"] for each in model(batch)]
 
 
+def is_inside(found: Instances) -> bool:
+    """Whether all predicted boxes lie in the image, borders included."""
+    height, width = found.image_size
+    boxes = found.pred_boxes.tensor
+    limits = boxes.new_tensor([width, height, width, height])
+    return bool(((boxes >= 0) & (boxes <= limits)).all())
+
+
 def random_memory(
     level_shapes: Sequence[tuple[int, int]] = ((12, 16), (6, 8), (3, 4), (2, 2)),
     image_sizes: Sequence[tuple[int, int]] = ((96, 128), (96, 128)),
@@ -199,7 +208,3 @@ def make_candidates(
         table = torch.randn(len(labels), channels, generator=generator, dtype=dtype)
         tables.append(table.requires_grad_())
     return Candidates(instances, lambda image, indices: tables[image][indices]), tables
-
-
-def image_list(images: Tensor, sizes: Sequence[tuple[int, int]]) -> ImageList:
-    return ImageList(images, list(sizes))

@@ -1,0 +1,110 @@
+"""Builds the model of ours that a golden case describes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from detectron2.config import LazyCall as L
+from detectron2.config import LazyConfig, instantiate
+from detectron2.modeling import Backbone
+from omegaconf import DictConfig
+from torch import Tensor
+
+from co_detr.checkpoint import convert_official
+from co_detr.modeling import CoDETR
+from co_detr.modeling.resnet import BLOCKS_PER_STAGE, resnet_stages
+from co_detr.parity.case import Case
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "models"
+NUM_HEADS = 8  # of attention, in all official configs; the shapes of weights do not tell
+RATIOS = 3  # aspect ratios of RPN anchors
+RPN_SCALE = 4  # side of the smallest RPN anchor in strides
+TRANSFORMER = "query_head.transformer"
+
+
+class RecordedBackbone(Backbone):
+    """Stands in for backbone and neck: gives recorded maps, whatever the images are.
+
+    Attributes:
+        maps: ``(B, C, H, W)`` per level, finest first.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps: list[Tensor] = []
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {f"recorded{level}": each for level, each in enumerate(self.maps)}
+
+
+def build_model(case: Case, padding: str) -> CoDETR:
+    """Our model with the widths of the case's weights, loaded through our converter.
+
+    Args:
+        padding: how short groups of positive queries are filled.
+
+    Raises:
+        CheckpointError: naming weights that the model has no place for, or that it lacks.
+    """
+    weights, meta = case.weights, case.meta
+    model = LazyConfig.load(str(CONFIGS / "deformable_detr.py")).model
+    model.auxiliary = LazyConfig.load(str(CONFIGS / "auxiliary.py")).auxiliary
+    model.num_classes = meta["num_classes"]
+    model.queries[0].num_queries = meta["num_query"]
+    model.decoder.num_layers = meta["dec_layers"]
+    _size_encoder(model.encoder, weights, meta)
+    _size_heads(model.auxiliary, weights)
+    model.auxiliary.positive_queries.padding = padding
+    if case.has_backbone:
+        _size_resnet(model.backbone.bottom_up, weights)
+    else:
+        model.backbone = L(RecordedBackbone)()
+    built = instantiate(model)
+    if not case.has_backbone:
+        built.backbone.maps = list(case.base["eval"]["neck_feats"])
+    built.load_state_dict(convert_official(weights, built).state_dict, strict=True)
+    return built
+
+
+def _size_encoder(encoder: DictConfig, weights: dict[str, Tensor], meta: dict) -> None:
+    layer = f"{TRANSFORMER}.encoder.layers.0"
+    encoder.num_layers = meta["enc_layers"]
+    encoder.embed_dim = meta["embed_dims"]
+    encoder.num_heads = NUM_HEADS
+    encoder.num_levels = len(weights[f"{TRANSFORMER}.level_embeds"])
+    samples = weights[f"{layer}.attentions.0.attention_weights.bias"].numel()
+    encoder.num_points = samples // (NUM_HEADS * encoder.num_levels)
+    encoder.feedforward_dim = weights[f"{layer}.ffns.0.layers.0.0.bias"].numel()
+
+
+def _size_heads(auxiliary: DictConfig, weights: dict[str, Tensor]) -> None:
+    auxiliary.roi.roi_heads.box_head.fc_dims = [
+        weights[f"roi_head.0.bbox_head.shared_fcs.{i}.bias"].numel()
+        for i in range(_count(weights, "roi_head.0.bbox_head.shared_fcs.", ".bias"))
+    ]
+    auxiliary.atss.num_convs = _count(weights, "bbox_head.0.cls_convs.", ".conv.weight")
+    anchors = weights["rpn_head.rpn_cls.bias"].numel()
+    scales, rpn = anchors // RATIOS, auxiliary.roi.rpn
+    rpn.head.num_anchors = anchors
+    rpn.anchor_generator.sizes = [
+        [RPN_SCALE * stride * 2 ** (i / scales) for i in range(scales)]
+        for stride in rpn.anchor_generator.strides
+    ]
+
+
+def _size_resnet(resnet: DictConfig, weights: dict[str, Tensor]) -> None:
+    stem = weights["backbone.conv1.weight"].shape[0]
+    blocks = tuple(_count(weights, f"backbone.layer{i}.", ".conv3.weight") for i in (1, 2, 3, 4))
+    depths = [d for d, stages in BLOCKS_PER_STAGE.items() if stages == blocks and d >= 50]
+    if not depths:
+        raise ValueError(f"No bottleneck ResNet has {blocks} blocks per stage.")
+    resnet.stem.out_channels = stem
+    resnet.stages = L(resnet_stages)(
+        depth=depths[0],
+        stem_channels=stem,
+        res2_channels=weights["backbone.layer1.0.conv3.weight"].shape[0],
+    )
+
+
+def _count(weights: dict[str, Tensor], prefix: str, suffix: str) -> int:
+    return sum(key.startswith(prefix) and key.endswith(suffix) for key in weights)

@@ -1,0 +1,57 @@
+"""One of two processes: a training step on its half of a batch; run by test_distributed.py.
+
+Usage: torchrun --nproc-per-node 2 distributed_worker.py OUTPUT_FILE
+"""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from detectron2.utils.events import EventStorage
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.modeling.builders import make_batch, randomise, tiny_model
+
+# Two images of one size, so that splitting the batch changes no padding; ground truths are uneven,
+# so that normalising by a process's own positives would show. (With fewer positives than processes
+# the two differ, in the reference too: the mean number of positives is bounded below by 1.)
+SIZES = ((96, 128), (96, 128))
+NUM_GTS = {"ordinary": (5, 2), "one process without ground truth": (4, 0)}
+
+
+def build(heads: int) -> torch.nn.Module:
+    """A model in float64, without any random choice in its step."""
+    node = "model.auxiliary.positive_queries"
+    # Fillers, and what exceeds max_queries, would be drawn at random.
+    overrides = [f"{node}.padding=mask", f"{node}.max_queries=300"] if heads else []
+    model = tiny_model(heads, overrides)
+    randomise(model)
+    return model.double()
+
+
+def step(model: torch.nn.Module, batch: list[dict]) -> dict[str, torch.Tensor]:
+    with EventStorage():
+        losses = model(batch)
+    sum(losses.values()).backward()
+    return {name: value.detach() for name, value in losses.items()}
+
+
+def main(output_file: str) -> None:
+    dist.init_process_group("gloo")
+    results = {}
+    for heads in (0, 1):
+        for case, num_gts in NUM_GTS.items():
+            model = DistributedDataParallel(build(heads), find_unused_parameters=False)
+            losses = step(model, [make_batch(SIZES, num_gts)[dist.get_rank()]])
+            for value in losses.values():
+                dist.all_reduce(value)
+                value /= dist.get_world_size()
+            gradients = {name: p.grad for name, p in model.module.named_parameters()}
+            results[heads, case] = {"losses": losses, "gradients": gradients}
+    if dist.get_rank() == 0:
+        torch.save(results, output_file)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

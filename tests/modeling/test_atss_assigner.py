@@ -1,0 +1,128 @@
+"""ATSS assignment against a loop written from algorithm 1 of the paper."""
+
+import math
+
+import pytest
+import torch
+
+from co_detr.modeling.auxiliary import ATSSAssigner
+from tests.modeling.builders import random_boxes
+
+IMAGE = (128, 160)
+
+
+def grid_anchors(scale=4.0, strides=(8, 16, 32), image=IMAGE):
+    """One square anchor of side `scale * stride` per cell."""
+    levels = []
+    for stride in strides:
+        centres = [
+            (column * stride, row * stride)
+            for row in range(math.ceil(image[0] / stride))
+            for column in range(math.ceil(image[1] / stride))
+        ]
+        half = scale * stride / 2
+        levels.append(torch.tensor([[x - half, y - half, x + half, y + half] for x, y in centres]))
+    return levels
+
+
+def iou(first, second):
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    overlap = max(width, 0.0) * max(height, 0.0)
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
+    return overlap / (sum(areas) - overlap)
+
+
+def centre(box):
+    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+
+
+def naive_assign(levels, gt_boxes, topk):
+    """Assignment of every anchor, and the anchors whose decision hangs on rounding."""
+    anchors = [anchor for level in levels for anchor in level.tolist()]
+    best_overlap = [-1.0] * len(anchors)
+    assigned, uncertain = [-1] * len(anchors), set()
+    for index, gt in enumerate(gt_boxes.tolist()):
+        candidates, start = [], 0
+        for level in levels:
+            distances = [
+                (math.dist(centre(anchor), centre(gt)), start + i)
+                for i, anchor in enumerate(level.tolist())
+            ]
+            candidates += [i for _, i in sorted(distances)[:topk]]
+            start += len(level)
+        overlaps = [iou(anchors[i], gt) for i in candidates]
+        mean = sum(overlaps) / len(overlaps)
+        variance = sum((value - mean) ** 2 for value in overlaps) / (len(overlaps) - 1)
+        threshold = mean + math.sqrt(variance)
+        for i, overlap in zip(candidates, overlaps, strict=True):
+            x, y = centre(anchors[i])
+            inside = min(x - gt[0], y - gt[1], gt[2] - x, gt[3] - y) > 0.01
+            if abs(overlap - threshold) < 1e-6:
+                uncertain.add(i)
+            if inside and overlap >= threshold and overlap > best_overlap[i]:
+                best_overlap[i], assigned[i] = overlap, index
+    return torch.tensor(assigned), uncertain
+
+
+def make_gts(kind, seed):
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "none":
+        return torch.zeros(0, 4)
+    if kind == "tiny":
+        low = torch.rand(6, 2, generator=generator) * 100
+        return torch.cat([low, low + 0.5 + torch.rand(6, 2, generator=generator) * 3], 1)
+    boxes = random_boxes(8, IMAGE, generator)
+    if kind == "overlapping":  # all within a few pixels of each other
+        boxes = boxes[:1] + torch.rand(8, 4, generator=generator) * 6
+    if kind == "duplicates":
+        boxes = boxes[:4].repeat(2, 1)
+    return boxes
+
+
+@pytest.mark.parametrize("kind", ["random", "none", "tiny", "overlapping", "duplicates"])
+@pytest.mark.parametrize("seed", range(3))
+def test_equals_the_loop(kind, seed):
+    levels = grid_anchors()
+    gt_boxes = make_gts(kind, seed)
+    # Nearest anchors are unique unless a centre lies exactly between cells, which these do not.
+    assigned = ATSSAssigner(topk=9)(levels, gt_boxes)
+    expected, uncertain = naive_assign(levels, gt_boxes, topk=9)
+    certain = torch.tensor([i not in uncertain for i in range(len(expected))])
+    assert certain.float().mean() > 0.99
+    assert torch.equal(assigned[certain], expected[certain])
+    positives = (assigned >= 0).sum()
+    if kind == "none":
+        assert positives == 0
+    elif kind != "tiny":
+        assert positives >= 4
+    if kind == "duplicates":
+        assert (assigned < 4).all()  # of equals, the first
+
+
+def test_levels_smaller_than_topk():
+    levels = grid_anchors(strides=(16, 64, 128))  # 80, 6 and 2 anchors
+    assert [len(level) for level in levels] == [80, 6, 2]
+    gt_boxes = make_gts("random", 5)
+    expected, uncertain = naive_assign(levels, gt_boxes, topk=9)
+    assert not uncertain
+    assert torch.equal(ATSSAssigner(topk=9)(levels, gt_boxes), expected)
+
+
+def test_order_of_the_ground_truth_does_not_matter():
+    levels, gt_boxes = grid_anchors(), make_gts("random", 1)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    assigned = ATSSAssigner()(levels, gt_boxes)
+    shuffled = ATSSAssigner()(levels, gt_boxes[order])
+    back = torch.where(shuffled >= 0, order[shuffled.clamp(min=0)], -1)
+    assert torch.equal(back, assigned)
+
+
+def test_a_box_between_anchors_gets_nothing_but_does_not_fail():
+    levels = grid_anchors()
+    assigned = ATSSAssigner()(levels, torch.tensor([[3.0, 3.0, 4.0, 4.0]]))
+    assert (assigned == -1).all()
+
+
+def test_no_anchors():
+    assert ATSSAssigner()([torch.zeros(0, 4)], torch.tensor([[0.0, 0.0, 9.0, 9.0]])).shape == (0,)

@@ -1,0 +1,139 @@
+"""Every experiment of configs/ builds, trains a step, detects, and listens to overrides."""
+
+import pytest
+import torch
+from detectron2.config import instantiate
+from torch import nn
+
+from co_detr.engine.config import load_config
+from tests.modeling.builders import (
+    CONFIGS,
+    EXPERIMENTS,
+    NUM_CLASSES,
+    NUM_QUERIES,
+    assert_complete,
+    detect,
+    make_batch,
+    randomise,
+    shrink,
+    train_step,
+)
+
+HEADS = {"deformable_detr_r50": [], "co_detr_r50_atss": ["atss"]}  # all others: roi and atss
+
+
+def load(name, *overrides):
+    return load_config(str(CONFIGS / f"{name}.py"), overrides)
+
+
+def heads_of(model):
+    return [] if model.auxiliary is None else list(model.auxiliary.heads)
+
+
+def test_there_are_experiments():
+    assert {"co_detr_r50", "co_detr_r50_atss", "deformable_detr_r50", "quickstart"} <= set(
+        EXPERIMENTS
+    )
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_full_size_model(name):
+    cfg = load(name)
+    with torch.device("meta"):  # shapes without memory or time
+        model = instantiate(cfg.model)
+    assert heads_of(model) == HEADS.get(name, ["roi", "atss"])
+    levels = model.backbone.output_shape()
+    assert len(levels) == model.encoder.num_levels
+    if model.auxiliary is not None:
+        # The heads read the encoder's levels, at their strides, and one more.
+        strides = [shape.stride for shape in levels.values()]
+        strides.append(2 * strides[-1])
+        atss = model.auxiliary.heads.atss
+        assert atss.strides == strides
+        assert atss.in_features[:-1] == list(levels)
+        assert model.auxiliary.loss_weight == 2.0 * model.decoder.num_layers
+    if "roi" in heads_of(model):
+        roi = model.auxiliary.heads.roi
+        assert roi.rpn.anchor_generator.strides == strides
+        assert roi.rpn.in_features == atss.in_features
+        pooled = roi.roi_heads.box_in_features
+        assert pooled == atss.in_features[: len(pooled)]
+        scales = [pooler.spatial_scale for pooler in roi.roi_heads.box_pooler.level_poolers]
+        assert scales == [1 / stride for stride in strides[: len(pooled)]]
+
+
+def test_the_reference_recipe():
+    cfg = load("co_detr_r50")
+    assert (cfg.train.max_iter, cfg.dataloader.train.total_batch_size) == (90000, 16)
+    assert (cfg.optimizer.lr, cfg.optimizer.weight_decay) == (2e-4, 1e-4)
+    assert cfg.train.clip_grad.max_norm == 0.1
+    model = cfg.model
+    assert (model.queries[0].num_queries, model.postprocessor.max_detections) == (300, 100)
+    assert (model.encoder.num_layers, model.decoder.num_layers) == (6, 6)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_one_step_and_one_detection(name):
+    cfg = shrink(load(name, f"model.num_classes={NUM_CLASSES}"))
+    torch.manual_seed(0)
+    model = instantiate(cfg.model)
+    randomise(model)  # a layer that starts at zero keeps gradients from the ones before it
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    batch = make_batch()
+    assert_complete(model, train_step(model, batch))
+    optimizer.step()
+    still = [key for key, value in model.named_parameters() if torch.equal(value, before[key])]
+    # ATSS has a scale per level, and none learns where no anchor is positive.
+    assert not [key for key in still if "atss.scales." not in key]
+    for found, sample in zip(detect(model, batch), batch, strict=True):
+        assert found.image_size == (sample["height"], sample["width"])
+        assert len(found) == min(100, NUM_QUERIES * NUM_CLASSES)
+        assert found.scores.isfinite().all() and (found.pred_classes < NUM_CLASSES).all()
+
+
+def test_heads_can_be_switched_off_from_the_command_line():
+    for name in ("quickstart", "co_detr_r50"):
+        model = instantiate(shrink(load(name, "model.auxiliary=null")).model)
+        assert model.auxiliary is None
+        assert all(key.startswith("matching.") for key in train_step(model, make_batch()))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_number_of_classes_reaches_every_part(name):
+    with torch.device("meta"):
+        model = instantiate(load(name, "model.num_classes=3").model)
+    counted = [module for module in model.modules() if hasattr(module, "num_classes")]
+    # A backbone's own number is that of a classifier.
+    counted = [module for module in counted if module not in set(model.backbone.modules())]
+    assert {module.num_classes for module in counted} == {3}
+    class_heads = [*model.decoder.class_heads, model.queries[0].class_head]
+    assert all(isinstance(head, nn.Linear) and head.out_features == 3 for head in class_heads)
+    if "atss" in heads_of(model):
+        assert model.auxiliary.heads.atss.class_logits.out_channels == 3
+    if "roi" in heads_of(model):
+        predictor = model.auxiliary.heads.roi.roi_heads.box_predictor
+        assert (predictor.cls_score.out_features, predictor.bbox_pred.out_features) == (4, 12)
+
+
+def test_overrides_reach_data_and_loss_weights(rectangles):
+    overrides = [
+        "dataloader.train.total_batch_size=4",
+        "model.auxiliary.lambda_2=3.0",
+        "model.criterion.class_weight=4.0",
+        "model.queries.0.num_queries=12",
+        "model.auxiliary.atss.assigner.topk=5",
+    ]
+    cfg = load("co_detr_r50", *rectangles, *overrides)
+    cfg.dataloader.train.num_workers = 0
+    batch = next(iter(instantiate(cfg.dataloader.train)))
+    assert len(batch) == 4
+    assert {int(c) for each in batch for c in each["instances"].gt_classes} <= {0, 1, 2}
+    assert len(instantiate(cfg.dataloader.test).dataset) == 4
+    with torch.device("meta"):
+        model = instantiate(cfg.model)
+    assert model.auxiliary.loss_weight == 18.0
+    assert model.criterion.class_weight == 4.0
+    assert model.queries[0].content.weight.shape[0] == 12
+    assert model.auxiliary.heads.atss.assigner.topk == 5

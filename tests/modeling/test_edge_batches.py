@@ -1,0 +1,134 @@
+"""Unusual batches train: finite losses, and a gradient for every parameter (as DDP needs)."""
+
+import pytest
+import torch
+from detectron2.structures import Boxes
+
+from co_detr.errors import ConfigError
+from tests.modeling.builders import (
+    NUM_QUERIES,
+    assert_complete,
+    detect,
+    is_inside,
+    make_batch,
+    make_instances,
+    tiny_model,
+    train_step,
+)
+
+
+def model_with_padding(padding, heads=2):
+    return tiny_model(heads, [f"model.auxiliary.positive_queries.padding={padding}"])
+
+
+@pytest.mark.parametrize("heads", [0, 1, 2])
+def test_ordinary_batch(heads):
+    model = tiny_model(heads)
+    losses = train_step(model, make_batch())
+    assert_complete(model, losses)
+    decoder = {f"{layer}{term}" for layer in ("d0.", "") for term in ("loss_cls", "loss_bbox")}
+    groups = ["matching", *[f"{name}_queries" for name in ("atss", "roi")[:heads]]]
+    expected = {f"{group}.{term}" for group in groups for term in decoder}
+    assert expected | {"matching.enc.loss_cls"} <= set(losses)
+    prefixes = {name.split(".")[0] for name in losses}
+    assert prefixes == {*groups, *("atss", "roi")[:heads]}
+
+
+@pytest.mark.parametrize("padding", ["negatives", "mask"])
+def test_no_ground_truth_in_the_batch(padding):
+    model = model_with_padding(padding)
+    losses = train_step(model, make_batch(num_gts=(0, 0)))
+    assert_complete(model, losses)
+    for name, value in losses.items():
+        if "bbox" in name or "giou" in name or "centreness" in name or "box_reg" in name:
+            assert value == 0, name
+    assert losses["matching.loss_cls"] > 0 and losses["atss.loss_cls"] > 0
+    # Fillers are trained as background unless they are masked.
+    for name in ("roi_queries.loss_cls", "atss_queries.d0.loss_cls"):
+        assert (losses[name] > 0) == (padding == "negatives"), name
+
+
+@pytest.mark.parametrize("heads", [0, 1])
+def test_no_ground_truth_with_fewer_heads(heads):
+    model = tiny_model(heads)
+    assert_complete(model, train_step(model, make_batch(num_gts=(0, 0))))
+
+
+@pytest.mark.parametrize("padding", ["negatives", "mask"])
+@pytest.mark.parametrize("num_gts", [(0, 3), (3, 0)])
+def test_one_empty_image_of_two(padding, num_gts):
+    model = model_with_padding(padding)
+    losses = train_step(model, make_batch(num_gts=num_gts))
+    assert_complete(model, losses)
+    assert losses["matching.loss_bbox"] > 0 and losses["atss_queries.loss_giou"] > 0
+
+
+@pytest.mark.parametrize("padding", ["negatives", "mask"])
+def test_boxes_of_one_pixel(padding):
+    model = model_with_padding(padding)
+    batch = make_batch()
+    corners = torch.tensor([[0.0, 0.0], [40.0, 33.0], [111.0, 79.0]])
+    for sample in batch:
+        size = sample["instances"].image_size
+        boxes = torch.cat([corners, corners + 1], dim=1)
+        sample["instances"] = make_instances(boxes, torch.tensor([0, 1, 2]), size)
+    assert_complete(model, train_step(model, batch))
+
+
+def test_more_ground_truths_than_queries():
+    model = tiny_model(2)
+    num_gts = (NUM_QUERIES + 15, 2)
+    batch = make_batch(num_gts=num_gts)
+    assert_complete(model, train_step(model, batch))
+    images = model.preprocess(batch)
+    gt_instances = [sample["instances"] for sample in batch]
+    model.strip_auxiliary()  # its heads need a storage, and do not matter here
+    output = model.training_step(images, gt_instances)
+    matched = (output.targets[0].labels < model.num_classes).sum(-1)
+    assert matched.tolist() == [[NUM_QUERIES, 2]] * model.decoder.num_layers
+
+
+def test_overlapping_duplicates():
+    model = tiny_model(2)
+    batch = make_batch()
+    for sample in batch:
+        instances = sample["instances"]
+        twice = instances.gt_boxes.tensor.repeat(2, 1)
+        classes = torch.cat([instances.gt_classes, instances.gt_classes])
+        sample["instances"] = make_instances(twice, classes, instances.image_size)
+    assert_complete(model, train_step(model, batch))
+
+
+@pytest.mark.parametrize(
+    "sizes", [((97, 131), (65, 89)), ((71, 73),), ((66, 201), (129, 67), (64, 64))]
+)
+def test_odd_image_sizes(sizes):
+    model = tiny_model(2)
+    batch = make_batch(sizes, num_gts=[2] * len(sizes))
+    assert_complete(model, train_step(model, batch))
+    for found, size in zip(detect(model, batch), sizes, strict=True):
+        assert found.image_size == size
+        assert found.pred_boxes.tensor.isfinite().all()
+        assert is_inside(found)
+
+
+def test_other_fields_of_the_ground_truth_are_left_alone():
+    model = tiny_model(2)
+    batch = make_batch()
+    for sample in batch:
+        sample["instances"].gt_keypoints = torch.zeros(len(sample["instances"]), 1, 3)
+    before = [sample["instances"].gt_boxes.tensor.clone() for sample in batch]
+    assert_complete(model, train_step(model, batch))
+    for sample, boxes in zip(batch, before, strict=True):
+        assert set(sample["instances"].get_fields()) == {"gt_boxes", "gt_classes", "gt_keypoints"}
+        assert torch.equal(sample["instances"].gt_boxes.tensor, boxes)
+        assert isinstance(sample["instances"].gt_boxes, Boxes)
+
+
+def test_an_image_too_small_for_the_queries():
+    model = tiny_model(0)
+    batch = make_batch(((16, 24),), num_gts=(1,))
+    with pytest.raises(
+        ConfigError, match=r"20 queries .* gives 10: lower model.queries.0.num_quer"
+    ):
+        train_step(model, batch)

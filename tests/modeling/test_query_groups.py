@@ -1,0 +1,156 @@
+"""Groups are decoded together exactly as each would be alone (Co-DETR decodes them in turn)."""
+
+import pytest
+import torch
+
+from co_detr.structures import AssignedTargets, Predictions, QueryGroup, QuerySet
+from tests.modeling.builders import make_batch, make_candidates, randomise, tiny_model
+
+
+def make_groups(padding):
+    """A model in float64, its memory of two padded images, and its three groups.
+
+    The positive queries are fed with made-up candidates: Detectron2's RPN only runs in float32.
+    """
+    model = tiny_model(2).double()
+    randomise(model)
+    batch = make_batch()
+    memory = model.encode(model.preprocess(batch))
+    groups = [model.queries[0](memory)]
+    for seed, (name, source) in enumerate(model.auxiliary.positive_queries.items()):
+        source.padding = padding
+        # Images need different numbers of queries, so that "mask" has slots to mask.
+        candidates, _ = make_candidates((5 + 8 * seed, 12), (20, 20), seed=seed)
+        groups.append(source(name, candidates, memory.image_sizes))
+    return model, memory, groups
+
+
+def weighted_sum(predictions: Predictions, seed: int) -> torch.Tensor:
+    """A scalar in which every output has a weight of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    return sum(
+        (values * torch.randn(values.shape, generator=generator, dtype=values.dtype)).sum()
+        for values in (predictions.logits, predictions.boxes)
+    )
+
+
+def gradients(model, predictions):
+    total = sum(weighted_sum(each, seed) for seed, each in enumerate(predictions))
+    named = dict(model.named_parameters())
+    values = torch.autograd.grad(total, list(named.values()), retain_graph=True, allow_unused=True)
+    return {name: value for name, value in zip(named, values, strict=True) if value is not None}
+
+
+@pytest.mark.parametrize("padding", ["negatives", "mask"])
+def test_one_pass_equals_decoding_group_by_group(padding):
+    model, memory, groups = make_groups(padding)
+    assert any(group.valid is not None for group in groups) == (padding == "mask")
+    together = QuerySet.concat(groups)
+    one_pass = together.split(model.decoder(together, memory))
+    alone = [model.decoder(QuerySet.concat([group]), memory) for group in groups]
+    for joint, single in zip(one_pass, alone, strict=True):
+        torch.testing.assert_close(joint.logits, single.logits, rtol=0, atol=1e-11)
+        torch.testing.assert_close(joint.boxes, single.boxes, rtol=0, atol=1e-11)
+
+    expected, actual = gradients(model, alone), gradients(model, one_pass)
+    assert expected.keys() == actual.keys()
+    assert {name for name, _ in model.decoder.named_parameters(prefix="decoder")} <= set(actual)
+    assert {name.split(".")[0] for name in actual} == {
+        "backbone",
+        "encoder",
+        "decoder",
+        "queries",
+        "auxiliary",
+    }
+    for name, value in expected.items():
+        scale = value.abs().max().item()
+        assert scale > 0, name
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=1e-9 * scale, msg=name)
+
+
+def test_without_the_mask_groups_would_mix():
+    model, memory, groups = make_groups("negatives")
+    together = QuerySet.concat(groups)
+    unmasked = QuerySet(
+        together.content, together.position, together.reference, None, together.sizes
+    )
+    mixed = model.decoder(unmasked, memory).logits - model.decoder(together, memory).logits
+    assert mixed.abs().max() > 1e-2
+
+
+def test_padded_slots_do_not_reach_the_others():
+    model, memory, groups = make_groups("mask")
+    group = groups[1]
+    changed = QueryGroup(
+        group.name,
+        torch.where(group.valid[..., None], group.content, 100.0),
+        group.position,
+        group.reference,
+        group.valid,
+    )
+    before, after = (model.decoder(QuerySet.concat([each]), memory) for each in (group, changed))
+    torch.testing.assert_close(after.logits[:, group.valid], before.logits[:, group.valid])
+    assert not torch.allclose(after.logits[:, ~group.valid], before.logits[:, ~group.valid])
+
+
+def plain_group(name, size, valid=None, batch=2):
+    generator = torch.Generator().manual_seed(size)
+    content, position, reference = (
+        torch.rand(batch, size, width, generator=generator) for width in (8, 8, 4)
+    )
+    return QueryGroup(name, content, position, reference, valid)
+
+
+VALID = torch.tensor([[True, True, False], [False, False, False]])
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [("a", 4, None), ("b", 3, None)],
+        [("a", 4, None), ("b", 3, VALID), ("c", 2, None)],
+        [("a", 3, VALID), ("b", 3, ~VALID)],
+        [("a", 3, VALID)],
+    ],
+)
+def test_truth_table_of_the_attend_mask(groups):
+    groups = [plain_group(*each) for each in groups]
+    mask = QuerySet.concat(groups).attend_mask
+    slots = [
+        (group.name, slot, group.valid) for group in groups for slot in range(group.num_queries)
+    ]
+    total = len(slots)
+    full = mask.expand(2, 1, total, total)
+    for image in range(2):
+        for row, (name, slot, _) in enumerate(slots):
+            for column, (other, other_slot, valid) in enumerate(slots):
+                itself = (name, slot) == (other, other_slot)
+                usable = valid is None or bool(valid[image, other_slot])
+                expected = itself or (name == other and usable)
+                assert full[image, 0, row, column] == expected, (image, row, column)
+
+
+def test_one_unpadded_group_needs_no_mask():
+    assert QuerySet.concat([plain_group("a", 4)]).attend_mask is None
+
+
+def test_splitting_what_was_joined_gives_it_back():
+    groups = [plain_group("a", 4), plain_group("b", 1), plain_group("c", 7)]
+    together = QuerySet.concat(groups)
+    assert together.sizes == [4, 1, 7]
+    parts = together.split(Predictions(together.content[None], together.reference[None]))
+    for group, part in zip(groups, parts, strict=True):
+        assert torch.equal(part.logits[0], group.content)
+        assert torch.equal(part.boxes[0], group.reference)
+
+
+def test_groups_keep_their_own_targets():
+    """What a positive group should predict comes from its candidates alone, for every layer."""
+    model, _, groups = make_groups("negatives")
+    matching, *positive = groups
+    assert matching.targets is None
+    for group in positive:
+        targets: AssignedTargets = group.targets
+        assert targets.labels.shape == (1, 2, group.num_queries)
+        assert targets.labels.max() == model.num_classes  # some background fills up
+        assert (targets.labels < model.num_classes).sum() in (5 + 12, 13 + 12)

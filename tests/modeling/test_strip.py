@@ -1,0 +1,110 @@
+"""The auxiliary part belongs to training: evaluation neither runs it nor needs it."""
+
+import pytest
+import torch
+from torch import nn
+
+from co_detr.modeling.queries import TwoStageQueries
+from tests.modeling.builders import (
+    NUM_CLASSES,
+    assert_complete,
+    detect,
+    is_inside,
+    make_batch,
+    randomise,
+    tiny_model,
+    train_step,
+)
+
+
+class TrainingOnlyQueries(TwoStageQueries):
+    training_only = True
+
+
+def with_training_queries(model):
+    """Puts a second, training-only source in front of the one of inference."""
+    extra = TrainingOnlyQueries(
+        num_queries=7, num_classes=NUM_CLASSES, embed_dim=32, name="one_to_many"
+    )
+    model.queries = nn.ModuleList([extra, *model.queries])
+    return model
+
+
+def assert_same_detections(first, second):
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one.scores, other.scores)
+        assert torch.equal(one.pred_classes, other.pred_classes)
+        assert torch.equal(one.pred_boxes.tensor, other.pred_boxes.tensor)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_stripping_leaves_detections_and_the_plain_state_dict(heads):
+    model = with_training_queries(tiny_model(heads))
+    randomise(model)
+    batch = make_batch()
+    before = detect(model, batch)
+    model.strip_auxiliary()
+    assert_same_detections(detect(model, batch), before)
+
+    plain = tiny_model(0, seed=1)
+    expected, stripped = plain.state_dict(), model.state_dict()
+    assert list(stripped) == list(expected)
+    assert all(stripped[name].shape == value.shape for name, value in expected.items())
+    plain.load_state_dict(stripped)
+    assert_same_detections(detect(plain, batch), before)
+
+
+def test_a_stripped_model_trains_as_the_plain_detr():
+    model = tiny_model(2)
+    model.strip_auxiliary()
+    plain = tiny_model(0, seed=1)
+    plain.load_state_dict(model.state_dict())
+    batch = make_batch()
+    losses, expected = train_step(model, batch), train_step(plain, batch)
+    assert {name: value.item() for name, value in losses.items()} == {
+        name: value.item() for name, value in expected.items()
+    }
+    assert_complete(model, losses)
+
+
+def test_evaluation_runs_no_auxiliary_module(monkeypatch):
+    model = with_training_queries(tiny_model(2))
+    batch = make_batch()
+    expected = detect(model, batch)
+
+    def refuse(module, *_):
+        raise AssertionError(f"{type(module).__name__} ran in evaluation")
+
+    training_only = [*model.auxiliary.modules(), *model.queries[0].modules(), model.assigner]
+    hooks = [module.register_forward_pre_hook(refuse) for module in training_only]
+    for module in model.auxiliary.modules():
+        if hasattr(module, "inference"):
+            monkeypatch.setattr(module, "inference", refuse)
+    assert_same_detections(detect(model, batch), expected)
+    # The hooks do fire where the modules run.
+    with pytest.raises(AssertionError, match="ran in evaluation"):
+        train_step(model, batch)
+    for hook in hooks:
+        hook.remove()
+
+
+def test_training_only_queries_are_trained():
+    model = with_training_queries(tiny_model(0))
+    losses = train_step(model, make_batch())
+    assert {"one_to_many.loss_cls", "one_to_many.enc.loss_giou", "matching.loss_cls"} <= set(losses)
+    assert_complete(model, losses)
+
+
+@pytest.mark.parametrize("name", ["roi", "atss"])
+def test_an_auxiliary_head_can_detect_alone(name):
+    """For the analysis of a head by itself."""
+    model = tiny_model(2).eval()
+    images = model.preprocess(make_batch())
+    with torch.no_grad():
+        detections = model.auxiliary.inference(name, images, model.encode(images))
+    assert [found.image_size for found in detections] == [(96, 128), (80, 112)]
+    for found in detections:
+        assert 0 < len(found) <= 100
+        assert (found.pred_classes < NUM_CLASSES).all()
+        assert is_inside(found)
+        assert (found.scores.diff() <= 0).all()
