@@ -7,7 +7,7 @@ from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
 
 from co_detr.modeling.auxiliary import ATSSHead
-from co_detr.modeling.auxiliary.atss import DenseTargets, centreness_target
+from co_detr.modeling.auxiliary.dense import DenseTargets, centreness_target
 from co_detr.parity import tolerances as tol
 from co_detr.parity.report import Report
 from co_detr.parity.train_run import TrainingRun

@@ -7,7 +7,7 @@ from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
 
-from co_detr.modeling.auxiliary.atss import inside_cells
+from co_detr.modeling.auxiliary.dense import inside_cells
 from co_detr.parity import tolerances as tol
 from co_detr.parity.anchor_order import channels_to_reference, level_order, to_reference
 from co_detr.parity.detections import compare_proposals

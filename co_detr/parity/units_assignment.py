@@ -8,7 +8,7 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, pairwise_iou
 
 from co_detr.modeling.auxiliary import ATSSAssigner, ATSSHead
-from co_detr.modeling.auxiliary.atss import inside_cells
+from co_detr.modeling.auxiliary.dense import inside_cells
 from co_detr.modeling.boxes import normalise_boxes
 from co_detr.modeling.matching import HungarianAssigner, MatchingProblem, solve_assignment
 from co_detr.parity.differences import RPN_LOW_QUALITY

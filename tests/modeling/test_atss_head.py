@@ -8,7 +8,7 @@ from torchvision.ops import generalized_box_iou
 
 from co_detr.errors import ConfigError
 from co_detr.modeling.auxiliary import ATSSAssigner, ATSSHead
-from co_detr.modeling.auxiliary.atss import (
+from co_detr.modeling.auxiliary.dense import (
     DensePredictions,
     DenseTargets,
     centreness_target,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,33 +15,18 @@ from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
 from co_detr.modeling.auxiliary.assigners import ATSSAssigner
+from co_detr.modeling.auxiliary.dense import (
+    DensePredictions,
+    DenseTargets,
+    centreness_target,
+    decode_deltas,
+    flatten_map,
+    gather_cells,
+    inside_cells,
+)
 from co_detr.modeling.boxes import generalised_iou
 from co_detr.modeling.criterion import EPS, FocalLoss, average_over_processes
 from co_detr.structures import AuxiliaryOutput, Candidates
-
-
-@dataclass(frozen=True)
-class DenseTargets:
-    """Assignment of all R anchors of B images.
-
-    Attributes:
-        labels: ``(B, R)`` in [0, K]; K is background, also for anchors in the padding.
-        boxes: ``(B, R, 4)`` absolute xyxy ground truth; zeros for background.
-        inside: ``(B, R)`` bool, False for anchors whose cell lies in the batch padding.
-    """
-
-    labels: Tensor
-    boxes: Tensor
-    inside: Tensor
-
-
-@dataclass(frozen=True)
-class DensePredictions:
-    """Per anchor: class logits ``(B, R, K)``, deltas ``(B, R, 4)``, centreness ``(B, R)``."""
-
-    logits: Tensor
-    deltas: Tensor
-    centreness: Tensor
 
 
 class ATSSHead(nn.Module):
@@ -120,9 +104,9 @@ class ATSSHead(nn.Module):
         logits, deltas, centreness = [], [], []
         for features, scale in zip(maps, self.scales, strict=True):
             box_features = self.box_tower(features)
-            logits.append(_flatten(self.class_logits(self.class_tower(features))))
-            deltas.append(_flatten(self.box_deltas(box_features) * scale))
-            centreness.append(_flatten(self.centreness(box_features)))
+            logits.append(flatten_map(self.class_logits(self.class_tower(features))))
+            deltas.append(flatten_map(self.box_deltas(box_features) * scale))
+            centreness.append(flatten_map(self.centreness(box_features)))
         dtype = torch.promote_types(maps[0].dtype, torch.float32)
         return DensePredictions(
             torch.cat(logits, 1).to(dtype),
@@ -218,13 +202,13 @@ class ATSSHead(nn.Module):
                     gt_boxes=Boxes(targets.boxes[image]),
                 )
             )
-        return Candidates(instances, lambda image, indices: _gather_cells(maps, image, indices))
+        return Candidates(instances, lambda image, indices: gather_cells(maps, image, indices))
 
     def inference(self, images: ImageList, features: dict[str, Tensor]) -> list[Instances]:
         """Detections with absolute ``pred_boxes``, ``scores`` and ``pred_classes``.
 
         Each level keeps its ``test_topk`` best (anchor, class) pairs by class score; the final
-        score is the geometric weight of class score times centreness.
+        score is the class score times the centreness.
         """
         maps = [features[name] for name in self.in_features]
         levels = [len(level) for level in self.anchors(maps)]
@@ -256,30 +240,6 @@ class ATSSHead(nn.Module):
         return detections
 
 
-def centreness_target(anchors: Tensor, boxes: Tensor) -> Tensor:
-    """Centreness of anchor centres in their boxes, ``(N, 4), (N, 4)`` xyxy -> ``(N,)`` in (0, 1].
-
-    Source: FCOS equation 3.
-    """
-    centre = (anchors[:, :2] + anchors[:, 2:]) / 2
-    low, high = centre - boxes[:, :2], boxes[:, 2:] - centre
-    ratio = torch.minimum(low, high) / torch.maximum(low, high)
-    return ratio.prod(1).sqrt()
-
-
-def decode_deltas(transform: Box2BoxTransform, deltas: Tensor, anchors: Tensor) -> Tensor:
-    """Deltas ``(N, 4)`` of ``(N, 4)`` xyxy anchors -> absolute xyxy ``(N, 4)``.
-
-    Log sizes are clamped on both sides as in mmdet; Detectron2's transform clamps above only.
-    """
-    width, height = (
-        deltas[:, axis, None].clamp(min=-transform.scale_clamp * transform.weights[axis])
-        for axis in (2, 3)
-    )
-    deltas = torch.cat([deltas[:, :2], width, height], dim=1)
-    return transform.apply_deltas(deltas, anchors)
-
-
 def _tower(channels: int, num_convs: int, num_groups: int) -> nn.Sequential:
     return nn.Sequential(
         *[
@@ -295,28 +255,3 @@ def _tower(channels: int, num_convs: int, num_groups: int) -> nn.Sequential:
             for _ in range(num_convs)
         ]
     )
-
-
-def _flatten(x: Tensor) -> Tensor:
-    return x.flatten(2).transpose(1, 2)  # (B, X, H, W) -> (B, H*W, X)
-
-
-def inside_cells(feature: Tensor, stride: int, image_size: tuple[int, int]) -> Tensor:
-    """``(H*W,)`` bool: cells that begin inside the un-padded image."""
-    height, width = feature.shape[-2:]
-    row = torch.arange(height, device=feature.device) * stride < image_size[0]
-    column = torch.arange(width, device=feature.device) * stride < image_size[1]
-    return (row[:, None] & column[None, :]).flatten()
-
-
-def _gather_cells(maps: list[Tensor], image: int, indices: Tensor) -> Tensor:
-    """Features ``(n, C)`` of cells, indexed over all levels; no level is copied or synced on."""
-    gathered, start = None, 0
-    for feature in maps:
-        cells = feature[image].flatten(1)  # (C, H*W)
-        local = (indices - start).clamp(0, cells.shape[1] - 1)
-        rows = cells[:, local].transpose(0, 1)
-        here = (indices >= start) & (indices < start + cells.shape[1])
-        gathered = rows if gathered is None else torch.where(here[:, None], rows, gathered)
-        start += cells.shape[1]
-    return gathered
