@@ -11,6 +11,9 @@ OPTS ?=
 
 RUN := $(VENV)/bin/python
 
+# Waiting OpenMP threads spin for long by default, which stalls both sides on a shared machine.
+export GOMP_SPINCOUNT ?= 10000
+
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test lint clean
 
