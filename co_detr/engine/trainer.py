@@ -143,13 +143,21 @@ class Trainer(SimpleTrainer):
         # DDP reads no_sync at the forward pass, so the forward pass has to be inside, too.
         with self.model.no_sync() if wait else nullcontext():
             with torch.autocast(self.device_type, dtype=dtype, enabled=dtype is not None):
-                losses = self.model(batch)
+                losses = self._forward(batch)
                 total = sum(losses.values()) / self.settings.accumulation_steps
             self.grad_scaler.scale(total).backward()
         return {
             name: loss.detach().float() / self.settings.accumulation_steps
             for name, loss in losses.items()
         }
+
+    def _forward(self, batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+        try:
+            return self.model(batch)
+        except FloatingPointError as error:
+            # Detectron2's RPN refuses to rank boxes that are NaN, before there is a loss. Only
+            # this process knows, so the error is not joint.
+            raise self._non_finite(str(error).rstrip("."), "", _names([batch]), False) from error
 
     def _clip(self) -> Tensor:
         """Clips in place; returns the norm before clipping."""
@@ -181,11 +189,7 @@ class Trainer(SimpleTrainer):
         self, losses: dict[str, Tensor], norm: float, batches: list[list[dict[str, Any]]]
     ) -> None:
         bad = {name: float(loss) for name, loss in losses.items() if not torch.isfinite(loss)}
-        images = [
-            f"{sample.get('file_name', '?')} (id {sample.get('image_id', '?')})"
-            for batch in batches
-            for sample in batch
-        ]
+        images = _names(batches)
         gathered = comm.all_gather((bad, images))
         terms = {name: value for terms, _ in gathered for name, value in terms.items()}
         if terms:
@@ -196,12 +200,27 @@ class Trainer(SimpleTrainer):
         else:
             images = [image for _, images in gathered for image in images]
             what, details = "the gradient became NaN or infinite", f"norm={norm}"
-        raise NonFiniteError(
-            f"{what} at iteration {self.iter} ({details}) on the images "
+        raise self._non_finite(what, f" ({details})", images, True)
+
+    def _non_finite(
+        self, what: str, details: str, images: list[str], joint: bool
+    ) -> NonFiniteError:
+        error = NonFiniteError(
+            f"{what} at iteration {self.iter}{details} on the images "
             f"{', '.join(_first(images))}: the weights were not changed and the checkpoints "
             "written so far are intact; check these images and their boxes, or lower optimizer.lr "
             "or set train.amp.enabled=false, and continue with --resume."
         )
+        error.joint = joint
+        return error
+
+
+def _names(batches: list[list[dict[str, Any]]]) -> list[str]:
+    return [
+        f"{sample.get('file_name', '?')} (id {sample.get('image_id', '?')})"
+        for batch in batches
+        for sample in batch
+    ]
 
 
 def _is_finite(value: float) -> bool:

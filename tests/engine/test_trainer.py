@@ -121,6 +121,17 @@ def test_infinite_gradient_is_reported_too(tiny_cfg, monkeypatch):
         run_training(tiny_cfg(), resume=False)
 
 
+def test_divergence_that_detectron2_notices_first_names_the_images(tiny_cfg, monkeypatch):
+    def diverged(self, logits, boxes, batched_inputs):
+        raise FloatingPointError("Predicted boxes or scores contain Inf/NaN. Training has diverged.")
+
+    monkeypatch.setattr("tiny_detector.TinyDetector._losses", diverged)
+    with pytest.raises(NonFiniteError, match="has diverged at iteration 0 on the images") as caught:
+        run_training(tiny_cfg(), resume=False)
+    assert ".png (id " in caught.value.sentence
+    assert not caught.value.joint  # the other processes know nothing of it
+
+
 def test_learning_rates_by_name_and_progress(tiny_cfg, tmp_path):
     run_training(tiny_cfg("optimizer.lr=1e-3", "lr_multiplier.drops=[0.5]"), resume=False)
     optimizer = torch.load(tmp_path / "out" / "model_final.pth")["trainer"]["optimizer"]
