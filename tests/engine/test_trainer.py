@@ -123,7 +123,9 @@ def test_infinite_gradient_is_reported_too(tiny_cfg, monkeypatch):
 
 def test_divergence_that_detectron2_notices_first_names_the_images(tiny_cfg, monkeypatch):
     def diverged(self, logits, boxes, batched_inputs):
-        raise FloatingPointError("Predicted boxes or scores contain Inf/NaN. Training has diverged.")
+        raise FloatingPointError(
+            "Predicted boxes or scores contain Inf/NaN. Training has diverged."
+        )
 
     monkeypatch.setattr("tiny_detector.TinyDetector._losses", diverged)
     with pytest.raises(NonFiniteError, match="has diverged at iteration 0 on the images") as caught:
