@@ -38,6 +38,4 @@ class CheckpointError(UserError):
 
 
 class NonFiniteError(UserError, FloatingPointError):
-    """A loss or a gradient became NaN or infinite; the step was not taken."""
-
-    joint = True
+    """A loss, a gradient or a prediction became NaN or infinite; a step was not taken."""

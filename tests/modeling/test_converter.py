@@ -12,6 +12,7 @@ from co_detr.checkpoint import (
     official_state_dict,
     rename_official,
 )
+from co_detr.engine.checkpoint import Checkpointer
 from co_detr.engine.config import load_config
 from co_detr.errors import CheckpointError
 from tests.modeling.builders import CONFIGS, tiny_model
@@ -136,3 +137,13 @@ def test_wrappers_and_prefixes_are_removed():
     for nothing in ({}, {"state_dict": {"a": "b"}}):
         with pytest.raises(CheckpointError, match="holds no state dict"):
             official_state_dict(nothing)
+
+
+def test_training_and_evaluation_load_an_official_file(shapes, tmp_path):
+    # Every tensor is one number seen through strides of 0, so that the file stays small.
+    state = {key: torch.tensor(0.5).expand(shape) for key, shape in shapes.items()}
+    path = tmp_path / "official.pth"
+    torch.save({"meta": {"epoch": 12}, "state_dict": state}, path)
+    model = instantiate(load_config(str(CONFIGS / "deformable_detr_r50.py")).model)
+    Checkpointer(model).load(str(path))
+    assert all(bool((value == 0.5).all()) for value in model.state_dict().values())
