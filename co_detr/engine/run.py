@@ -36,7 +36,10 @@ def build_model(cfg: DictConfig) -> nn.Module:
         raise ConfigError(
             f"train.device={cfg.train.device} but no CUDA device is here: set train.device=cpu."
         )
-    return instantiate(cfg.model).to(cfg.train.device)
+    model = instantiate(cfg.model).to(cfg.train.device)
+    if cfg.train.compile:
+        model.compile_layers()
+    return model
 
 
 def run_training(cfg: DictConfig, resume: bool) -> dict[str, float]:

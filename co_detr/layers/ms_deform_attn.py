@@ -109,8 +109,9 @@ class MultiScaleDeformableAttention(nn.Module):
         reference = reference[:, :, None, :, None, :]
         if reference.shape[-1] == 2:
             sizes = offsets.new_tensor([(width, height) for height, width in level_shapes])
-            return reference + offsets / sizes[:, None, :]
-        return reference[..., :2] + offsets * (reference[..., 2:] * (0.5 / self.num_points))
+            return torch.addcdiv(reference, offsets, sizes[:, None, :])
+        extent = reference[..., 2:] * (0.5 / self.num_points)
+        return torch.addcmul(reference[..., :2], offsets, extent)
 
     def _check(self, query, value, reference, level_shapes, padding_mask) -> None:
         embed_dim = self.value_proj.in_features

@@ -224,6 +224,15 @@ class CoDETR(nn.Module):
         ]
         return targets, {name: value for name, value in solved.items() if isinstance(name, str)}
 
+    def compile_layers(self, **options) -> None:
+        """Compiles every encoder and decoder layer in place with ``torch.compile(**options)``.
+
+        Parameter names stay as they are. Layers and not the whole: matching, sampling of
+        proposals and image sizes that change with every batch would break the graph.
+        """
+        for layer in [*self.encoder.layers, *self.decoder.layers]:
+            layer.compile(**options)
+
     def strip_auxiliary(self) -> None:
         """Removes all that only training uses; detections stay the same bit for bit."""
         self.auxiliary = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from co_detr.errors import ConfigError
 from co_detr.layers import MultiScaleDeformableAttention
@@ -51,7 +52,9 @@ class DeformableEncoder(nn.Module):
 
     Args:
         position_encoding: module ``(B, H, W) bool -> (B, C, H, W)``.
-        num_layers: layers; all other arguments describe one of them.
+        num_layers: layers; the arguments that follow describe one of them.
+        activation_checkpointing: in training, keep only the input of every layer and compute the
+            layer again in the backward pass: less memory, about a quarter more time.
     """
 
     def __init__(
@@ -65,9 +68,11 @@ class DeformableEncoder(nn.Module):
         num_points: int = 4,
         feedforward_dim: int = 2048,
         dropout: float = 0.0,
+        activation_checkpointing: bool = False,
     ):
         super().__init__()
         self.position_encoding = position_encoding
+        self.activation_checkpointing = activation_checkpointing
         self.level_embed = nn.Parameter(torch.empty(num_levels, embed_dim))
         nn.init.normal_(self.level_embed)
         self.layers = nn.ModuleList(
@@ -125,8 +130,12 @@ class DeformableEncoder(nn.Module):
         flat_mask = torch.cat([mask.flatten(1) for mask in masks], dim=1)
         ratios = torch.stack([valid_ratio(mask, dtype) for mask in masks], dim=1)
         reference = reference_points(level_shapes, ratios)
+        constants = (position, reference, level_shapes, flat_mask)
         for layer in self.layers:
-            tokens = layer(tokens, position, reference, level_shapes, flat_mask)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(layer, tokens, *constants, use_reentrant=False)
+            else:
+                tokens = layer(tokens, *constants)
         return EncoderMemory(tokens, flat_mask, level_shapes, ratios, image_sizes)
 
 

@@ -69,7 +69,8 @@ class FeedForward(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear2(self.dropout(F.relu(self.linear1(x))))
+        # In place: the hidden activations are the largest tensor of a layer.
+        return self.linear2(self.dropout(F.relu(self.linear1(x), inplace=True)))
 
 
 class BoxHead(nn.Module):

@@ -11,6 +11,7 @@ train = dict(
     device="cuda" if torch.cuda.is_available() else "cpu",
     seed=0,
     amp=dict(enabled=False, dtype="bfloat16"),
+    compile=False,  # torch.compile of encoder and decoder layers; costs a minute at the start
     clip_grad=dict(max_norm=0.1),  # L2 norm over all parameters; None: no clipping
     # Micro-batches per optimiser step. The batch of a step stays dataloader.train.total_batch_size.
     accumulation_steps=1,

@@ -118,6 +118,14 @@ def test_order_of_the_ground_truth_does_not_matter():
     assert torch.equal(back, assigned)
 
 
+@pytest.mark.parametrize("max_pairs", [1, 500, 1000])
+def test_a_crowd_is_assigned_in_parts(max_pairs):
+    levels = grid_anchors()  # 320, 80 and 20 anchors
+    gt_boxes = torch.cat([make_gts("random", seed) for seed in range(5)])
+    expected = ATSSAssigner()(levels, gt_boxes)
+    assert torch.equal(ATSSAssigner(max_pairs=max_pairs)(levels, gt_boxes), expected)
+
+
 def test_a_box_between_anchors_gets_nothing_but_does_not_fail():
     levels = grid_anchors()
     assigned = ATSSAssigner()(levels, torch.tensor([[3.0, 3.0, 4.0, 4.0]]))

@@ -18,12 +18,14 @@ class ATSSAssigner(nn.Module):
     3. candidates at or above it whose centre lies inside the box, by more than 0.01 pixels, are
        positive. An anchor claimed by several ground truths goes to the one of highest IoU.
 
-    Only candidates' overlaps are computed, never an (anchors x ground truths) IoU matrix.
+    Only candidates' overlaps are computed, never an (anchors x ground truths) IoU matrix, and
+    distances for ``max_pairs`` pairs at a time: memory does not grow with the crowd.
     """
 
-    def __init__(self, topk: int = 9):
+    def __init__(self, topk: int = 9, max_pairs: int = 1 << 22):
         super().__init__()
         self.topk = topk
+        self.max_pairs = max_pairs
 
     @torch.no_grad()
     def forward(self, anchors: list[Tensor], gt_boxes: Tensor) -> Tensor:
@@ -65,11 +67,14 @@ class ATSSAssigner(nn.Module):
     def _nearest(self, anchors: list[Tensor], gt_boxes: Tensor) -> Tensor:
         """Indices ``(N, G)`` into the concatenated anchors; N is at most topk x levels."""
         chosen, start = [], 0
+        truths = _centres(gt_boxes)
         for level in anchors:
-            offset = _centres(level)[:, None] - _centres(gt_boxes)[None]
-            distance = offset.pow(2).sum(-1).sqrt()
-            nearest = distance.topk(min(self.topk, len(level)), dim=0, largest=False).indices
-            chosen.append(nearest + start)
+            centres, count = _centres(level), min(self.topk, len(level))
+            nearest = []
+            for some in truths.split(max(1, self.max_pairs // max(1, len(level)))):
+                distance = (centres[:, None] - some[None]).pow(2).sum(-1).sqrt()
+                nearest.append(distance.topk(count, dim=0, largest=False).indices + start)
+            chosen.append(torch.cat(nearest, dim=1))
             start += len(level)
         return torch.cat(chosen)
 
