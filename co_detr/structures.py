@@ -17,6 +17,8 @@ import torch
 from detectron2.structures import Instances
 from torch import Tensor
 
+from co_detr.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class EncoderMemory:
@@ -103,28 +105,36 @@ class EncoderProposals:
 class QueryGroup:
     """Queries that see each other, are decoded together with all others and scored as one.
 
+    By default queries see their whole group and nothing else; ``num_blocks`` and ``sees`` say
+    otherwise (contrastive denoising: blocks are blind to each other, all see the matched queries).
+
     A group is supervised either by ``targets`` (known when it is made) or, when those are None,
     by one-to-one matching after decoding.
 
     Attributes:
         name: prefix of its losses.
         content: ``(B, Q, C)`` content queries.
-        position: ``(B, Q, C)`` positional queries.
+        position: ``(B, Q, C)`` positional queries; None where the decoder derives them from the
+            reference boxes.
         reference: ``(B, Q, 4)`` normalised reference boxes, detached.
         valid: ``(B, Q)`` bool, False for slots that only fill up the batch; None: all valid.
         targets: assigned targets, or None for Hungarian matching.
         proposals: encoder proposals that share the group's ground truth.
         loss_weight: factor of every loss of the group.
+        num_blocks: number of equal parts that do not see each other.
+        sees: names of other groups that this one attends to.
     """
 
     name: str
     content: Tensor
-    position: Tensor
+    position: Tensor | None
     reference: Tensor
     valid: Tensor | None = None
     targets: AssignedTargets | None = None
     proposals: EncoderProposals | None = None
     loss_weight: float = 1.0
+    num_blocks: int = 1
+    sees: tuple[str, ...] = ()
 
     @property
     def num_queries(self) -> int:
@@ -136,25 +146,36 @@ class QuerySet:
     """All groups of a step as one batch of queries for a single decoder pass.
 
     Attributes:
-        content, position: ``(B, Q, C)``; reference: ``(B, Q, 4)``.
+        content, position: ``(B, Q, C)``, position may be None; reference: ``(B, Q, 4)``.
         attend_mask: ``(Q, Q)`` or ``(B, 1, Q, Q)`` bool, True = may attend (the convention of
             ``scaled_dot_product_attention``); None when nothing has to be hidden.
         sizes: number of queries of each group, in order.
     """
 
     content: Tensor
-    position: Tensor
+    position: Tensor | None
     reference: Tensor
     attend_mask: Tensor | None
     sizes: list[int]
 
     @classmethod
     def concat(cls, groups: list[QueryGroup]) -> QuerySet:
-        """Joins groups along the query axis; no query sees a query of another group."""
+        """Joins groups along the query axis; no query sees what its group does not let it see.
+
+        Raises:
+            ConfigError: if only some of the groups have positional queries.
+        """
         sizes = [group.num_queries for group in groups]
+        positions = [group.position for group in groups if group.position is not None]
+        if positions and len(positions) != len(groups):
+            without = next(group.name for group in groups if group.position is None)
+            raise ConfigError(
+                f"query group {without} has no positional queries but others have: use sources of "
+                "one kind in model.queries and model.auxiliary.positive_queries."
+            )
         return cls(
             content=torch.cat([group.content for group in groups], dim=1),
-            position=torch.cat([group.position for group in groups], dim=1),
+            position=torch.cat(positions, dim=1) if positions else None,
             reference=torch.cat([group.reference for group in groups], dim=1),
             attend_mask=_attend_mask(groups, sizes),
             sizes=sizes,
@@ -175,14 +196,21 @@ class QuerySet:
 def _attend_mask(groups: list[QueryGroup], sizes: list[int]) -> Tensor | None:
     device = groups[0].content.device
     padded = [group for group in groups if group.valid is not None]
-    if len(groups) == 1 and not padded:
+    if len(groups) == 1 and not padded and groups[0].num_blocks == 1:
         return None
-    block = torch.repeat_interleave(
-        torch.arange(len(groups), device=device),
-        torch.tensor(sizes, device=device),
-        output_size=sum(sizes),
-    )
+    block, starts = [], {}
+    for group, size in zip(groups, sizes, strict=True):
+        starts[group.name] = sum(sizes[: len(starts)])
+        length = max(1, size // group.num_blocks)
+        # Block numbers need not follow each other: a query's number is one that no other group has.
+        block.append(torch.arange(size, device=device) // length + starts[group.name])
+    block = torch.cat(block)
     mask = block[:, None] == block[None, :]
+    for group, size in zip(groups, sizes, strict=True):
+        rows = slice(starts[group.name], starts[group.name] + size)
+        for other, other_size in zip(groups, sizes, strict=True):
+            if other.name in group.sees:
+                mask[rows, starts[other.name] : starts[other.name] + other_size] = True
     if not padded:
         return mask
     batch = groups[0].content.shape[0]
@@ -196,7 +224,7 @@ def _attend_mask(groups: list[QueryGroup], sizes: list[int]) -> Tensor | None:
         dim=1,
     )
     # A padded slot still sees itself: a row without any key is NaN in some attention kernels.
-    itself = torch.eye(block.numel(), dtype=torch.bool, device=device)
+    itself = torch.eye(len(mask), dtype=torch.bool, device=device)
     return ((mask & valid[:, None, :]) | itself)[:, None]
 
 

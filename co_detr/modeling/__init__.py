@@ -1,13 +1,13 @@
 """The model and its parts."""
 
 from co_detr.modeling.co_detr import CoDETR
-from co_detr.modeling.criterion import FocalLoss, SetCriterion
-from co_detr.modeling.decoder import DeformableDecoder
+from co_detr.modeling.criterion import FocalLoss, QualityFocalLoss, SetCriterion
+from co_detr.modeling.decoder import DeformableDecoder, ReferencePosition
 from co_detr.modeling.encoder import DeformableEncoder
 from co_detr.modeling.matching import HungarianAssigner
 from co_detr.modeling.neck import ChannelMapper
 from co_detr.modeling.position import SinePosition
-from co_detr.modeling.postprocess import TopKPostprocessor
+from co_detr.modeling.postprocess import SoftNMSPostprocessor, TopKPostprocessor
 
 __all__ = [
     "ChannelMapper",
@@ -16,7 +16,10 @@ __all__ = [
     "DeformableEncoder",
     "FocalLoss",
     "HungarianAssigner",
+    "QualityFocalLoss",
+    "ReferencePosition",
     "SetCriterion",
     "SinePosition",
+    "SoftNMSPostprocessor",
     "TopKPostprocessor",
 ]

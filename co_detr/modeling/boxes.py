@@ -36,17 +36,27 @@ def generalised_iou(first: Tensor, second: Tensor) -> Tensor:
     boxes give a number. No assertion looks at the values: that would stall a GPU each step.
     Source: Rezatofighi et al., "Generalized Intersection over Union", CVPR 2019.
     """
-    overlap = _area(
-        torch.maximum(first[..., :2], second[..., :2]),
-        torch.minimum(first[..., 2:], second[..., 2:]),
-    )
+    overlap, union = _overlap_and_union(first, second)
     hull = _area(
         torch.minimum(first[..., :2], second[..., :2]),
         torch.maximum(first[..., 2:], second[..., 2:]),
     ).clamp(min=1e-6)
-    areas = [(box[..., 2:] - box[..., :2]).prod(-1) for box in (first, second)]
-    union = (areas[0] + areas[1] - overlap).clamp(min=1e-6)
     return overlap / union - (hull - union) / hull
+
+
+def iou(first: Tensor, second: Tensor) -> Tensor:
+    """IoU of corner boxes, broadcast: ``(..., 4), (..., 4) -> (...)``; see `generalised_iou`."""
+    overlap, union = _overlap_and_union(first, second)
+    return overlap / union
+
+
+def _overlap_and_union(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    overlap = _area(
+        torch.maximum(first[..., :2], second[..., :2]),
+        torch.minimum(first[..., 2:], second[..., 2:]),
+    )
+    areas = [(box[..., 2:] - box[..., :2]).prod(-1) for box in (first, second)]
+    return overlap, (areas[0] + areas[1] - overlap).clamp(min=1e-6)
 
 
 def _area(low: Tensor, high: Tensor) -> Tensor:

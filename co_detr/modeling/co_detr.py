@@ -161,14 +161,6 @@ class CoDETR(nn.Module):
             for each in gt_instances
         ]
         memory = self.encode(images)
-        groups = [source(memory) for source in self.queries]
-        branch = AuxiliaryBranch({}, [])
-        if self.auxiliary is not None:
-            branch = self.auxiliary(images, memory, gt_instances)
-        groups = groups + branch.groups
-        query_set = QuerySet.concat(groups)
-        predictions = query_set.split(self.decoder(query_set, memory))
-
         # Not in the precision of the memory: half precision would move boxes by pixels.
         dtype = torch.promote_types(memory.tokens.dtype, torch.float32)
         truth = [
@@ -179,6 +171,14 @@ class CoDETR(nn.Module):
             )
             for each in gt_instances
         ]
+        groups = [source(memory, truth) for source in self.queries]
+        branch = AuxiliaryBranch({}, [])
+        if self.auxiliary is not None:
+            branch = self.auxiliary(images, memory, gt_instances)
+        groups = groups + branch.groups
+        query_set = QuerySet.concat(groups)
+        predictions = query_set.split(self.decoder(query_set, memory))
+
         proposals = {group.name: group.proposals for group in groups if group.proposals}
         targets, proposal_targets = self._assign(groups, predictions, truth)
         scored = [

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 
-from co_detr.modeling.boxes import cxcywh_to_xyxy, generalised_iou, size_factor
+from co_detr.modeling.boxes import cxcywh_to_xyxy, generalised_iou, iou, size_factor
 from co_detr.structures import AssignedTargets, Predictions
 
 # The reference divides by (normaliser + eps) in all its losses.
@@ -18,16 +18,42 @@ EPS = torch.finfo(torch.float32).eps
 class FocalLoss(nn.Module):
     """Sigmoid focal loss summed over classes (RetinaNet)."""
 
+    uses_quality = False
+
     def __init__(self, alpha: float = 0.25, gamma: float = 2.0):
         super().__init__()
         self.alpha = alpha
         self.gamma = gamma
 
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, labels: Tensor, quality: Tensor | None = None) -> Tensor:
         """``logits (..., K)``, ``labels (...)`` in [0, K] (K = background) -> ``(...)``."""
-        num_classes = logits.shape[-1]
-        target = F.one_hot(labels, num_classes + 1)[..., :num_classes].to(logits.dtype)
+        target = _one_hot(labels, logits)
         return sigmoid_focal_loss(logits, target, self.alpha, self.gamma).sum(-1)
+
+
+class QualityFocalLoss(nn.Module):
+    """Focal loss whose target is the IoU of the predicted box, summed over classes.
+
+    Source: Li et al., "Generalized Focal Loss", NeurIPS 2020, equation 5.
+    """
+
+    uses_quality = True
+
+    def __init__(self, beta: float = 2.0):
+        super().__init__()
+        self.beta = beta
+
+    def forward(self, logits: Tensor, labels: Tensor, quality: Tensor) -> Tensor:
+        """``logits (..., K)``, ``labels (...)``, ``quality (...)`` in [0, 1] -> ``(...)``."""
+        target = _one_hot(labels, logits) * quality[..., None]
+        distance = (target - logits.sigmoid()).abs()
+        entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        return (entropy * distance**self.beta).sum(-1)
+
+
+def _one_hot(labels: Tensor, logits: Tensor) -> Tensor:
+    num_classes = logits.shape[-1]
+    return F.one_hot(labels, num_classes + 1)[..., :num_classes].to(logits.dtype)
 
 
 class SetCriterion(nn.Module):
@@ -37,6 +63,10 @@ class SetCriterion(nn.Module):
     caller averages it over processes, at least 1); background queries count in the
     classification loss only. L1 works on normalised boxes, GIoU on pixels.
     Source: DETR section 3.1, Deformable-DETR; mmdet ``loss_single``.
+
+    Args:
+        classification: ``FocalLoss`` or ``QualityFocalLoss``; the latter is told the (detached)
+            IoU of every predicted box with its target, on normalised boxes as in the reference.
     """
 
     def __init__(
@@ -84,7 +114,12 @@ class SetCriterion(nn.Module):
         labels = targets.labels.expand(shape)
         box_weights = targets.weights * (targets.labels < self.num_classes)
         factor = torch.stack([size_factor(size, boxes) for size in image_sizes])[:, None]
-        class_terms = self.classification(logits, labels) * targets.weights
+        quality = None
+        if self.classification.uses_quality:
+            quality = iou(
+                cxcywh_to_xyxy(boxes.detach()), cxcywh_to_xyxy(targets.boxes.to(dtype))
+            ).expand(shape)
+        class_terms = self.classification(logits, labels, quality) * targets.weights
         bbox_terms = (boxes - targets.boxes).abs().sum(-1) * box_weights
         overlap = generalised_iou(
             cxcywh_to_xyxy(boxes) * factor, cxcywh_to_xyxy(targets.boxes) * factor

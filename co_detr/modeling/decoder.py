@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from co_detr.errors import ConfigError
 from co_detr.layers import MultiScaleDeformableAttention
 from co_detr.modeling.boxes import inverse_sigmoid
+from co_detr.modeling.position import encode_boxes
 from co_detr.modeling.transformer_layers import BoxHead, FeedForward, SelfAttention, class_head
 from co_detr.structures import EncoderMemory, Predictions, QuerySet
 
@@ -66,6 +69,11 @@ class DeformableDecoder(nn.Module):
 
     Args:
         eps: bound of the inverse sigmoid on references; 1e-5 in Deformable-DETR, 1e-3 in DINO.
+        query_position: None uses the positional queries of the query groups in every layer
+            (Deformable-DETR); a module ``(B, Q, 4) boxes -> (B, Q, C)`` derives them from each
+            layer's references (DAB-DETR, DINO).
+        normalise_output: classes and boxes are read from the layer-normed output of a layer,
+            while the references are refined from its output as it is (DINO).
     """
 
     def __init__(
@@ -81,9 +89,13 @@ class DeformableDecoder(nn.Module):
         dropout: float = 0.0,
         look_forward_twice: bool = True,
         eps: float = 1e-5,
+        query_position: nn.Module | None = None,
+        normalise_output: bool = False,
     ):
         super().__init__()
         self.num_classes = num_classes
+        self.query_position = query_position
+        self.output_norm = nn.LayerNorm(embed_dim) if normalise_output else None
         self.look_forward_twice = look_forward_twice
         self.eps = eps
         self.layers = nn.ModuleList(
@@ -114,25 +126,62 @@ class DeformableDecoder(nn.Module):
         Returns:
             logits ``(D, B, Q, K)`` and normalised boxes ``(D, B, Q, 4)`` of all D layers.
         """
+        self._check(queries)
         logits, boxes = [], []
-        content = queries.content
+        content, position = queries.content, queries.position
         reference = queries.reference  # detached: what the next layer attends around
         base = reference  # what the next prediction starts from
         level_scale = torch.cat([memory.valid_ratios] * 2, dim=-1)[:, None]  # (B, 1, L, 4)
         for layer, to_logits, to_deltas in zip(
             self.layers, self.class_heads, self.box_heads, strict=True
         ):
+            if self.query_position is not None:
+                # In the coordinates of the finest level, as DINO has it.
+                position = self.query_position(reference * level_scale[:, :, 0])
             content = layer(
                 content,
-                queries.position,
+                position,
                 reference[:, :, None] * level_scale,
                 memory,
                 queries.attend_mask,
             )
-            deltas = to_deltas(content)
-            logits.append(to_logits(content))
+            deltas = refinement = to_deltas(content)
+            output = content
+            if self.output_norm is not None:
+                output = self.output_norm(content)
+                deltas = to_deltas(output)
+            logits.append(to_logits(output))
             boxes.append((deltas + inverse_sigmoid(base, self.eps)).sigmoid())
-            refined = (deltas + inverse_sigmoid(reference, self.eps)).sigmoid()
+            refined = (refinement + inverse_sigmoid(reference, self.eps)).sigmoid()
             reference = refined.detach()
             base = refined if self.look_forward_twice else reference
         return Predictions(torch.stack(logits), torch.stack(boxes))
+
+    def _check(self, queries: QuerySet) -> None:
+        if (queries.position is None) == (self.query_position is None):
+            state = "no" if queries.position is None else "also"
+            raise ConfigError(
+                f"model.decoder.query_position is {'not ' if state == 'no' else ''}set but the "
+                f"query sources give {state} positional queries: take both from Co-Deformable-DETR "
+                "or both from Co-DINO."
+            )
+
+
+class ReferencePosition(nn.Module):
+    """Positional queries from reference boxes: sine code, then a two-layer perceptron.
+
+    Source: DAB-DETR section 4.2; DINO, whose code is ordered y, x, width, height.
+    """
+
+    def __init__(self, embed_dim: int):
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.layers = nn.ModuleList(
+            [nn.Linear(2 * embed_dim, embed_dim), nn.Linear(embed_dim, embed_dim)]
+        )
+
+    def forward(self, boxes: Tensor) -> Tensor:
+        """Boxes ``(B, Q, 4)`` cxcywh -> ``(B, Q, C)``."""
+        centre_x, centre_y, size = boxes.split([1, 1, 2], dim=-1)
+        code = encode_boxes(torch.cat([centre_y, centre_x, size], dim=-1), self.embed_dim // 2)
+        return self.layers[1](F.relu(self.layers[0](code)))

@@ -7,7 +7,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from co_detr.errors import NonFiniteError
-from co_detr.modeling.boxes import cxcywh_to_xyxy, size_factor
+from co_detr.modeling.boxes import cxcywh_to_xyxy, iou, size_factor
 
 
 class TopKPostprocessor(nn.Module):
@@ -37,29 +37,110 @@ class TopKPostprocessor(nn.Module):
         Raises:
             NonFiniteError: if a box is NaN, which only broken weights or pixels give.
         """
-        num_classes = logits.shape[-1]
-        scores = logits.float().sigmoid().flatten(1)
-        scores, pairs = scores.topk(min(self.max_detections, scores.shape[1]), dim=1)
-        queries = pairs // num_classes
-        chosen = boxes.gather(1, queries[..., None].expand(-1, -1, 4))
-        if not chosen.isfinite().all():
-            raise NonFiniteError(
-                "the model predicts boxes that are NaN: its weights or the image are not finite; "
-                "check train.init_checkpoint, or go back to an earlier checkpoint."
+        return best_pairs(logits, boxes, image_sizes, self.max_detections)
+
+
+class SoftNMSPostprocessor(nn.Module):
+    """The best (query, class) pairs, thinned out by linear soft-NMS within every class.
+
+    Pairs are visited from the best score down; each lowers the scores of all later pairs of its
+    class that overlap it by at least ``iou_threshold`` by the factor (1 - IoU).
+    Source: Bodla et al., "Soft-NMS", ICCV 2017; mmcv ``soft_nms``; the reference's Co-DINO, which
+    starts from as many pairs as it has queries.
+
+    Args:
+        max_detections: detections to keep per image.
+        num_candidates: pairs to start from; None: as many as there are queries.
+        min_score: pairs that fall below are dropped, except for the best one.
+    """
+
+    def __init__(
+        self,
+        max_detections: int = 300,
+        iou_threshold: float = 0.8,
+        min_score: float = 1e-3,
+        num_candidates: int | None = None,
+    ):
+        super().__init__()
+        self.max_detections = max_detections
+        self.iou_threshold = iou_threshold
+        self.min_score = min_score
+        self.num_candidates = num_candidates
+
+    def forward(
+        self, logits: Tensor, boxes: Tensor, image_sizes: list[tuple[int, int]]
+    ) -> list[Instances]:
+        """As `TopKPostprocessor`."""
+        candidates = best_pairs(logits, boxes, image_sizes, self.num_candidates or logits.shape[1])
+        return [self._thin_out(each) for each in candidates]
+
+    def _thin_out(self, found: Instances) -> Instances:
+        if len(found) == 0:
+            return found
+        scores = soft_nms(
+            found.pred_boxes.tensor, found.scores, found.pred_classes, self.iou_threshold
+        )
+        order = scores.argsort(descending=True, stable=True)
+        scores = scores[order]
+        keep = scores >= self.min_score
+        keep[0] = True
+        kept = order[keep][: self.max_detections]
+        result = found[kept]
+        result.scores = scores[keep][: self.max_detections]
+        return result
+
+
+def soft_nms(boxes: Tensor, scores: Tensor, classes: Tensor, iou_threshold: float) -> Tensor:
+    """Scores ``(N,)`` after linear soft-NMS of absolute xyxy boxes ``(N, 4)`` within classes.
+
+    One box of every class is visited at a time, so that there are only as many steps as the most
+    frequent class has boxes; no step waits for the device.
+    """
+    scores = scores.clone()
+    if not len(scores):
+        return scores
+    same_class = classes[:, None] == classes[None, :]
+    overlap = iou(boxes[:, None], boxes[None]) * same_class
+    factor = torch.where(overlap >= iou_threshold, 1 - overlap, 1.0)
+    _, class_index, counts = classes.unique(return_inverse=True, return_counts=True)
+    waiting = scores.new_zeros(len(counts), len(scores), dtype=torch.bool)
+    waiting[class_index, torch.arange(len(scores), device=scores.device)] = True
+    for _ in range(int(counts.max())):
+        best = torch.where(waiting, scores, -1.0).argmax(1)  # (number of classes,)
+        waiting[torch.arange(len(best), device=best.device), best] = False
+        # Boxes that were visited, and so classes that are through, keep their scores.
+        lowered = torch.where(waiting, factor[best], 1.0).prod(0)
+        scores = scores * lowered
+    return scores
+
+
+def best_pairs(
+    logits: Tensor, boxes: Tensor, image_sizes: list[tuple[int, int]], number: int
+) -> list[Instances]:
+    """The ``number`` best (query, class) pairs of each image; see `TopKPostprocessor`."""
+    num_classes = logits.shape[-1]
+    scores = logits.float().sigmoid().flatten(1)
+    scores, pairs = scores.topk(min(number, scores.shape[1]), dim=1)
+    queries = pairs // num_classes
+    chosen = boxes.gather(1, queries[..., None].expand(-1, -1, 4))
+    if not chosen.isfinite().all():
+        raise NonFiniteError(
+            "the model predicts boxes that are NaN: its weights or the image are not finite; "
+            "check train.init_checkpoint, or go back to an earlier checkpoint."
+        )
+    results = []
+    for image, size in enumerate(image_sizes):
+        absolute = Boxes(cxcywh_to_xyxy(chosen[image]) * size_factor(size, chosen))
+        absolute.clip(size)
+        results.append(
+            Instances(
+                size,
+                pred_boxes=absolute,
+                scores=scores[image],
+                pred_classes=pairs[image] % num_classes,
             )
-        results = []
-        for image, size in enumerate(image_sizes):
-            absolute = Boxes(cxcywh_to_xyxy(chosen[image]) * size_factor(size, chosen))
-            absolute.clip(size)
-            results.append(
-                Instances(
-                    size,
-                    pred_boxes=absolute,
-                    scores=scores[image],
-                    pred_classes=pairs[image] % num_classes,
-                )
-            )
-        return results
+        )
+    return results
 
 
 def padding_mask(

@@ -38,10 +38,12 @@ class PositiveQueries(nn.Module):
     2. The group is as long as the longest image needs, and at least ``min_queries``. Shorter
        images are filled with random background candidates that are trained as background
        (``padding="negatives"``) or with masked slots that no loss sees (``padding="mask"``).
-       Where the background candidates run out, the rest is masked.
-    3. A projected sine code of the candidate's box gives the positional and the content query;
-       with ``with_features`` the candidate's projected feature joins the content and a learned
-       scalar of the head joins the position.
+       Where the background candidates run out, the rest is masked. ``padding="unmasked"`` is
+       "mask" with slots that other queries attend to, as the reference's Co-DINO has it.
+    3. A projected sine code of the candidate's box gives the queries. ``with_features``
+       (Co-Deformable-DETR): one half is the positional query, to which a learned scalar of the
+       head is added, the other half and the candidate's projected feature are the content.
+       Without (Co-DINO): the code is the content, and the decoder derives the position.
 
     The targets are the ground truths that the head had assigned; there is no matching.
     Source: Co-DETR section 3.3 ("Customized Positive Queries Generation"); ``get_aux_targets``
@@ -57,14 +59,16 @@ class PositiveQueries(nn.Module):
         num_classes: int,
         embed_dim: int,
         with_features: bool = True,
-        padding: Literal["negatives", "mask"] = "negatives",
+        padding: Literal["negatives", "mask", "unmasked"] = "negatives",
         min_queries: int = 9,
         max_queries: int = 300,
         loss_weight: float = 1.0,
     ):
         super().__init__()
-        if padding not in ("negatives", "mask"):
-            raise ConfigError(f'padding must be "negatives" or "mask", got {padding!r}.')
+        if padding not in ("negatives", "mask", "unmasked"):
+            raise ConfigError(
+                f'padding must be "negatives", "mask" or "unmasked", got {padding!r}.'
+            )
         self.num_classes = num_classes
         self.embed_dim = embed_dim
         self.padding = padding
@@ -72,8 +76,9 @@ class PositiveQueries(nn.Module):
         self.max_queries = max_queries
         self.loss_weight = loss_weight
         self.permutation: Callable[[int], Tensor] = torch.randperm
-        self.position_proj = nn.Linear(2 * embed_dim, 2 * embed_dim)
-        self.position_norm = nn.LayerNorm(2 * embed_dim)
+        width = 2 * embed_dim if with_features else embed_dim
+        self.position_proj = nn.Linear(2 * embed_dim, width)
+        self.position_norm = nn.LayerNorm(width)
         self.with_features = with_features
         if with_features:
             self.feature_proj = nn.Linear(embed_dim, embed_dim)
@@ -116,17 +121,20 @@ class PositiveQueries(nn.Module):
         # Anchors may be larger than the image: attention uses them as they are, their code is
         # that of the box cut to (0, 1).
         code = encode_boxes(inverse_sigmoid(boxes).sigmoid(), self.embed_dim // 2)
-        position, content = self.position_norm(self.position_proj(code)).chunk(2, dim=-1)
+        position, content = None, self.position_norm(self.position_proj(code))
         if self.with_features:
+            position, content = content.chunk(2, dim=-1)
             content = content + self.feature_norm(self.feature_proj(torch.stack(features)))
             position = position + self.head_embedding
-        all_real = all(len(slots.indices) == slots.num_slots for slots in chosen)
+        all_seen = self.padding == "unmasked" or all(
+            len(slots.indices) == slots.num_slots for slots in chosen
+        )
         return QueryGroup(
             name=name,
             content=content,
             position=position,
             reference=boxes,
-            valid=None if all_real else valid.bool(),
+            valid=None if all_seen else valid.bool(),
             targets=AssignedTargets(
                 labels=torch.stack(labels)[None],
                 boxes=torch.stack(targets)[None],

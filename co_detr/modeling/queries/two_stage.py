@@ -2,33 +2,57 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
 from co_detr.modeling.position import encode_boxes
 from co_detr.modeling.transformer_layers import BoxHead, class_head
-from co_detr.structures import EncoderMemory, EncoderProposals, Predictions, QueryGroup
+from co_detr.structures import (
+    EncoderMemory,
+    EncoderProposals,
+    GroundTruth,
+    Predictions,
+    QueryGroup,
+)
 
 
 class TwoStageQueries(nn.Module):
     """Top-scoring encoder proposals with learned content (mixed query selection).
 
     1. Every token proposes a box: a grid prior plus a predicted offset.
-    2. Tokens are ranked by the logit of class 0; the best ``num_queries`` give the references.
-       Class 0 stands for "object" because all proposals are trained with label 0, over all
-       tokens (Deformable-DETR's two-stage variant; the reference Co-Deformable-DETR keeps it).
+    2. Tokens are ranked by their scores; the best ``num_queries`` give the references.
     3. Content queries are learned, one per rank; positional queries code the reference box.
 
-    Source: Deformable-DETR appendix A.4; DINO section 3.4; Co-DETR's ``CoDeformDETRHead``.
+    Source: Deformable-DETR appendix A.4; DINO section 3.4; Co-DETR's ``CoDeformDETRHead`` and
+    ``CoDINOHead``.
+
+    Args:
+        ranking: "first_class": by the logit of class 0, which stands for "object" because all
+            tokens are trained with every label set to 0 (Deformable-DETR); "best_class": by the
+            largest logit, and only the chosen tokens are trained, with true labels (DINO).
+        with_position: False leaves the positional queries to the decoder (DINO).
     """
 
     training_only = False
 
     def __init__(
-        self, *, num_queries: int, num_classes: int, embed_dim: int, name: str = "matching"
+        self,
+        *,
+        num_queries: int,
+        num_classes: int,
+        embed_dim: int,
+        ranking: Literal["first_class", "best_class"] = "first_class",
+        with_position: bool = True,
+        name: str = "matching",
     ):
         super().__init__()
+        if ranking not in ("first_class", "best_class"):
+            raise ConfigError(f'ranking must be "first_class" or "best_class", got {ranking!r}.')
+        self.ranking = ranking
+        self.with_position = with_position
         self.name = name
         self.num_queries = num_queries
         self.num_classes = num_classes
@@ -37,16 +61,25 @@ class TwoStageQueries(nn.Module):
         self.class_head = class_head(embed_dim, num_classes)
         self.box_head = BoxHead(embed_dim)
         self.content = nn.Embedding(num_queries, embed_dim)
-        # Twice the width as in released checkpoints, where the second half would be the content
-        # of the variant without learned content; the norm runs over both halves.
-        self.position_proj = nn.Linear(2 * embed_dim, 2 * embed_dim)
-        self.position_norm = nn.LayerNorm(2 * embed_dim)
-        for linear in (self.memory_proj, self.position_proj):
+        projections = [self.memory_proj]
+        if with_position:
+            # Twice the width as in released checkpoints, where the second half would be the
+            # content of the variant without learned content; the norm runs over both halves.
+            self.position_proj = nn.Linear(2 * embed_dim, 2 * embed_dim)
+            self.position_norm = nn.LayerNorm(2 * embed_dim)
+            projections.append(self.position_proj)
+        for linear in projections:
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, memory: EncoderMemory) -> QueryGroup:
+    def forward(
+        self, memory: EncoderMemory, ground_truth: list[GroundTruth] | None = None
+    ) -> QueryGroup:
         """Makes the group of ``num_queries`` one-to-one matched queries.
+
+        Args:
+            memory: encoder output.
+            ground_truth: not used here; other query sources need it.
 
         Raises:
             ConfigError: if the image batch has fewer tokens than ``num_queries``.
@@ -62,19 +95,31 @@ class TwoStageQueries(nn.Module):
         output_memory = self.memory_norm(self.memory_proj(output_memory))
         class_logits = self.class_head(output_memory)
         box_logits = self.box_head(output_memory) + grid_logits
-        best = class_logits[..., 0].topk(self.num_queries, dim=1).indices
-        chosen = box_logits.gather(1, best[..., None].expand(-1, -1, 4)).detach()
-        reference = chosen.sigmoid()
-        embed_dim = self.content.embedding_dim
-        position = self.position_norm(self.position_proj(encode_boxes(reference, embed_dim // 2)))
+        best_class = self.ranking == "best_class"
+        scores = class_logits.amax(-1) if best_class else class_logits[..., 0]
+        best = scores.topk(self.num_queries, dim=1).indices
+        chosen = _gather_rows(box_logits, best)
+        reference = chosen.detach().sigmoid()
+        if best_class:
+            class_logits, box_logits = _gather_rows(class_logits, best), chosen
         predictions = Predictions(class_logits[None], box_logits.sigmoid()[None])
         return QueryGroup(
             name=self.name,
             content=self.content.weight.expand(len(best), -1, -1),
-            position=position[..., :embed_dim],
+            position=self._position(reference) if self.with_position else None,
             reference=reference,
-            proposals=EncoderProposals(predictions, binary=True),
+            proposals=EncoderProposals(predictions, binary=not best_class),
         )
+
+    def _position(self, reference: Tensor) -> Tensor:
+        embed_dim = self.content.embedding_dim
+        code = encode_boxes(reference, embed_dim // 2)
+        return self.position_norm(self.position_proj(code))[..., :embed_dim]
+
+
+def _gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """``(B, S, X)`` rows at ``(B, Q)`` -> ``(B, Q, X)``."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def propose_grid(memory: EncoderMemory) -> tuple[Tensor, Tensor]:
