@@ -1,0 +1,40 @@
+"""Shrinks a model to what two CPU cores train from scratch in minutes on small images."""
+
+from detectron2.config import LazyCall as L
+
+from co_detr.modeling.resnet import resnet_stages
+
+LEVELS = ["p3", "p4", "p5", "p6"]  # three of the encoder and the extra one of the heads
+STRIDES = [8, 16, 32, 64]
+
+
+def make_small(model):
+    """In place: thin ResNet-18 (group norm, nothing frozen), three levels, width 96, two encoder
+    and three decoder layers, 60 queries, and heads to match for objects of 24 to 64 pixels."""
+    bottom_up = model.backbone.bottom_up
+    bottom_up.stem.update(out_channels=32, norm="GN")
+    bottom_up.stages = L(resnet_stages)(depth=18, stem_channels=32, res2_channels=32, norm="GN")
+    bottom_up.freeze_at = 0
+    bottom_up.out_features = model.backbone.in_features = ["res3", "res4", "res5"]
+    model.backbone.num_extra_levels = 0
+    model.backbone.num_groups = 16
+
+    model.encoder.update(embed_dim=96, num_heads=4, num_levels=3, num_layers=2, feedforward_dim=256)
+    model.decoder.num_layers = 3
+    model.queries[0].num_queries = 60
+
+    auxiliary = model.auxiliary
+    auxiliary.pyramid.update(finest=3, num_groups=16)
+    auxiliary.positive_queries.max_queries = 60
+    auxiliary.atss.update(in_features=LEVELS, strides=STRIDES, anchor_scale=4.0, num_groups=16)
+    rpn, roi_heads = auxiliary.roi.rpn, auxiliary.roi.roi_heads
+    rpn.in_features = LEVELS
+    # Anchors at half the usual scale.
+    rpn.anchor_generator.sizes = [[2 * s * 2 ** (i / 3) for i in range(3)] for s in STRIDES]
+    rpn.anchor_generator.strides = STRIDES
+    rpn.pre_nms_topk = (500, 500)
+    rpn.post_nms_topk = (200, 100)
+    roi_heads.batch_size_per_image = 64
+    roi_heads.box_in_features = LEVELS[:3]
+    roi_heads.box_pooler.scales = tuple(1 / stride for stride in STRIDES[:3])
+    roi_heads.box_head.fc_dims = [192, 192]

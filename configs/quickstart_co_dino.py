@@ -1,0 +1,12 @@
+"""The quick start with a small Co-DINO: denoising queries, quality focal loss, Soft-NMS."""
+
+from .models.co_dino import auxiliary, model
+from .models.small import make_small
+from .quickstart import data, dataloader, lr_multiplier, optimizer, train
+
+model.auxiliary = auxiliary
+model.num_classes = 10
+make_small(model)
+model.queries[1].num_queries = 30
+model.postprocessor.max_detections = 100
+train.output_dir = "output/quickstart_co_dino"
