@@ -13,15 +13,21 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
+from co_detr.engine.allocator import keep_freed_memory
+
 logger = logging.getLogger(__name__)
 
 
 def setup_run(cfg: DictConfig) -> None:
     """Does what Detectron2's ``default_setup`` does, but keeps the console short.
 
+    On the CPU also keeps freed memory for the next step (`keep_freed_memory`).
+
     Writes to ``train.output_dir``: ``log.txt`` (all messages; ``log.txt.rank1`` and so on for
     other processes), ``environment.txt`` and ``config.yaml`` (the complete configuration).
     """
+    if torch.device(cfg.train.device).type == "cpu":
+        keep_freed_memory()
     output_dir, rank = cfg.train.output_dir, comm.get_rank()
     os.makedirs(output_dir, exist_ok=True)
     for name in ("detectron2", "fvcore", "co_detr"):

@@ -1,0 +1,1 @@
+"""Training steps and inference of whole models, each in a process of its own."""
