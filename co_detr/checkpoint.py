@@ -1,55 +1,46 @@
-"""Weights of the reference implementation -> our names, by one table.
+"""Weights of the reference implementation -> our names and back, by one table.
 
-The table lists every key of an official Co-DETR checkpoint. A key that no row matches, or a
-parameter of ours that no key fills, is an error: nothing is dropped silently.
+The table (`co_detr.checkpoint_rows`) knows every key of an official Co-DETR checkpoint. A key that
+no line knows, or a parameter of ours that no key fills, is an error: nothing is dropped silently.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from co_detr.checkpoint_rows import EMA_COPIES, table
+from co_detr.checkpoint_table import DroppedRow, Row, SplitRow, TableRow
 from co_detr.errors import CheckpointError
-from co_detr.modeling import CoDETR
 
+if TYPE_CHECKING:
+    from co_detr.modeling import CoDETR
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table.
-
-    Attributes:
-        official: key of the reference, with ``{i}``, ``{j}`` for numbers, ``{rest}`` for any tail.
-        ours: key with the same placeholders; None for keys we have no use for.
-        rewrite: applied to the tensor on its way to us.
-    """
-
-    official: str
-    ours: str | None
-    rewrite: Callable[[Tensor], Tensor] | None = None
-
-    def match(self, key: str) -> str | None:
-        """Our key, or None if the row does not apply. Only for rows with ``ours``."""
-        found = self.pattern.fullmatch(key)
-        return None if found is None else self.ours.format(**found.groupdict())
-
-    @property
-    def pattern(self) -> re.Pattern[str]:
-        pattern = re.escape(self.official)
-        for name, expression in (("i", r"\d+"), ("j", r"\d+"), ("rest", r".+")):
-            pattern = pattern.replace(re.escape("{" + name + "}"), f"(?P<{name}>{expression})")
-        return re.compile(pattern)
+_WRAPPERS = ("state_dict", "model")
+_EMA = "ema_"
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """Tensors in our names, and the official keys that were left out on purpose or are unknown."""
+    """Renamed tensors, and what became of the rest.
+
+    Attributes:
+        state_dict: tensors in the names of the other side.
+        ignored: keys that were left out on purpose -> why.
+        restored: keys that were left out on the way to us and are made anew on the way back.
+        absent: what cannot come back, in words.
+        unknown: keys that the table does not know, or whose tensor it cannot take apart.
+    """
 
     state_dict: dict[str, Tensor]
-    ignored: list[str]
-    unknown: list[str]
+    ignored: dict[str, str] = field(default_factory=dict)
+    restored: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
 
 
 def rename_official(official: Mapping[str, Tensor], model: CoDETR) -> Conversion:
@@ -60,209 +51,189 @@ def rename_official(official: Mapping[str, Tensor], model: CoDETR) -> Conversion
         model: decides the number of layers and the heads. Without auxiliary heads their keys are
             left out and listed as ignored.
     """
-    rows = _table(model)
-    converted: dict[str, Tensor] = {}
-    ignored, unknown = [], []
+    rows = table(model)
+    conversion = Conversion({})
     for key, value in official.items():
-        row = next((row for row in rows if row.pattern.fullmatch(key)), None)
-        if row is None:
-            unknown.append(key)
-        elif row.ours is None:
-            ignored.append(key)
-        elif "{head}" in row.ours:
-            # One (K, 1) table in the reference, one scalar per head here.
-            for name, scalar in zip(_head_names(model), value, strict=True):
-                converted[row.ours.format(head=name)] = scalar
+        try:
+            known = any(_to_ours(row, key, value, conversion) for row in rows)
+        except (RuntimeError, ValueError):  # not divisible into anchors or heads
+            conversion.unknown.append(f"{key} of shape {tuple(value.shape)}")
         else:
-            converted[row.match(key)] = value if row.rewrite is None else row.rewrite(value)
-    return Conversion(converted, ignored, unknown)
+            if not known:
+                conversion.unknown.append(key)
+    return conversion
 
 
 def convert_official(official: Mapping[str, Tensor], model: CoDETR) -> Conversion:
-    """Converts a complete official Co-Deformable-DETR state dict for ``model``.
+    """Converts a complete official state dict for ``model``.
 
     Raises:
         CheckpointError: naming unknown keys, unfilled parameters and differing shapes.
     """
     conversion = rename_official(official, model)
-    converted = conversion.state_dict
-    expected = model.state_dict()
-    missing = [key for key in expected if key not in converted]
-    unexpected = [key for key in converted if key not in expected]
-    shapes = [
-        f"{key} is {tuple(value.shape)} but the model has {tuple(expected[key].shape)}"
-        for key, value in converted.items()
-        if key in expected and value.shape != expected[key].shape
-    ]
-    problems = {
-        "official keys without a counterpart": conversion.unknown,
-        "parameters of the model that the checkpoint lacks": missing,
-        "converted keys that the model lacks": unexpected,
-        "shapes that differ": shapes,
-    }
-    if any(problems.values()):
-        text = "; ".join(f"{what}: {_shorten(keys)}" for what, keys in problems.items() if keys)
-        raise CheckpointError(
-            f"The official checkpoint does not fit this model ({text}). Choose the config whose "
-            "backbone, layers, classes and auxiliary heads are those of the checkpoint."
-        )
+    problems = {"official keys without a counterpart": conversion.unknown}
+    problems |= misfits(conversion.state_dict, model)
+    _raise_any(
+        problems,
+        "The official checkpoint does not fit this model",
+        "Choose the config whose backbone, layers, classes and auxiliary heads are those of the "
+        "checkpoint.",
+    )
     return conversion
 
 
-def is_official(checkpoint: Mapping) -> bool:
-    """Whether a loaded file was written by the reference implementation."""
-    state = checkpoint.get("state_dict", checkpoint)
-    return any(key.removeprefix("module.").startswith("query_head.") for key in state)
+def restore_official(
+    state: Mapping[str, Tensor], model: CoDETR, mmdet_swin: bool = False
+) -> Conversion:
+    """The inverse of `convert_official`: our complete state dict of ``model`` -> official.
 
+    What was dropped on the way to us comes back where it can be made anew: the counters of batch
+    norms, as zeros, and the rotary tables of a ViT. What a model without auxiliary heads lacks does
+    not come back.
 
-def official_state_dict(checkpoint: Mapping) -> dict[str, Tensor]:
-    """The state dict inside a loaded official checkpoint, without wrappers and prefixes.
+    Args:
+        state: our tensors.
+        model: whose tensors they are.
+        mmdet_swin: give a Swin backbone mmdet's names instead of those of the reference.
 
     Raises:
-        CheckpointError: if there is none.
+        CheckpointError: naming missing, unknown and differently shaped tensors of ``state``.
     """
-    state = checkpoint.get("state_dict", checkpoint)
-    state = {key.removeprefix("module."): value for key, value in state.items()}
+    rows = table(model, mmdet_swin)
+    conversion = Conversion({})
+    splits = {name: row for row in rows if isinstance(row, SplitRow) for name in row.ours}
+    for key, value in state.items():
+        if key in splits:
+            parts = [state[name] for name in splits[key].ours if name in state]
+            conversion.state_dict[splits[key].official] = torch.stack(parts)
+        elif not any(_to_official(row, key, value, conversion) for row in rows):
+            conversion.unknown.append(key)
+    problems = {"tensors without an official counterpart": conversion.unknown}
+    problems |= misfits(state, model)
+    _raise_any(
+        problems,
+        "The checkpoint does not fit this model",
+        "Choose the config that it was trained with.",
+    )
+    for key, value in list(conversion.state_dict.items()):
+        for row in rows:
+            if isinstance(row, DroppedRow) and (dropped := row.restored_beside(key)):
+                conversion.state_dict[dropped] = row.restore(value)
+                conversion.restored.append(dropped)
+    lost = {row.why for row in rows if isinstance(row, DroppedRow) and row.beside is None}
+    conversion.absent.extend(sorted(lost - {EMA_COPIES}))
+    return conversion
+
+
+def misfits(state: Mapping[str, Tensor], model: torch.nn.Module) -> dict[str, list[str]]:
+    """What keeps tensors in our names from filling ``model``, by kind of problem."""
+    expected = model.state_dict()
+    return {
+        "parameters of the model that the checkpoint lacks": [
+            key for key in expected if key not in state
+        ],
+        "keys that the model lacks": [key for key in state if key not in expected],
+        "shapes that differ": [
+            f"{key} is {tuple(value.shape)} but the model has {tuple(expected[key].shape)}"
+            for key, value in state.items()
+            if key in expected and value.shape != expected[key].shape
+        ],
+    }
+
+
+def is_official(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a loaded file was written by the reference implementation."""
+    return any(_plain(key).startswith("query_head.") for key in unwrap(checkpoint))
+
+
+def official_state_dict(checkpoint: Mapping[str, Any], ema: bool = False) -> dict[str, Tensor]:
+    """The state dict inside a loaded official checkpoint, without wrappers and prefixes.
+
+    Args:
+        checkpoint: the state dict itself, or a dict with it under ``state_dict`` or ``model``.
+        ema: take the tensors named ``ema_...`` (dots replaced by underscores) instead of the plain
+            ones. mmdet's hook swaps the two sets before it saves at the end of an epoch: then the
+            plain names hold the average already, and these the weights of the optimiser.
+
+    Raises:
+        CheckpointError: if there is no state dict, or no second set for ``ema``.
+    """
+    state = {_plain(key): value for key, value in unwrap(checkpoint).items()}
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(
             "This file holds no state dict of the reference implementation: expected tensors "
             "under the key 'state_dict' or at the top level."
         )
-    return state
+    return _second_set(state) if ema else state
 
 
-def _shorten(keys: list[str], limit: int = 8) -> str:
+def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What lies under ``state_dict`` or ``model``, however often wrapped; else the dict itself."""
+    for wrapper in _WRAPPERS:
+        if isinstance(checkpoint.get(wrapper), Mapping):
+            return unwrap(checkpoint[wrapper])
+    return checkpoint
+
+
+def stored_class_names(checkpoint: Mapping[str, Any]) -> list[str] | None:
+    """The classes that a loaded file, ours or official, says it was trained on; None if silent."""
+    meta = checkpoint.get("meta")
+    names = meta.get("CLASSES") if isinstance(meta, Mapping) else checkpoint.get("class_names")
+    is_list = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    return list(names) if is_list and names else None
+
+
+def _second_set(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    copies = {key: value for key, value in state.items() if key.startswith(_EMA)}
+    names = {_EMA + key.replace(".", "_"): key for key in state if key not in copies}
+    strangers = [key for key in copies if key not in names]
+    if not copies or strangers:
+        found = f"has {shorten(strangers)} without a plain tensor" if strangers else "has none"
+        raise CheckpointError(
+            "The second set of weights (names that begin with ema_) was asked for, but the "
+            f"checkpoint {found}: leave --ema out."
+        )
+    # mmdet can leave buffers out of the second set (skip_buffers).
+    return {key: copies.get(copy, state[key]) for copy, key in names.items()}
+
+
+def _plain(key: str) -> str:
+    return key.removeprefix("module.")
+
+
+def _to_ours(row: TableRow, key: str, value: Tensor, into: Conversion) -> bool:
+    """Adds what ``row`` makes of an official tensor; False if it does not know the key."""
+    if isinstance(row, SplitRow):
+        if key != row.official:
+            return False
+        into.state_dict.update(dict(zip(row.ours, value.unbind(), strict=True)))
+    elif isinstance(row, DroppedRow):
+        if not row.knows(key):
+            return False
+        into.ignored[key] = row.why
+    else:
+        name = row.to_ours(key)
+        if name is None:
+            return False
+        into.state_dict[name] = value if row.rewrite is None else row.rewrite(value)
+    return True
+
+
+def _to_official(row: TableRow, key: str, value: Tensor, into: Conversion) -> bool:
+    name = row.to_official(key) if isinstance(row, Row) else None
+    if name is None:
+        return False
+    into.state_dict[name] = value if row.restore is None else row.restore(value)
+    return True
+
+
+def _raise_any(problems: dict[str, list[str]], what: str, mend: str) -> None:
+    if any(problems.values()):
+        text = "; ".join(f"{kind}: {shorten(keys)}" for kind, keys in problems.items() if keys)
+        raise CheckpointError(f"{what} ({text}). {mend}")
+
+
+def shorten(keys: list[str], limit: int = 8) -> str:
+    """The first ``limit`` of ``keys``, and how many more there are."""
     shown = ", ".join(keys[:limit])
     return shown if len(keys) <= limit else f"{shown} and {len(keys) - limit} more"
-
-
-def _head_names(model: CoDETR) -> list[str]:
-    return [] if model.auxiliary is None else list(model.auxiliary.heads)
-
-
-def _reorder_anchors(width: int) -> Callable[[Tensor], Tensor]:
-    """Reorders RPN output channels: the reference loops its three ratios outside the sizes,
-    Detectron2 inside. ``width`` is the number of channels per anchor."""
-
-    def rewrite(value: Tensor) -> Tensor:
-        grouped = value.unflatten(0, (3, -1, width))
-        return grouped.transpose(0, 1).flatten(0, 2).contiguous()
-
-    return rewrite
-
-
-def _table(model: CoDETR) -> list[Row]:
-    layers = model.decoder.num_layers
-    head, transformer = "query_head", "query_head.transformer"
-    rows = [
-        *_resnet_rows(),
-        Row("neck.convs.{i}.conv.{rest}", "backbone.lateral_convs.{i}.{rest}"),
-        Row("neck.convs.{i}.gn.{rest}", "backbone.lateral_convs.{i}.norm.{rest}"),
-        Row("neck.extra_convs.{i}.conv.{rest}", "backbone.extra_convs.{i}.{rest}"),
-        Row("neck.extra_convs.{i}.gn.{rest}", "backbone.extra_convs.{i}.norm.{rest}"),
-        Row(f"{transformer}.level_embeds", "encoder.level_embed"),
-        *_layer_rows(f"{transformer}.encoder", "encoder", ["attention"], ["attention", "ffn"]),
-        *_layer_rows(
-            f"{transformer}.decoder",
-            "decoder",
-            ["self_attention", "cross_attention"],
-            ["self_attention", "cross_attention", "ffn"],
-        ),
-        Row(f"{transformer}.enc_output.{{rest}}", "queries.0.memory_proj.{rest}"),
-        Row(f"{transformer}.enc_output_norm.{{rest}}", "queries.0.memory_norm.{rest}"),
-        Row(f"{transformer}.pos_trans.{{rest}}", "queries.0.position_proj.{rest}"),
-        Row(f"{transformer}.pos_trans_norm.{{rest}}", "queries.0.position_norm.{rest}"),
-        Row(f"{head}.query_embedding.weight", "queries.0.content.weight"),
-        Row(f"{head}.cls_branches.{layers}.{{rest}}", "queries.0.class_head.{rest}"),
-        Row(f"{head}.cls_branches.{{i}}.{{rest}}", "decoder.class_heads.{i}.{rest}"),
-    ]
-    for official, ours in ((0, 0), (2, 1), (4, 2)):  # the activations between have no weights
-        last = f"{head}.reg_branches.{layers}.{official}.{{rest}}"
-        rows.append(Row(last, f"queries.0.box_head.layers.{ours}.{{rest}}"))
-        each = f"{head}.reg_branches.{{i}}.{official}.{{rest}}"
-        rows.append(Row(each, f"decoder.box_heads.{{i}}.layers.{ours}.{{rest}}"))
-    return [*rows, *(_stripped_rows() if model.auxiliary is None else _auxiliary_rows(model))]
-
-
-def _resnet_rows() -> Iterable[Row]:
-    ours = "backbone.bottom_up"
-    yield Row("backbone.conv1.weight", f"{ours}.stem.conv1.weight")
-    # Our batch norm is frozen and counts no batches.
-    for norm in ("bn1", "layer{i}.{j}.bn1", "layer{i}.{j}.bn2", "layer{i}.{j}.bn3"):
-        yield Row(f"backbone.{norm}.num_batches_tracked", None)
-    yield Row("backbone.layer{i}.{j}.downsample.1.num_batches_tracked", None)
-    yield Row("backbone.bn1.{rest}", f"{ours}.stem.conv1.norm.{{rest}}")
-    for stage in (1, 2, 3, 4):
-        theirs, here = f"backbone.layer{stage}.{{i}}", f"{ours}.res{stage + 1}.{{i}}"
-        yield Row(f"{theirs}.conv{{j}}.weight", f"{here}.conv{{j}}.weight")
-        yield Row(f"{theirs}.bn{{j}}.{{rest}}", f"{here}.conv{{j}}.norm.{{rest}}")
-        yield Row(f"{theirs}.downsample.0.weight", f"{here}.shortcut.weight")
-        yield Row(f"{theirs}.downsample.1.{{rest}}", f"{here}.shortcut.norm.{{rest}}")
-
-
-def _layer_rows(official: str, ours: str, attentions: list[str], norms: list[str]) -> Iterable[Row]:
-    theirs, here = f"{official}.layers.{{i}}", f"{ours}.layers.{{i}}"
-    for number, name in enumerate(attentions):
-        # mmcv wraps nn.MultiheadAttention one level deeper
-        inner = "attn.{rest}" if name == "self_attention" else "{rest}"
-        yield Row(f"{theirs}.attentions.{number}.{inner}", f"{here}.{name}.{{rest}}")
-    yield Row(f"{theirs}.ffns.0.layers.0.0.{{rest}}", f"{here}.ffn.linear1.{{rest}}")
-    yield Row(f"{theirs}.ffns.0.layers.1.{{rest}}", f"{here}.ffn.linear2.{{rest}}")
-    for number, name in enumerate(norms):
-        yield Row(f"{theirs}.norms.{number}.{{rest}}", f"{here}.{name}_norm.{{rest}}")
-
-
-def _auxiliary_rows(model: CoDETR) -> Iterable[Row]:
-    transformer = "query_head.transformer"
-    yield Row("query_head.downsample.0.{rest}", "auxiliary.pyramid.conv.{rest}")
-    yield Row("query_head.downsample.1.{rest}", "auxiliary.pyramid.conv.norm.{rest}")
-    names = _head_names(model)
-    yield Row(
-        f"{transformer}.head_pos_embed.weight", "auxiliary.positive_queries.{head}.head_embedding"
-    )
-    for number, name in enumerate(names):
-        ours = f"auxiliary.positive_queries.{name}"
-        for theirs, here in (
-            ("aux_pos_trans", "position_proj"),
-            ("aux_pos_trans_norm", "position_norm"),
-            ("pos_feats_trans", "feature_proj"),
-            ("pos_feats_norm", "feature_norm"),
-        ):
-            yield Row(f"{transformer}.{theirs}.{number}.{{rest}}", f"{ours}.{here}.{{rest}}")
-    if "roi" in names:
-        rpn, roi = "auxiliary.heads.roi.rpn.rpn_head", "auxiliary.heads.roi.roi_heads"
-        yield Row("rpn_head.rpn_conv.{rest}", f"{rpn}.conv.{{rest}}")
-        yield Row(
-            "rpn_head.rpn_cls.{rest}", f"{rpn}.objectness_logits.{{rest}}", _reorder_anchors(1)
-        )
-        yield Row("rpn_head.rpn_reg.{rest}", f"{rpn}.anchor_deltas.{{rest}}", _reorder_anchors(4))
-        theirs = "roi_head.0.bbox_head"
-        yield Row(f"{theirs}.shared_fcs.0.{{rest}}", f"{roi}.box_head.fc1.{{rest}}")
-        yield Row(f"{theirs}.shared_fcs.1.{{rest}}", f"{roi}.box_head.fc2.{{rest}}")
-        yield Row(f"{theirs}.fc_cls.{{rest}}", f"{roi}.box_predictor.cls_score.{{rest}}")
-        yield Row(f"{theirs}.fc_reg.{{rest}}", f"{roi}.box_predictor.bbox_pred.{{rest}}")
-    if "atss" in names:
-        atss = "auxiliary.heads.atss"
-        for theirs, here in (("cls_convs", "class_tower"), ("reg_convs", "box_tower")):
-            yield Row(f"bbox_head.0.{theirs}.{{i}}.conv.{{rest}}", f"{atss}.{here}.{{i}}.{{rest}}")
-            yield Row(
-                f"bbox_head.0.{theirs}.{{i}}.gn.{{rest}}", f"{atss}.{here}.{{i}}.norm.{{rest}}"
-            )
-        yield Row("bbox_head.0.atss_cls.{rest}", f"{atss}.class_logits.{{rest}}")
-        yield Row("bbox_head.0.atss_reg.{rest}", f"{atss}.box_deltas.{{rest}}")
-        yield Row("bbox_head.0.atss_centerness.{rest}", f"{atss}.centreness.{{rest}}")
-        yield Row("bbox_head.0.scales.{i}.scale", f"{atss}.scales.{{i}}")
-
-
-def _stripped_rows() -> Iterable[Row]:
-    """What a model without auxiliary heads has no place for."""
-    for prefix in ("query_head.downsample", "rpn_head", "roi_head", "bbox_head"):
-        yield Row(f"{prefix}.{{rest}}", None)
-    for name in (
-        "head_pos_embed",
-        "aux_pos_trans",
-        "aux_pos_trans_norm",
-        "pos_feats_trans",
-        "pos_feats_norm",
-    ):
-        yield Row(f"query_head.transformer.{name}.{{rest}}", None)

@@ -1,48 +1,93 @@
-"""Checkpoints: written whole or not at all, read strictly, backbones from several formats."""
+"""Checkpoints: written whole or not at all, read strictly and safely, from several formats."""
 
 from __future__ import annotations
 
+import logging
 import os
-import pickle
-from collections.abc import Mapping
-from typing import IO, Any, NoReturn, cast
+from collections.abc import Sequence
+from typing import IO, Any, Literal, cast
 
+import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from torch import Tensor, nn
 
-from co_detr.checkpoint import convert_official, is_official, official_state_dict
-from co_detr.errors import CheckpointError
+from co_detr.checkpoint import (
+    convert_official,
+    is_official,
+    official_state_dict,
+    rename_official,
+    shorten,
+    stored_class_names,
+    unwrap,
+)
+from co_detr.checkpoint_classes import match_classes, remap_classes
+from co_detr.checkpoint_reading import read_checkpoint
+from co_detr.checkpoint_report import LoadReport, mismatch_error
+from co_detr.engine.backbone_file import backbone_state, is_backbone
+from co_detr.errors import CheckpointError, ConfigError
+from co_detr.modeling import CoDETR
 
-_NUM_LISTED = 8
+logger = logging.getLogger(__name__)
+
+_PIXELS = ("pixel_mean", "pixel_std")  # set by the config; Detectron2 lets them be missing, too
+
+Mismatch = Literal["error", "by_name", "reset"]
 
 
 class Checkpointer(DetectionCheckpointer):
-    """`DetectionCheckpointer` that does not guess.
+    """`DetectionCheckpointer` that does not guess and runs nothing that is in a file.
 
     - `save` writes to a temporary file first: a run that is killed while it saves leaves the
       checkpoints that it wrote before, and the note of the last one, as they were.
     - `load` raises a CheckpointError if a tensor has another shape than the model's, or if one is
-      missing on either side. `strict=False` (train.init_checkpoint_strict=false) loads what fits
-      and logs the rest, for fine-tuning on other classes.
+      missing on either side; see `mismatch` for fine-tuning on other classes. It logs what it did.
     - A file that holds only a backbone (`stem.*`, `res2.*`: Detectron2 and torchvision `.pkl`,
       `.safetensors`) goes into the model's backbone below the channel mapper (`backbone.bottom_up`;
       `backbone` if there is no mapper); each of its tensors must be used and each of the
       backbone's must be in it.
-    - A file of the reference implementation is converted (`co_detr.checkpoint`); it has to fit.
+    - A file of the reference implementation is converted (`co_detr.checkpoint`).
+
+    Args:
+        model: to load into and to save.
+        save_dir: where `save` writes.
+        mismatch: what to do with a file that does not fit: "error"; "by_name" carries the rows of
+            the class heads over by class name and refuses other differences; "reset" loads what
+            fits and leaves the rest at its initial values (train.init_checkpoint_mismatch).
+        unsafe: let a file run code while it is read (train.init_checkpoint_unsafe).
+        class_names: of the data, in order; saved in every checkpoint.
+        checkpointables: see `DetectionCheckpointer`.
+
+    Raises:
+        ConfigError: if `mismatch` is none of the three.
     """
 
     def __init__(
-        self, model: nn.Module, save_dir: str = "", *, strict: bool = True, **checkpointables: Any
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        mismatch: Mismatch = "error",
+        unsafe: bool = False,
+        class_names: Sequence[str] | None = None,
+        **checkpointables: Any,
     ) -> None:
         super().__init__(model, save_dir, **checkpointables)
-        self.strict = strict
+        if mismatch not in ("error", "by_name", "reset"):
+            raise ConfigError(
+                f'train.init_checkpoint_mismatch={mismatch} must be "error", "by_name" or "reset".'
+            )
+        self.mismatch = mismatch
+        self.unsafe = unsafe
+        self.class_names = None if class_names is None else list(class_names)
+        self._report = LoadReport("", 0)
 
     def save(self, name: str, **kwargs: Any) -> None:
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict()}
+        if self.class_names is not None:
+            data["class_names"] = self.class_names
         data.update({key: part.state_dict() for key, part in self.checkpointables.items()})
         data.update(kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")
@@ -82,125 +127,98 @@ class Checkpointer(DetectionCheckpointer):
             self._parsed_url_during_load = None  # the parent forgets it only if nothing failed
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        try:
-            if filename.endswith(".safetensors"):
-                return {"model": _read_safetensors(filename)}
-            loaded = super()._load_file(filename)
-        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error)
+        loaded = read_checkpoint(filename, self.unsafe)
+        self._report = LoadReport(os.path.basename(filename), len(self.model.state_dict()))
+        state = unwrap(loaded)
+        if not state or not all(isinstance(each, Tensor | np.ndarray) for each in state.values()):
             raise CheckpointError(
-                f"checkpoint {filename} cannot be read ({reason}): it is damaged or not a "
-                "checkpoint; fetch or write it again."
-            ) from error
-        if not isinstance(loaded.get("model"), Mapping):
-            raise CheckpointError(
-                f"checkpoint {filename} holds no state dict: save the model as "
-                '{"model": model.state_dict()}.'
+                f"checkpoint {filename} holds no state dict, only "
+                f"{shorten([str(key) for key in loaded]) or 'nothing'}: "
+                'save the model as {"model": model.state_dict()}.'
             )
-        return loaded
+        return loaded | {"model": dict(state), "class_names": stored_class_names(loaded)}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        if is_official(checkpoint["model"]):
-            state = official_state_dict(checkpoint["model"])
-            checkpoint["model"] = convert_official(state, self.model).state_dict
-        self._convert_ndarray_to_tensor(checkpoint["model"])
-        if _is_backbone(checkpoint, self.model):
-            checkpoint["model"] = self._backbone_state(checkpoint)
-            incompatible = super()._load_model(checkpoint)
-            # The rest of the model keeps its initial values: that is what the file is for.
-            incompatible.missing_keys.clear()
+        official = is_official(checkpoint["model"])
+        unknown = self._convert(checkpoint) if official else []
+        state = {key.removeprefix("module."): each for key, each in checkpoint["model"].items()}
+        self._convert_ndarray_to_tensor(state)
+        checkpoint["model"] = state
+        backbone_only = not official and is_backbone(state, self.model)
+        if backbone_only:
+            checkpoint["model"] = backbone_state(checkpoint, self.model)
+            self._report.scope, self._report.num_tensors = "backbone", len(checkpoint["model"])
         else:
             # The heuristics are for backbones only; a whole model is matched by its names.
             checkpoint.pop("matching_heuristics", None)
-            incompatible = super()._load_model(checkpoint)
-        if self.strict:
-            self._require_all_matched(incompatible)
+            self._match_classes(checkpoint)
+        # Not the missing keys that torch reports: frozen norms fill in absent statistics silently.
+        known = {*checkpoint["model"], *_PIXELS}
+        absent = [key for key in self.model.state_dict() if key not in known]
+        incompatible = super()._load_model(checkpoint)
+        # Beside a backbone, the model keeps its initial values: that is what such a file is for.
+        incompatible.missing_keys[:] = [] if backbone_only else absent
+        self._conclude(incompatible, unknown)
         return incompatible
 
-    def _require_all_matched(self, incompatible: Any) -> None:
-        problems = [
+    def _convert(self, checkpoint: dict[str, Any]) -> list[str]:
+        """Official tensors in our names; returns the names that are unknown."""
+        if not isinstance(self.model, CoDETR):
+            raise CheckpointError(
+                "the checkpoint is one of the reference Co-DETR, but the model is a "
+                f"{type(self.model).__name__}: choose a config of a Co-DETR model."
+            )
+        convert = convert_official if self.mismatch == "error" else rename_official
+        conversion = convert(official_state_dict(checkpoint["model"]), self.model)
+        checkpoint["model"] = conversion.state_dict
+        self._report.ignored = conversion.ignored
+        return conversion.unknown
+
+    def _match_classes(self, checkpoint: dict[str, Any]) -> None:
+        theirs, ours = checkpoint.get("class_names"), self.class_names
+        if self.mismatch != "by_name":
+            if theirs and ours and _folded(theirs) != _folded(ours):
+                logger.warning(
+                    "%s was trained on %d classes (%s), the data has %d (%s): class heads are "
+                    "taken over %s; train.init_checkpoint_mismatch=by_name would match them.",
+                    *(self._report.file, len(theirs), shorten(theirs)),
+                    *(len(ours), shorten(ours), "by position, not by name"),
+                )
+            return
+        if not theirs or not ours:
+            side = "checkpoint" if not theirs else "data set"
+            raise CheckpointError(
+                f"the {side} does not say the names of its classes, which "
+                "train.init_checkpoint_mismatch=by_name needs: set it to reset."
+            )
+        self._report.classes = match_classes(theirs, ours)
+        remap_classes(checkpoint["model"], self.model, self._report.classes)
+
+    def _conclude(self, incompatible: Any, unknown: list[str]) -> None:
+        """Raises if the file had to fit and does not; else notes what is not loaded."""
+        kept = [
             f"{key} is {shape_in_file} in the file but {shape_in_model} in the model"
             for key, shape_in_file, shape_in_model in incompatible.incorrect_shapes
         ]
-        wrong_shape = {key for key, _, _ in incompatible.incorrect_shapes}
-        missing = [key for key in incompatible.missing_keys if key not in wrong_shape]
-        problems += [f"{key} is not in the file" for key in missing]
-        problems += [f"{key} is not in the model" for key in incompatible.unexpected_keys]
-        if problems:
-            _raise_mismatch(
-                problems,
+        kept += [f"{key} is not in the file" for key in incompatible.missing_keys]
+        unused = [*incompatible.unexpected_keys, *unknown]
+        if self.mismatch != "reset" and (kept or unused):
+            raise mismatch_error(
+                [*kept, *(f"{key} is not in the model" for key in unused)],
                 "build the model with the settings it was trained with (such as "
-                "model.num_classes), or set train.init_checkpoint_strict=false to load only what "
-                "fits",
+                "model.num_classes), or set train.init_checkpoint_mismatch=by_name to take class "
+                "heads over by class name, or =reset to load only what fits",
+            )
+        self._report.kept, self._report.unused = kept, unused
+        if self._report.num_loaded == 0:
+            raise mismatch_error(
+                [*kept, *unused], "not one tensor fits; choose the config of this checkpoint"
             )
 
-    def _backbone_state(self, checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-        path = _backbone_path(self.model)
-        own = self.model.get_submodule(path).state_dict()
-        state = {
-            key.removeprefix(f"{path}."): value
-            for key, value in checkpoint["model"].items()
-            if not _is_left_out(key)
-        }
-        if checkpoint.pop("matching_heuristics", False):
-            from_caffe2 = checkpoint.get("__author__") == "Caffe2"
-            state = align_and_update_state_dicts(own, state, c2_conversion=from_caffe2)
-        missing = own.keys() - state.keys()
-        if not any(_is_statistic(key) for key in state):
-            # Norms that were folded into scale and shift come without statistics (Caffe2 models);
-            # Detectron2's frozen norms then take mean 0 and variance 1.
-            missing = {key for key in missing if not _is_statistic(key)}
-        problems = [f"{key} is not in the backbone" for key in sorted(state.keys() - own.keys())]
-        problems += [f"{key} is not in the file" for key in sorted(missing)]
-        if problems:
-            _raise_mismatch(
-                problems, "use the backbone settings (model.backbone) that the file was made with"
-            )
-        return {f"{path}.{key}": value for key, value in state.items()}
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        level = logging.INFO if self._report.complete else logging.WARNING
+        logger.log(level, self._report.text())
 
 
-def _backbone_path(model: nn.Module) -> str:
-    return "backbone.bottom_up" if hasattr(model.backbone, "bottom_up") else "backbone"
-
-
-def _is_left_out(key: str) -> bool:
-    """An ImageNet classifier (fc) and BatchNorm's counters are no part of a detector's backbone."""
-    parts = key.split(".")
-    return parts[-1] == "num_batches_tracked" or any(part.startswith("fc") for part in parts)
-
-
-def _is_statistic(key: str) -> bool:
-    return key.endswith((".running_mean", ".running_var"))
-
-
-def _read_safetensors(filename: str) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(filename)
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
-    # Half-precision files only save space; the model's own precision is float32.
-    return {
-        key: value.float() if value.is_floating_point() else value for key, value in tensors.items()
-    }
-
-
-def _is_backbone(checkpoint: dict[str, Any], model: nn.Module) -> bool:
-    """True if the file has no tensor of the model outside of the backbone."""
-    if not hasattr(model, "backbone"):
-        return False
-    inside = f"{_backbone_path(model)}."
-    outside = {key for key in model.state_dict() if not key.startswith(inside)}
-    # The names of a model that was trained with other settings differ in their last parts only.
-    outside_parts = {key.split(".")[0] for key in outside} - {"backbone"}
-    keys = [key.removeprefix("module.") for key in checkpoint["model"]]
-    return not any(key in outside or key.split(".")[0] in outside_parts for key in keys)
-
-
-def _raise_mismatch(problems: list[str], mend: str) -> NoReturn:
-    shown = "; ".join(problems[:_NUM_LISTED])
-    if len(problems) > _NUM_LISTED:
-        shown += f"; and {len(problems) - _NUM_LISTED} more"
-    raise CheckpointError(f"the checkpoint does not fit the model ({shown}): {mend}.")
+def _folded(names: Sequence[str]) -> list[str]:
+    return [name.casefold() for name in names]

@@ -6,9 +6,11 @@ import glob
 import logging
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from detectron2.config import instantiate
+from detectron2.data import MetadataCatalog
 from detectron2.engine import hooks
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils import comm
@@ -16,7 +18,7 @@ from detectron2.utils.events import get_event_storage
 from omegaconf import DictConfig
 from torch import nn
 
-from co_detr.data.coco import require_same_classes
+from co_detr.data.coco import dataset_name, require_same_classes
 from co_detr.engine.checkpoint import Checkpointer
 from co_detr.engine.evaluation import evaluate
 from co_detr.engine.trainer import StepSettings, Trainer
@@ -59,9 +61,7 @@ def run_training(cfg: DictConfig, resume: bool) -> dict[str, float]:
     trainer = Trainer(_distributed(model, cfg), train_loader, optimizer, _step_settings(cfg))
     output_dir = cfg.train.output_dir
     os.makedirs(output_dir, exist_ok=True)
-    checkpointer = Checkpointer(
-        model, output_dir, strict=cfg.train.init_checkpoint_strict, trainer=trainer
-    )
+    checkpointer = _checkpointer(model, cfg, cfg.data.train, trainer=trainer)
     start_iter = _initialise(checkpointer, trainer, cfg.train.init_checkpoint, resume)
     max_iter = cfg.train.max_iter
     if start_iter >= max_iter:
@@ -99,9 +99,7 @@ def run_evaluation_only(cfg: DictConfig, resume: bool) -> dict[str, float]:
     """Evaluates the last checkpoint of `train.output_dir` (`resume`) or `train.init_checkpoint`."""
     run_evaluation = _build_evaluation(cfg)
     model = build_model(cfg)
-    checkpointer = Checkpointer(
-        model, cfg.train.output_dir, strict=cfg.train.init_checkpoint_strict
-    )
+    checkpointer = _checkpointer(model, cfg, cfg.data.val)
     if resume and not checkpointer.has_checkpoint():
         raise CheckpointError(
             f"there is no checkpoint in {cfg.train.output_dir} to evaluate: train first, or set "
@@ -118,6 +116,20 @@ def _build_evaluation(cfg: DictConfig) -> Callable[[nn.Module], dict[str, float]
     loader = instantiate(cfg.dataloader.test)
     evaluator = instantiate(cfg.dataloader.evaluator)
     return lambda model: evaluate(model, loader, evaluator, cfg.train.output_dir)
+
+
+def _checkpointer(
+    model: nn.Module, cfg: DictConfig, annotation_file: str, **checkpointables: Any
+) -> Checkpointer:
+    """Reads and writes checkpoints of a model for the classes of a loaded annotation file."""
+    return Checkpointer(
+        model,
+        cfg.train.output_dir,
+        mismatch=cfg.train.init_checkpoint_mismatch,
+        unsafe=cfg.train.init_checkpoint_unsafe,
+        class_names=MetadataCatalog.get(dataset_name(annotation_file)).thing_classes,
+        **checkpointables,
+    )
 
 
 def _step_settings(cfg: DictConfig) -> StepSettings:
@@ -148,7 +160,7 @@ def _initialise(
         resume = False
     elif resume:
         # What was saved by this run has to fit completely, whatever it was initialised from.
-        checkpointer.strict = True
+        checkpointer.mismatch = "error"
     else:
         logger.warning(
             "%s holds checkpoints of an earlier run, which will be replaced; --resume continues "

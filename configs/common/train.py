@@ -6,7 +6,10 @@ train = dict(
     output_dir="output/run",
     # .pth or .pkl (Detectron2), or .safetensors; a file with only a backbone fills model.backbone.
     init_checkpoint="",
-    init_checkpoint_strict=True,  # False: load what fits, for fine-tuning on other classes
+    # If it does not fit the model: "error"; "by_name", for other classes: class heads take over the
+    # rows of classes with the same name; "reset": what does not fit keeps its initial values.
+    init_checkpoint_mismatch="error",
+    init_checkpoint_unsafe=False,  # True: let it run code; only for files of people you trust
     max_iter=90000,  # 12 epochs of COCO at total batch 16
     device="cuda" if torch.cuda.is_available() else "cpu",
     seed=0,

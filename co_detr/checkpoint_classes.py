@@ -1,0 +1,133 @@
+"""Carries class heads over to another list of classes, row by row, by class name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from co_detr.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class _ClassTensor:
+    """A kind of tensor whose first axis runs over classes.
+
+    Attributes:
+        pattern: matches its names.
+        width: rows per class.
+        background: whether a row for the background comes last.
+    """
+
+    pattern: re.Pattern[str]
+    width: int = 1
+    background: bool = False
+
+    def rows(self, classes: int) -> int:
+        return self.width * classes + int(self.background)
+
+
+_CLASS_TENSORS = (
+    _ClassTensor(re.compile(r"decoder\.class_heads\.\d+\.(weight|bias)")),
+    _ClassTensor(re.compile(r"queries\.\d+\.class_head\.(weight|bias)")),
+    _ClassTensor(re.compile(r"queries\.\d+\.label_embedding\.weight")),
+    _ClassTensor(re.compile(r"auxiliary\.heads\.\w+\.class_logits\.(weight|bias)")),
+    _ClassTensor(re.compile(r".*\.box_predictor\.cls_score\.(weight|bias)"), background=True),
+    # With one box for all classes, the four rows are no class's and fit as they are.
+    _ClassTensor(re.compile(r".*\.box_predictor\.bbox_pred\.(weight|bias)"), width=4),
+)
+
+
+@dataclass(frozen=True)
+class ClassMap:
+    """Which class of a checkpoint is which class of the model.
+
+    Attributes:
+        pairs: (index in the checkpoint, index in the model) of the classes with the same name.
+        num_theirs, num_ours: number of classes of the checkpoint and of the model.
+        kept: names of the classes that both have.
+        new: names that only the model has; their rows keep their initial values.
+        unused: names that only the checkpoint has.
+        tensors: names of the tensors whose rows were carried over.
+    """
+
+    pairs: list[tuple[int, int]]
+    num_theirs: int
+    num_ours: int
+    kept: list[str]
+    new: list[str]
+    unused: list[str]
+    tensors: list[str] = field(default_factory=list)
+
+
+def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> ClassMap:
+    """Pairs classes whose names are equal but for upper and lower case.
+
+    Raises:
+        CheckpointError: if a list names a class twice.
+    """
+    by_name = _indices(theirs, "checkpoint")
+    own = _indices(ours, "data set")
+    kept = [name for name in own if name in by_name]
+    return ClassMap(
+        pairs=[(by_name[name], own[name]) for name in kept],
+        num_theirs=len(theirs),
+        num_ours=len(ours),
+        kept=[ours[own[name]] for name in kept],
+        new=[ours[index] for name, index in own.items() if name not in by_name],
+        unused=[theirs[index] for name, index in by_name.items() if name not in own],
+    )
+
+
+def remap_classes(state: dict[str, Tensor], model: nn.Module, classes: ClassMap) -> None:
+    """Replaces the class tensors of ``state``, in place, by those of ``model`` with the rows of the
+    paired classes (and of the background) taken from ``state``.
+
+    Tensors whose rows are not those of the two lists of classes are left as they are.
+    """
+    for key, own in model.state_dict().items():
+        kind = next((kind for kind in _CLASS_TENSORS if kind.pattern.fullmatch(key)), None)
+        if kind is None or key not in state:
+            continue
+        old = state[key]
+        expected = (kind.rows(classes.num_theirs), kind.rows(classes.num_ours))
+        if (len(old), len(own)) != expected or old.shape[1:] != own.shape[1:]:
+            continue
+        sources, targets = _rows(kind, classes, by_position=_is_objectness(key, model))
+        new = own.clone()
+        new[targets] = old[sources].to(new)
+        state[key] = new
+        classes.tensors.append(key)
+
+
+def _rows(kind: _ClassTensor, classes: ClassMap, by_position: bool) -> tuple[list[int], list[int]]:
+    if by_position:
+        pairs = [(index, index) for index in range(min(classes.num_theirs, classes.num_ours))]
+    else:
+        pairs = classes.pairs
+    width = kind.width
+    sources = [width * theirs + row for theirs, _ in pairs for row in range(width)]
+    targets = [width * ours + row for _, ours in pairs for row in range(width)]
+    if kind.background:
+        sources.append(classes.num_theirs)
+        targets.append(classes.num_ours)
+    return sources, targets
+
+
+def _is_objectness(key: str, model: nn.Module) -> bool:
+    """Whether row 0 stands for "object", whatever class 0 is (see `TwoStageQueries.ranking`)."""
+    source, _, _ = key.rpartition(".class_head.")
+    return bool(source) and getattr(model.get_submodule(source), "ranking", "") == "first_class"
+
+
+def _indices(names: Sequence[str], where: str) -> dict[str, int]:
+    indices = {name.casefold(): index for index, name in enumerate(names)}
+    if len(indices) < len(names):
+        twice = next(name for i, name in enumerate(names) if indices[name.casefold()] != i)
+        raise CheckpointError(
+            f'the {where} has the class "{twice}" twice (upper and lower case aside), so classes '
+            "cannot be told by name: set train.init_checkpoint_mismatch=reset."
+        )
+    return indices

@@ -1,0 +1,199 @@
+"""Reads checkpoint files without running anything that is in them.
+
+A pickle can name any function and have it called while it is read. Here only functions that build
+tensors, arrays and plain containers can be named; a file that names another one is refused, unless
+the caller says ``unsafe``.
+"""
+
+from __future__ import annotations
+
+import codecs
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from co_detr.errors import CheckpointError
+
+UNSAFE_SWITCH = "--unsafe (tools) or train.init_checkpoint_unsafe=true (training)"
+
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+_REFUSED = re.compile(r"GLOBAL ([\w.]+)")
+# Where numpy's pickles look for its functions; the first name is that of numpy 1.
+_NUMPY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
+_NUMPY_TYPES = (np.ndarray, np.dtype)
+_NUMPY_KINDS = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64"
+
+
+class RefusedGlobalError(pickle.UnpicklingError):
+    """A pickle names a function that is not known to be harmless."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"it refers to {name}")
+        self.name = name
+
+
+def read_checkpoint(path: str, unsafe: bool = False) -> dict[str, Any]:
+    """Reads a local ``.safetensors``, ``.pkl`` (Detectron2, Detectron) or PyTorch file.
+
+    Args:
+        path: the file.
+        unsafe: run what the file wants to run. Only for files whose author you trust.
+
+    Returns:
+        The content, a dict. Of ``.pkl`` and ``.safetensors`` files in Detectron2's form: ``model``
+        (tensors or arrays), and where known ``__author__`` and ``matching_heuristics``.
+
+    Raises:
+        CheckpointError: if the file cannot be read, holds no dict or wants to run code.
+    """
+    try:
+        if path.endswith(".safetensors"):
+            content = {"model": _read_safetensors(path)}
+        elif path.endswith(".pkl"):
+            content = _detectron_form(_read_pickle(path, unsafe))
+        else:
+            content = _read_torch(path, unsafe)
+    except RefusedGlobalError as error:
+        raise CheckpointError(
+            f"checkpoint {path} was refused because it refers to {error.name}, which could run "
+            "any code: get it from somebody you trust, or, if you trust whoever made this one, "
+            f"load it with {UNSAFE_SWITCH}."
+        ) from error
+    except Exception as error:  # a damaged pickle can raise anything
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read ({_first_sentence(error)}): it is damaged or not a "
+            "checkpoint; fetch or write it again."
+        ) from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"checkpoint {path} holds no state dict but an object of type "
+            f'{type(content).__name__}: save the model as {{"model": model.state_dict()}}.'
+        )
+    if path.endswith(".pyth"):
+        return _pycls_form(content, path)
+    return dict(content)
+
+
+def _first_sentence(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].split(". ")[0].rstrip(".") if lines else type(error).__name__
+
+
+def _read_torch(path: str, unsafe: bool) -> Any:
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if not start.startswith((_ZIP, _PICKLE)):
+        raise ValueError(f"it begins with {start[:24]!r}, as no PyTorch file does")
+    if unsafe:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    with _harmless_globals():
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            if refused := _REFUSED.search(str(error)):
+                raise RefusedGlobalError(refused[1]) from error
+            if start.startswith(_PICKLE):
+                _read_pickle(path, unsafe=False)  # names what a plain pickle refers to
+            # torch's advice to try without protection is not for a damaged file.
+            raise ValueError("its pickle cannot be decoded") from error
+
+
+def _read_pickle(path: str, unsafe: bool) -> Any:
+    with open(path, "rb") as file:
+        unpickler = pickle.Unpickler if unsafe else _ArrayUnpickler
+        try:
+            return unpickler(file, encoding="latin1").load()
+        except RefusedGlobalError:
+            raise
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"its pickle cannot be decoded: {error}") from error
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Knows plain containers and numpy arrays."""
+
+    def __init__(self, file: IO[bytes], *, encoding: str) -> None:
+        super().__init__(file, encoding=encoding)
+        self.known = {f"{each.__module__}.{each.__name__}": each for each in _harmless()}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What a pickle may name."""
+        found = self.known.get(f"{module}.{name}")
+        if found is None:
+            raise RefusedGlobalError(f"{module}.{name}")
+        return found
+
+
+def _harmless() -> list[Callable[..., Any]]:
+    multiarray = np.zeros(1).__reduce__()[0].__module__
+    assert multiarray in _NUMPY_MODULES, multiarray
+    scalar, reconstruct = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
+    return [
+        *(_under(module, "scalar", scalar) for module in _NUMPY_MODULES),
+        *(_under(module, "_reconstruct", reconstruct) for module in _NUMPY_MODULES),
+        _under("_codecs", "encode", codecs.encode),
+        *_NUMPY_TYPES,
+        *(type(np.dtype(kind)) for kind in _NUMPY_KINDS.split()),
+        OrderedDict,
+    ]
+
+
+def _under(module: str, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` under the name by which files call it; torch before 2.6 reads the name off."""
+
+    def renamed(*args: Any) -> Any:
+        return function(*args)
+
+    renamed.__module__, renamed.__name__, renamed.__qualname__ = module, name, name
+    return renamed
+
+
+@contextmanager
+def _harmless_globals() -> Iterator[None]:
+    """`torch.serialization.safe_globals`, which torch 2.4 lacks."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals(_harmless())
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def _read_safetensors(path: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    # Half-precision files only save space; the model's own precision is float32.
+    return {
+        key: value.float() if value.is_floating_point() else value for key, value in tensors.items()
+    }
+
+
+def _detectron_form(content: Any) -> Any:
+    """Detectron2's own pickles say what they are; the others are Detectron's (Caffe2)."""
+    if not isinstance(content, Mapping) or ("model" in content and "__author__" in content):
+        return content
+    blobs = content.get("blobs", content)  # backbones alone have none
+    weights = {key: value for key, value in blobs.items() if not key.endswith("_momentum")}
+    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+
+
+def _pycls_form(content: Mapping[str, Any], path: str) -> dict[str, Any]:
+    if not isinstance(content.get("model_state"), Mapping):
+        raise CheckpointError(
+            f"checkpoint {path} holds no model_state, as files of pycls (.pyth) do: rename it if "
+            "it is another program's."
+        )
+    return {"model": content["model_state"], "__author__": "pycls", "matching_heuristics": True}

@@ -1,0 +1,20 @@
+"""The table of models: one `ZooEntry` per file in ``configs``."""
+
+from __future__ import annotations
+
+from co_detr.model_zoo.entry import ZooEntry
+from co_detr.model_zoo.released import RELEASED
+
+_OUR_OWN = (
+    ZooEntry("co_detr_r50_atss", "Co-Deformable-DETR, ResNet-50, ATSS head alone, 12 epochs"),
+    ZooEntry("deformable_detr_r50", "Deformable-DETR++, ResNet-50, no auxiliary heads, 12 epochs"),
+    ZooEntry("co_detr_thin_r50", "small Co-Deformable-DETR for small data sets, thin ResNet-50"),
+    ZooEntry(
+        "quickstart", "small Co-Deformable-DETR for the digits, from scratch", dataset="digits"
+    ),
+    ZooEntry("quickstart_co_dino", "small Co-DINO for the digits, from scratch", dataset="digits"),
+)
+
+ZOO: dict[str, ZooEntry] = {entry.name: entry for entry in (*RELEASED, *_OUR_OWN)}
+
+__all__ = ["ZOO", "ZooEntry"]

@@ -1,0 +1,150 @@
+"""Fine-tuning on other classes: rows of class heads by name, and a report of what was done."""
+
+import logging
+
+import pytest
+import torch
+
+from co_detr.checkpoint import restore_official
+from co_detr.checkpoint_classes import match_classes, remap_classes
+from co_detr.engine.checkpoint import Checkpointer
+from co_detr.errors import CheckpointError, ConfigError
+from tests.modeling.builders import tiny_model
+
+THEIRS = ["person", "Dog", "cat", "car"]
+OURS = ["CAT", "zebra", "person"]
+ROI = "auxiliary.heads.roi.roi_heads.box_predictor"
+
+
+def model_of(classes, seed=0):
+    return tiny_model(2, [f"model.num_classes={len(classes)}"], seed)
+
+
+@pytest.fixture
+def source():
+    return model_of(THEIRS, seed=1)
+
+
+def saved(model, path, **extra):
+    torch.save({"model": model.state_dict(), **extra}, path)
+    return str(path)
+
+
+def load(path, mismatch="by_name", classes=OURS, seed=2):
+    model = model_of(OURS, seed)
+    initial = {key: value.clone() for key, value in model.state_dict().items()}
+    Checkpointer(model, mismatch=mismatch, class_names=classes).load(path)
+    return model.state_dict(), initial
+
+
+def assert_by_name(loaded, initial, source):
+    for key, width, background in [
+        ("decoder.class_heads.0.weight", 1, False),
+        ("decoder.class_heads.1.bias", 1, False),
+        ("auxiliary.heads.atss.class_logits.weight", 1, False),
+        (f"{ROI}.cls_score.weight", 1, True),
+        (f"{ROI}.bbox_pred.weight", 4, False),
+    ]:
+        old, new, fresh = (state[key] for state in (source.state_dict(), loaded, initial))
+        rows = [value.split(width) for value in (old, new, fresh)]
+        assert torch.equal(rows[1][0], rows[0][2])  # cat
+        assert torch.equal(rows[1][1], rows[2][1])  # zebra
+        assert torch.equal(rows[1][2], rows[0][0])  # person
+        if background:
+            assert torch.equal(new[-1], old[-1])
+    # Row 0 of the encoder's head means "object", whatever class 0 is.
+    head = "queries.0.class_head.weight"
+    assert torch.equal(loaded[head], source.state_dict()[head][:3])
+    rest = "encoder.layers.0.ffn.linear1.weight"
+    assert torch.equal(loaded[rest], source.state_dict()[rest])
+
+
+def test_rows_follow_their_names(source, tmp_path):
+    path = saved(source, tmp_path / "m.pth", class_names=THEIRS)
+    assert_by_name(*load(path), source)
+
+
+def test_an_official_file_with_other_classes(source, tmp_path):
+    official = restore_official(source.state_dict(), source).state_dict
+    path = str(tmp_path / "m.pth")
+    torch.save({"meta": {"CLASSES": tuple(THEIRS)}, "state_dict": official}, path)
+    assert_by_name(*load(path), source)
+
+
+def queries_with_labels(classes):
+    queries = torch.nn.Module()
+    queries.label_embedding = torch.nn.Embedding(classes, 2)
+    return torch.nn.ModuleDict({"queries": torch.nn.ModuleList([queries])})
+
+
+def test_the_label_embedding_follows_the_names():
+    key = "queries.0.label_embedding.weight"
+    model, state = queries_with_labels(3), queries_with_labels(4).state_dict()
+    old, classes = state[key], match_classes(THEIRS, OURS)
+    remap_classes(state, model, classes)
+    assert torch.equal(state[key][[0, 2]], old[[2, 0]])
+    assert torch.equal(state[key][1], model.state_dict()[key][1])
+    assert classes.tensors == [key]
+
+
+def test_as_many_classes_in_another_order(source, tmp_path):
+    path = saved(source, tmp_path / "m.pth", class_names=THEIRS)
+    model = model_of(THEIRS)
+    Checkpointer(model, mismatch="by_name", class_names=THEIRS[::-1]).load(path)
+    bias = "decoder.class_heads.0.weight"
+    assert torch.equal(model.state_dict()[bias], source.state_dict()[bias].flip(0))
+
+
+def test_the_report_has_true_numbers(source, tmp_path, caplog):
+    path = saved(source, tmp_path / "m.pth", class_names=THEIRS)
+    caplog.set_level(logging.INFO, "co_detr")
+    load(path)
+    total = len(source.state_dict())
+    assert f"m.pth: {total} of {total} tensors of the model loaded." in caplog.text
+    # 2 decoder layers, encoder, ATSS, class and box branch of the ROI head; weight and bias each
+    assert "2 of 3 classes taken over by name, in 12 tensors: CAT, person" in caplog.text
+    assert "1 start from initial values: zebra" in caplog.text
+    assert "2 of 4 classes of the file are not used: Dog, car" in caplog.text
+    caplog.clear()
+    load(path, mismatch="reset")
+    assert f"m.pth: {total - 12} of {total} tensors of the model loaded." in caplog.text
+    assert "12 keep their initial values:" in caplog.text and "and 6 more" in caplog.text
+    assert len(caplog.records[-1].getMessage().splitlines()) <= 20
+
+
+def test_reset_keeps_initial_values(source, tmp_path):
+    loaded, initial = load(saved(source, tmp_path / "m.pth"), mismatch="reset")
+    head, rest = "decoder.class_heads.0.weight", "encoder.layers.0.ffn.linear1.weight"
+    assert torch.equal(loaded[head], initial[head])
+    assert torch.equal(loaded[rest], source.state_dict()[rest])
+
+
+def test_other_differences_are_still_errors(source, tmp_path):
+    state = source.state_dict()
+    state["encoder.level_embed"] = torch.zeros(9, 9)
+    torch.save({"model": state, "class_names": THEIRS}, tmp_path / "m.pth")
+    with pytest.raises(CheckpointError, match=r"encoder.level_embed is \(9, 9\) in the file"):
+        load(str(tmp_path / "m.pth"))
+
+
+def test_names_are_needed_on_both_sides(source, tmp_path):
+    with pytest.raises(CheckpointError, match="the checkpoint does not say the names"):
+        load(saved(source, tmp_path / "m.pth"))
+    with pytest.raises(CheckpointError, match="the data set does not say the names"):
+        load(saved(source, tmp_path / "m.pth", class_names=THEIRS), classes=None)
+    with pytest.raises(CheckpointError, match='the data set has the class "cat" twice'):
+        match_classes(THEIRS, ["cat", "dog", "CAT"])
+    with pytest.raises(ConfigError, match='must be "error", "by_name" or "reset"'):
+        Checkpointer(source, mismatch="strict")
+
+
+def test_other_names_of_as_many_classes_are_not_passed_over(source, tmp_path, caplog):
+    path = saved(source, tmp_path / "m.pth", class_names=["a", "b", "c", "d"])
+    Checkpointer(model_of(THEIRS), class_names=THEIRS).load(path)
+    assert "was trained on 4 classes (a, b, c, d), the data has 4 (person, Dog" in caplog.text
+
+
+def test_names_are_saved_with_every_checkpoint(source, tmp_path):
+    Checkpointer(source, str(tmp_path), class_names=THEIRS).save("m", iteration=3)
+    assert torch.load(tmp_path / "m.pth")["class_names"] == THEIRS
+    assert Checkpointer(source).load(str(tmp_path / "m.pth"))["iteration"] == 3
