@@ -5,6 +5,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling.backbone import BasicStem, ResNet
 
 from co_detr.modeling import ChannelMapper
+from co_detr.modeling.backbones import SwinTransformer, VisionTransformer, ViTPyramid
 
 # torchvision's variant of ResNet-50 (stride in the 3x3 convolution, RGB); stem and res2 frozen.
 resnet50 = L(ResNet)(
@@ -23,4 +24,76 @@ mapped_resnet50 = L(ChannelMapper)(
     in_features=["res3", "res4", "res5"],
     out_channels="${..encoder.embed_dim}",
     num_extra_levels=1,
+)
+
+
+def _mapped_swin(**settings):
+    """Levels of strides 8 to 64. Strides 4 to 64 need one override:
+    ``bottom_up.out_features=["stage0", "stage1", "stage2", "stage3"]``."""
+    return L(ChannelMapper)(
+        bottom_up=L(SwinTransformer)(
+            out_features=["stage1", "stage2", "stage3"],
+            size_divisibility=0,
+            use_checkpoint=False,
+            **settings,
+        ),
+        in_features="${.bottom_up.out_features}",
+        out_channels="${..encoder.embed_dim}",
+        num_extra_levels=1,
+    )
+
+
+# T and S: pretrained on ImageNet-1k with 224 x 224 pixels; B and L: ImageNet-22k, 384 x 384.
+mapped_swin_t = _mapped_swin(
+    embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], window_size=7, drop_path_rate=0.2
+)
+mapped_swin_s = _mapped_swin(
+    embed_dim=96, depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24], window_size=7, drop_path_rate=0.2
+)
+mapped_swin_b = _mapped_swin(
+    embed_dim=128,
+    depths=[2, 2, 18, 2],
+    num_heads=[4, 8, 16, 32],
+    window_size=12,
+    drop_path_rate=0.2,
+)
+mapped_swin_l = _mapped_swin(
+    embed_dim=192,
+    depths=[2, 2, 18, 2],
+    num_heads=[6, 12, 24, 48],
+    window_size=12,
+    drop_path_rate=0.3,
+)
+
+
+def _mapped_vit_l(**settings):
+    """Levels of strides 4 to 64."""
+    return L(ViTPyramid)(
+        bottom_up=L(VisionTransformer)(
+            embed_dim=1024,
+            depth=24,
+            num_heads=16,
+            mlp_ratio=4 * 2 / 3,
+            patch_size=16,
+            pretrain_image_size=512,
+            size_divisibility=32,
+            use_checkpoint=True,
+            **settings,
+        ),
+        out_channels="${..encoder.embed_dim}",
+    )
+
+
+# The reference's ViT-L for COCO, and its variant for LVIS on squares of 1536 pixels.
+mapped_vit_l = _mapped_vit_l(
+    window_size=24,
+    global_blocks=[3, 7, 11, 15, 19, 23],
+    drop_path_rate=0.4,
+    square_size=0,
+)
+mapped_vit_l_lsj = _mapped_vit_l(
+    window_size=16,
+    global_blocks=[2, 5, 8, 11, 14, 17, 20, 23],
+    drop_path_rate=0.3,
+    square_size=1536,
 )
