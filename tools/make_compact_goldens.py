@@ -2,8 +2,10 @@
 
 The numbers stay as the reference dumped them. Of units, whole elements are dropped, or tensors
 are sliced along axes whose entries do not influence each other (images, heads, channels,
-anchors). Of cases, whole entries are dropped: the weights of backbone and neck, so that these
-cases start at the recorded output of the neck, and large tensors that others depend on.
+anchors). Of the cases of kind A, whole entries are dropped: the weights of backbone and neck, so
+that these cases start at the recorded output of the neck, and large tensors that others depend on.
+The case of kind B is larger than the room there is; one image of it and the first decoder layers
+become the unit ``co_dino_decoder``, which starts at the recorded output of the encoder.
 """
 
 from __future__ import annotations
@@ -30,13 +32,42 @@ LARGE = (
     "images_uint8_rgb",
     "batch",
     "eval.backbone_feats",
+    "eval.decoder_hs",
+    "eval.enc_coords_unact_all",
     "eval.enc_output_memory",
+    "eval.enc_reg_deltas_all",
+    "eval.encoder_levels",
+    "eval.pos_encodings",
+    "train.atss.bbox_deltas",
+    "train.atss.cls_logits",
     "train.roi.bbox_pred",
     "train.roi.cls_score",
+    "train.roi.feats_first8",
     "train.roi.feats_mean",
     "train.rpn.deltas",
+    "train.rpn.objectness",
 )
-MAX_GRADIENT = 2000  # elements; the norms of all gradients stay
+# What is large of positive queries; variants repeat the base case with other ground truths.
+OF_POSITIVE_QUERIES = {"base": ("decoder_hs",), "variant": ("decoder_hs", "feats")}
+MAX_GRADIENT = 500  # elements; the norms of all gradients stay
+
+# Of the unit ``co_dino_decoder``.
+TRANSFORMER = "query_head.transformer"
+DECODER_PARTS = (
+    "enc_output",
+    "enc_output_norm",
+    "query_embed",
+    "decoder.norm",
+    "decoder.ref_point_head",
+)
+PROPOSALS = ("topk_indices", "enc_topk_cls", "enc_topk_boxes_cxcywh")
+DROPPED_OF_DECODER = (
+    "enc_output_memory",
+    "enc_output_proposals_unact",
+    "enc_reg_deltas_all",
+    "enc_coords_unact_all",
+    "enc_cls_logits_all",
+)
 
 
 def compact_units(units: dict[str, Any]) -> dict[str, Any]:
@@ -129,6 +160,12 @@ def compact_case(case: dict[str, Any]) -> dict[str, Any]:
     if "base_case" in meta:
         meta["base_case"] += "_compact"
     small = {**_without(case, meta["dropped"]), "meta": meta}
+    large = OF_POSITIVE_QUERIES["variant" if "base_case" in meta else "base"]
+    for part in {"train", "train_finite"} & small.keys():
+        queries = small[part]["aux"]
+        meta["dropped"] += [f"{part}.aux[{i}].{key}" for i in range(len(queries)) for key in large]
+        queries = [{k: v for k, v in each.items() if k not in large} for each in queries]
+        small[part] = {**small[part], "aux": queries}
     if "state_dict" in small:
         small["state_dict"] = _after(small["state_dict"])
     for part in {"train", "train_finite"} & small.keys():
@@ -137,6 +174,43 @@ def compact_case(case: dict[str, Any]) -> dict[str, Any]:
         norms = _after(small[part]["grad_norms"])
         small[part] = {**small[part], "grads": kept, "grad_norms": norms}
     return small
+
+
+def decoder_unit(case: dict[str, Any], image: int = 1, num_layers: int = 2) -> dict[str, Any]:
+    """The first decoder layers of a case of kind B for one of its images.
+
+    Memory in the padding, which nothing reads, is set to zero.
+    """
+    meta, values, row = case["meta"], case["eval"], slice(image, image + 1)
+    levels = values["encoder_levels"][: len(values["masks"])]  # without that of the heads
+    mask = torch.cat([each[row].flatten(1) for each in values["masks"]], dim=1)
+    memory = torch.cat([each[row].flatten(2).transpose(1, 2) for each in levels], dim=1)
+    encoder_head, layers = meta["dec_layers"], range(num_layers)
+    starts = {f"{TRANSFORMER}.{name}." for name in DECODER_PARTS}
+    starts |= {f"{TRANSFORMER}.decoder.layers.{layer}." for layer in layers}
+    starts |= {f"query_head.{n}_branches.{layer}." for n in ("cls", "reg") for layer in layers}
+    weights = {k: v for k, v in case["state_dict"].items() if k.startswith(tuple(starts))}
+    # The head of the encoder's proposals follows those of the layers.
+    for name in ("cls", "reg"):
+        old, new = (f"query_head.{name}_branches.{i}." for i in (encoder_head, num_layers))
+        for key, value in case["state_dict"].items():
+            if key.startswith(old):
+                weights[key.replace(old, new)] = value
+    return {
+        "num_classes": meta["num_classes"],
+        "image_sizes_hw": [case["image_sizes_hw"][image]],
+        "spatial_shapes_hw": torch.tensor([list(each.shape[-2:]) for each in levels]),
+        "memory": memory.masked_fill(mask[..., None], 0.0),
+        "padding_mask": mask,
+        "valid_ratios": values["valid_ratios"][row],
+        "state_dict": weights,
+        "dropped": list(DROPPED_OF_DECODER),
+        **{key: values[key][row] for key in PROPOSALS},
+        "references": values["references"][: num_layers + 1, row],
+        "decoder_hs": values["decoder_hs"][:num_layers, :, row],
+        "cls_logits": values["cls_logits"][:num_layers, row],
+        "boxes_cxcywh": values["boxes_cxcywh"][:num_layers, row],
+    }
 
 
 def _without(tree: dict[str, Any], names: list[str], prefix: str = "") -> dict[str, Any]:
@@ -171,7 +245,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("tests/data"))
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    compact = {"units": compact_units(load_golden(args.source / "units.pt"))}
+    units = compact_units(load_golden(args.source / "units.pt"))
+    units["co_dino_decoder"] = decoder_unit(load_golden(args.source / "case_B.pt"))
+    compact = {"units": units}
     for name in CASES:
         case = load_golden(args.source / f"case_{name}.pt")
         compact[f"case_{name}_compact"] = compact_case(case)

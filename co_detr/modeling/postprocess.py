@@ -41,17 +41,20 @@ class TopKPostprocessor(nn.Module):
 
 
 class SoftNMSPostprocessor(nn.Module):
-    """The best (query, class) pairs, thinned out by linear soft-NMS within every class.
+    """The best (query, class) pairs, thinned out by soft-NMS within every class.
 
     Pairs are visited from the best score down; each lowers the scores of all later pairs of its
-    class that overlap it by at least ``iou_threshold`` by the factor (1 - IoU).
+    class that overlap it by at least ``iou_threshold`` by the factor (1 - IoU), or, with ``sigma``,
+    those of all later pairs of its class by exp(-IoU^2 / sigma).
     Source: Bodla et al., "Soft-NMS", ICCV 2017; mmcv ``soft_nms``; the reference's Co-DINO, which
     starts from as many pairs as it has queries.
 
     Args:
         max_detections: detections to keep per image.
-        num_candidates: pairs to start from; None: as many as there are queries.
         min_score: pairs that fall below are dropped, except for the best one.
+        num_candidates: pairs to start from; None: as many as there are queries.
+        sigma: None for the linear factor; 0.5 in the paper for the Gaussian one, which heeds no
+            threshold.
     """
 
     def __init__(
@@ -60,26 +63,28 @@ class SoftNMSPostprocessor(nn.Module):
         iou_threshold: float = 0.8,
         min_score: float = 1e-3,
         num_candidates: int | None = None,
+        sigma: float | None = None,
     ):
         super().__init__()
         self.max_detections = max_detections
         self.iou_threshold = iou_threshold
         self.min_score = min_score
         self.num_candidates = num_candidates
+        self.sigma = sigma
 
     def forward(
         self, logits: Tensor, boxes: Tensor, image_sizes: list[tuple[int, int]]
     ) -> list[Instances]:
         """As `TopKPostprocessor`."""
         candidates = best_pairs(logits, boxes, image_sizes, self.num_candidates or logits.shape[1])
-        return [self._thin_out(each) for each in candidates]
+        return [self.thin_out(each) for each in candidates]
 
-    def _thin_out(self, found: Instances) -> Instances:
+    def thin_out(self, found: Instances) -> Instances:
+        """The detections that stay, with lowered scores, best first."""
         if len(found) == 0:
             return found
-        scores = soft_nms(
-            found.pred_boxes.tensor, found.scores, found.pred_classes, self.iou_threshold
-        )
+        boxes, classes = found.pred_boxes.tensor, found.pred_classes
+        scores = soft_nms(boxes, found.scores, classes, self.iou_threshold, self.sigma)
         order = scores.argsort(descending=True, stable=True)
         scores = scores[order]
         keep = scores >= self.min_score
@@ -90,8 +95,16 @@ class SoftNMSPostprocessor(nn.Module):
         return result
 
 
-def soft_nms(boxes: Tensor, scores: Tensor, classes: Tensor, iou_threshold: float) -> Tensor:
-    """Scores ``(N,)`` after linear soft-NMS of absolute xyxy boxes ``(N, 4)`` within classes.
+def soft_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    classes: Tensor,
+    iou_threshold: float,
+    sigma: float | None = None,
+) -> Tensor:
+    """Scores ``(N,)`` after soft-NMS of absolute xyxy boxes ``(N, 4)`` within classes.
+
+    See `SoftNMSPostprocessor` for the other arguments.
 
     One box of every class is visited at a time, so that there are only as many steps as the most
     frequent class has boxes; no step waits for the device.
@@ -101,7 +114,10 @@ def soft_nms(boxes: Tensor, scores: Tensor, classes: Tensor, iou_threshold: floa
         return scores
     same_class = classes[:, None] == classes[None, :]
     overlap = iou(boxes[:, None], boxes[None]) * same_class
-    factor = torch.where(overlap >= iou_threshold, 1 - overlap, 1.0)
+    if sigma is None:
+        factor = torch.where(overlap >= iou_threshold, 1 - overlap, 1.0)
+    else:
+        factor = torch.exp(-(overlap**2) / sigma)
     _, class_index, counts = classes.unique(return_inverse=True, return_counts=True)
     waiting = scores.new_zeros(len(counts), len(scores), dtype=torch.bool)
     waiting[class_index, torch.arange(len(scores), device=scores.device)] = True

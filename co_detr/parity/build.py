@@ -10,7 +10,7 @@ from detectron2.modeling import Backbone
 from omegaconf import DictConfig
 from torch import Tensor
 
-from co_detr.checkpoint import convert_official
+from co_detr.checkpoint import convert_official, rename_official
 from co_detr.modeling import CoDETR
 from co_detr.modeling.resnet import BLOCKS_PER_STAGE, resnet_stages
 from co_detr.parity.case import Case
@@ -37,24 +37,23 @@ class RecordedBackbone(Backbone):
         return {f"recorded{level}": each for level, each in enumerate(self.maps)}
 
 
-def build_model(case: Case, padding: str) -> CoDETR:
+def build_model(case: Case) -> CoDETR:
     """Our model with the widths of the case's weights, loaded through our converter.
-
-    Args:
-        padding: how short groups of positive queries are filled.
 
     Raises:
         CheckpointError: naming weights that the model has no place for, or that it lacks.
     """
     weights, meta = case.weights, case.meta
-    model = LazyConfig.load(str(CONFIGS / "deformable_detr.py")).model
-    model.auxiliary = LazyConfig.load(str(CONFIGS / "auxiliary.py")).auxiliary
+    names = ("co_dino", "co_dino") if case.is_dino else ("deformable_detr", "auxiliary")
+    model = LazyConfig.load(str(CONFIGS / f"{names[0]}.py")).model
+    model.auxiliary = LazyConfig.load(str(CONFIGS / f"{names[1]}.py")).auxiliary
     model.num_classes = meta["num_classes"]
     model.queries[0].num_queries = meta["num_query"]
     model.decoder.num_layers = meta["dec_layers"]
     _size_encoder(model.encoder, weights, meta)
     _size_heads(model.auxiliary, weights)
-    model.auxiliary.positive_queries.padding = padding
+    model.auxiliary.positive_queries.padding = case.padding
+    model.postprocessor.max_detections = case.max_detections
     if case.has_backbone:
         _size_resnet(model.backbone.bottom_up, weights)
     else:
@@ -63,6 +62,32 @@ def build_model(case: Case, padding: str) -> CoDETR:
     if not case.has_backbone:
         built.backbone.maps = list(case.base["eval"]["neck_feats"])
     built.load_state_dict(convert_official(weights, built).state_dict, strict=True)
+    return built
+
+
+def build_decoder(weights: dict[str, Tensor], num_classes: int, num_layers: int) -> CoDETR:
+    """A Co-DINO for what comes after the encoder, by the reference's names of its weights.
+
+    Backbone and encoder are only there to make it a model.
+    """
+    model = LazyConfig.load(str(CONFIGS / "co_dino.py")).model
+    content = weights[f"{TRANSFORMER}.query_embed.weight"]
+    layer = f"{TRANSFORMER}.decoder.layers.0"
+    model.num_classes, model.backbone = num_classes, L(RecordedBackbone)()
+    model.queries = model.queries[:1]
+    model.queries[0].num_queries = len(content)
+    model.decoder.num_layers = num_layers
+    model.encoder.update(
+        num_layers=0,
+        embed_dim=content.shape[1],
+        feedforward_dim=weights[f"{layer}.ffns.0.layers.0.0.bias"].numel(),
+    )
+    built = instantiate(model).eval()
+    renamed = rename_official(weights, built)
+    missing, unexpected = built.load_state_dict(renamed.state_dict, strict=False)
+    left = [*renamed.unknown, *unexpected, *(key for key in missing if "encoder." not in key)]
+    if left:
+        raise ValueError(f"Weights without a place, or places without weights: {left}.")
     return built
 
 

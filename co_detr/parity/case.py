@@ -67,6 +67,32 @@ class Case:
         return self.own["meta"]
 
     @property
+    def is_dino(self) -> bool:
+        """Whether the model is a Co-DINO (kind B) and not a Co-Deformable-DETR (kind A)."""
+        return self.meta["kind"] == "B"
+
+    @property
+    def is_zero_padded(self) -> bool:
+        """Whether short groups of positive queries were filled with zeros."""
+        queries = self.own.get("train", {}).get("aux", [])
+        return any(each["attn_masks"] is not None for each in queries)
+
+    @property
+    def padding(self) -> str:
+        """How ``PositiveQueries`` fills short groups to do the same."""
+        if not self.is_zero_padded:
+            return "negatives"
+        # The reference's Co-DINO makes the mask but does not use it.
+        return "unmasked" if self.is_dino else "mask"
+
+    @property
+    def max_detections(self) -> int:
+        """Detections that the reference keeps of an image, which only their number tells."""
+        lists = ("det_no_nms", "det_no_nms_rescaled")
+        found = [each for name in lists for each in self.base.get("eval", {}).get(name, [])]
+        return max((len(each["labels"]) for each in found), default=100)
+
+    @property
     def weights(self) -> dict[str, Tensor]:
         """By the reference's names."""
         return self.base["state_dict"]
@@ -74,6 +100,11 @@ class Case:
     @property
     def num_classes(self) -> int:
         return self.meta["num_classes"]
+
+    @property
+    def num_gts(self) -> list[int]:
+        """Ground truths per image."""
+        return [len(labels) for labels in self.own["gt_labels"]]
 
     @property
     def image_sizes(self) -> list[tuple[int, int]]:

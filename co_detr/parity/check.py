@@ -20,8 +20,7 @@ from co_detr.parity.train_rpn import check_rpn
 from co_detr.parity.train_run import run_training
 from co_detr.parity.units import check_units
 
-SUPPORTED_KINDS = ("A",)
-KINDS_TO_COME = {"B": "Co-DINO"}
+KINDS = ("A", "B")  # Co-Deformable-DETR, Co-DINO
 
 
 def check_file(path: Path) -> Report:
@@ -45,13 +44,8 @@ def _check_case(path: Path, report: Report) -> None:
     own = load_golden(path)
     report.entries = flatten(own)
     kind = own["meta"]["kind"]
-    if kind in KINDS_TO_COME:
-        for entry in own:
-            report.not_yet(entry, KINDS_TO_COME[kind])
-        return
-    if kind not in SUPPORTED_KINDS:
-        known = ", ".join([*SUPPORTED_KINDS, *KINDS_TO_COME])
-        raise ValueError(f"meta.kind is {kind!r}, but only {known} are known.")
+    if kind not in KINDS:
+        raise ValueError(f"meta.kind is {kind!r}, but only {' and '.join(KINDS)} are known.")
     case = Case.of(own, path.parent)
     report.dropped = case.dropped
     report.given("meta", "describes the model")
@@ -59,8 +53,7 @@ def _check_case(path: Path, report: Report) -> None:
         report.given("state_dict", "loaded through the converter")
     for entry in ("scale_factors_wh", "gt_boxes_xyxy", "gt_labels"):
         report.given(entry, "input")
-    padding = "mask" if _is_zero_padded(case) else "negatives"
-    model = build_model(case, padding).eval()
+    model = build_model(case).eval()
     check_input(report, case, model)
     for part in ("eval", "train"):
         if part not in own:
@@ -70,18 +63,13 @@ def _check_case(path: Path, report: Report) -> None:
     for prefix in ("train", "train_finite"):
         if prefix in own:
             with report.part(prefix):
-                _check_training(report, case, prefix, padding)
+                _check_training(report, case, prefix)
 
 
-def _is_zero_padded(case: Case) -> bool:
-    queries = case.own.get("train", {}).get("aux", [])
-    return any(each["attn_masks"] is not None for each in queries)
-
-
-def _check_training(report: Report, case: Case, prefix: str, padding: str) -> None:
+def _check_training(report: Report, case: Case, prefix: str) -> None:
     # A second dump of the same step only repeats what differs from the first.
     entries = {**case.own["train"], **case.own[prefix]}
-    run = run_training(case, build_model(case, padding), entries)
+    run = run_training(case, build_model(case), entries)
     report.given(f"{prefix}.seed", "of the reference's draws")
     draws = f"{prefix}.aux_randperms"
     if run.draws.remaining:

@@ -8,33 +8,16 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
 
 from co_detr.modeling import CoDETR
+from co_detr.modeling.boxes import inverse_sigmoid
 from co_detr.modeling.encoder import reference_points
-from co_detr.modeling.postprocess import padding_mask
+from co_detr.modeling.postprocess import TopKPostprocessor, padding_mask
 from co_detr.modeling.queries.two_stage import propose_grid
 from co_detr.parity import tolerances as tol
+from co_detr.parity.capture import Capture, decoder_states
 from co_detr.parity.case import Case
 from co_detr.parity.detections import compare_detections, compare_proposals
 from co_detr.parity.report import Report
 from co_detr.structures import EncoderMemory, QuerySet
-
-
-class Capture:
-    """Keeps the outputs of modules, in call order, while its ``with`` block runs."""
-
-    def __init__(self, *modules: torch.nn.Module):
-        self.modules = modules
-        self.outputs: list[Tensor] = []
-
-    def __enter__(self) -> Capture:
-        self._hooks = [
-            module.register_forward_hook(lambda _m, _i, output: self.outputs.append(output))
-            for module in self.modules
-        ]
-        return self
-
-    def __exit__(self, *exc) -> None:
-        for hook in self._hooks:
-            hook.remove()
 
 
 @torch.no_grad()
@@ -47,10 +30,9 @@ def check_eval(report: Report, case: Case, model: CoDETR) -> None:
     with report.part("eval memory"):
         _check_memory(report, model, memory, images)
     with report.part("eval queries"):
-        _check_queries(report, model, memory)
+        check_decoder(report, "eval", model, memory)
     with report.part("eval detections"):
-        compare_detections(report, "eval.det_no_nms", model.detect(images))
-        _check_rescaled(report, case, model.detect(images))
+        _check_detections(report, case, model, images)
     with report.part("eval auxiliary heads"):
         _check_heads(report, case, model, images, model.auxiliary.pyramid(memory))
 
@@ -61,7 +43,8 @@ def _check_features(report: Report, case: Case, model: CoDETR, images: ImageList
         return
     backbone = model.backbone
     features = backbone.bottom_up(images.tensor)
-    report.close("eval.backbone_feats", [features[f] for f in backbone.in_features], tol.MAP)
+    maps = [features[f] for f in backbone.in_features]
+    report.close("eval.backbone_feats", maps, tol.MAP, tol.BACKBONE)
     report.close("eval.neck_feats", list(backbone(images.tensor).values()), tol.MAP)
 
 
@@ -79,63 +62,92 @@ def _check_memory(report: Report, model: CoDETR, memory: EncoderMemory, images: 
     report.close("eval.encoder_levels", list(model.auxiliary.pyramid(memory).values()), tol.MAP)
 
 
-def _check_queries(report: Report, model: CoDETR, memory: EncoderMemory) -> None:
+def check_decoder(report: Report, prefix: str, model: CoDETR, memory: EncoderMemory) -> None:
+    """Encoder proposals and all that is decoded from the best of them, below ``prefix``."""
     close, source = report.close, model.queries[0]
     box = tol.normalised_box(memory.image_sizes)
     output_memory, grid_logits = propose_grid(memory)
     output_memory = source.memory_norm(source.memory_proj(output_memory))
-    close("eval.enc_output_memory", output_memory, tol.MAP)
-    close("eval.enc_output_proposals_unact", grid_logits, tol.GEOMETRY)
+    close(f"{prefix}.enc_output_memory", output_memory, tol.MAP)
+    close(f"{prefix}.enc_output_proposals_unact", grid_logits, tol.GEOMETRY)
     deltas = source.box_head(output_memory)
-    close("eval.enc_reg_deltas_all", deltas, tol.LOGIT)
-    close("eval.enc_coords_unact_all", deltas + grid_logits, tol.LOGIT)
+    close(f"{prefix}.enc_reg_deltas_all", deltas, tol.LOGIT)
+    close(f"{prefix}.enc_coords_unact_all", deltas + grid_logits, tol.LOGIT)
+    logits = source.class_head(output_memory)
+    close(f"{prefix}.enc_cls_logits_all", logits, tol.LOGIT)
+    can_propose = grid_logits.isfinite().all(-1)
+    is_dino = source.ranking == "best_class"
+    scores = logits.amax(-1) if is_dino else logits[..., 0]
+    _check_ranking(report, f"{prefix}.topk_indices", scores, can_propose, source.num_queries)
 
     group = source(memory)
     proposals = group.proposals.predictions
-    close("eval.enc_cls_logits_all", proposals.logits[0], tol.LOGIT)
-    close("eval.enc_cls", proposals.logits[0], tol.LOGIT)
-    close("eval.enc_boxes_cxcywh", proposals.boxes[0], box)
-    _check_ranking(report, proposals.logits[0, ..., 0], group.num_queries)
-    close("eval.init_reference", group.reference, box)
-    with Capture(*model.decoder.layers) as hidden:
+    # The chosen tokens of Co-DINO, all tokens of Co-Deformable-DETR.
+    which = "enc_topk" if is_dino else "enc"
+    close(f"{prefix}.{which}_cls", proposals.logits[0], tol.LOGIT)
+    close(f"{prefix}.{which}_boxes_cxcywh", proposals.boxes[0], box)
+    with decoder_states(model) as states, Capture(*model.decoder.layers) as layers:
         predictions = model.decoder(QuerySet.concat([group]), memory)
-    close("eval.decoder_hs", torch.stack(hidden.outputs).transpose(1, 2), tol.MAP)
-    # Each layer's prediction is also the (undetached) reference of the next layer.
-    close("eval.inter_references", predictions.boxes, box)
-    close("eval.boxes_cxcywh", predictions.boxes, box)
-    close("eval.cls_logits", predictions.logits, tol.LOGIT)
+    close(f"{prefix}.decoder_hs", torch.stack(states.outputs).transpose(1, 2), tol.MAP)
+    if is_dino:
+        close(f"{prefix}.references", _references(model, group.reference, layers.outputs), box)
+    else:
+        close(f"{prefix}.init_reference", group.reference, box)
+        # Each layer's prediction is also the (undetached) reference of the next layer.
+        close(f"{prefix}.inter_references", predictions.boxes, box)
+    close(f"{prefix}.boxes_cxcywh", predictions.boxes, box)
+    close(f"{prefix}.cls_logits", predictions.logits, tol.LOGIT)
 
 
-def _check_ranking(report: Report, scores: Tensor, number: int) -> None:
+def _references(model: CoDETR, reference: Tensor, states: list[Tensor]) -> Tensor:
+    """The first references and those that Co-DINO refines from every layer's plain output."""
+    references, decoder = [reference], model.decoder
+    for state, box_head in zip(states, decoder.box_heads, strict=True):
+        start = inverse_sigmoid(references[-1], decoder.eps)
+        references.append((box_head(state) + start).sigmoid())
+    return torch.stack(references)
+
+
+def _check_ranking(
+    report: Report, name: str, scores: Tensor, can_propose: Tensor, number: int
+) -> None:
     """The chosen tokens, best first.
 
     Tokens that cannot propose all have the very same score and the same box; among these any
     order will do.
     """
-    name = "eval.topk_indices"
     ours = scores.topk(number, dim=1).indices
     reference = report.entries.get(name, ours)
     if reference.shape == ours.shape:
         tied = scores.gather(1, reference) == scores.gather(1, ours)
+        # Rounding may depend on a token's place.
+        tied |= ~(can_propose.gather(1, reference) | can_propose.gather(1, ours))
         is_set = all(len(row.unique()) == number for row in reference)
         ours = torch.where(tied & is_set, reference, ours)
     report.exact(name, ours)
 
 
-def _check_rescaled(report: Report, case: Case, detections: list[Instances]) -> None:
-    """Boxes in the pixels of the original image."""
+def _check_detections(report: Report, case: Case, model: CoDETR, images: ImageList) -> None:
+    """Of the model as it is, and of Co-DINO also without soft-NMS."""
+    found = model.detect(images)
+    if case.is_dino:
+        _compare_both_sizes(report, case, "eval.det_soft_nms", found)
+        usual = model.postprocessor
+        model.postprocessor = TopKPostprocessor(case.max_detections)
+        found = model.detect(images)
+        model.postprocessor = usual
+    _compare_both_sizes(report, case, "eval.det_no_nms", found)
+
+
+def _compare_both_sizes(report: Report, case: Case, name: str, found: list[Instances]) -> None:
+    """In the pixels of the network input and in those of the original image."""
+    compare_detections(report, name, found)
     rescaled = []
-    for found, scale in zip(detections, case.own["scale_factors_wh"], strict=True):
-        boxes = Boxes(found.pred_boxes.tensor / torch.as_tensor(scale))
-        rescaled.append(
-            Instances(
-                found.image_size,
-                pred_boxes=boxes,
-                scores=found.scores,
-                pred_classes=found.pred_classes,
-            )
-        )
-    compare_detections(report, "eval.det_no_nms_rescaled", rescaled)
+    for each, scale in zip(found, case.own["scale_factors_wh"], strict=True):
+        boxes = Boxes(each.pred_boxes.tensor / torch.as_tensor(scale))
+        fields = dict(scores=each.scores, pred_classes=each.pred_classes)
+        rescaled.append(Instances(each.image_size, pred_boxes=boxes, **fields))
+    compare_detections(report, f"{name}_rescaled", rescaled)
 
 
 def _check_heads(

@@ -17,7 +17,7 @@ from co_detr.parity.differences import Difference
 from co_detr.parity.golden_file import flatten
 
 # The first of these that an entry was given is its status.
-STATUSES = ("FAIL", "known", "ok", "given", "not yet")
+STATUSES = ("FAIL", "known", "ok", "given")
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,8 @@ class Line:
     """What became of one entry.
 
     Attributes:
-        status: ``ok``, ``FAIL``, ``given`` (fed to our code instead of compared), ``known``
-            (differs by design, see ``difference``) or ``not yet`` (belongs to a part that this
-            project does not have yet).
+        status: ``ok``, ``FAIL``, ``given`` (fed to our code instead of compared) or ``known``
+            (differs by design, see ``difference``).
         absolute, relative, ratio: see ``Deviation``.
         tolerance: as text; ``equal`` allows no deviation.
         difference: the difference by design that the entry shows or was bridged for.
@@ -107,10 +106,6 @@ class Report:
     def given(self, prefix: str, note: str, difference: Difference | None = None) -> None:
         """Marks the entries below ``prefix`` as inputs of the check."""
         self._mark(prefix, Line("", "given", note=note, difference=difference))
-
-    def not_yet(self, prefix: str, note: str) -> None:
-        """Marks entries of a part of the reference that this project does not have yet."""
-        self._mark(prefix, Line("", "not yet", note=note))
 
     def fail(self, prefix: str, note: str) -> None:
         self._mark(prefix, Line("", "FAIL", note=note))

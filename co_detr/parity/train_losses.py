@@ -23,7 +23,7 @@ _TERMS = {
     "loss_box_reg": "loss_bbox",
     "loss_centreness": "loss_centerness",
 }
-_SUFFIX = {"matching": "", "roi_queries": "_aux0", "atss_queries": "_aux1", "roi": "0", "atss": "1"}
+_SUFFIX = {"roi_queries": "_aux0", "atss_queries": "_aux1", "roi": "0", "atss": "1"}
 
 
 def official_loss_name(name: str) -> str:
@@ -31,8 +31,9 @@ def official_loss_name(name: str) -> str:
     group, *layer, term = name.split(".")
     if layer == ["enc"]:
         return f"enc_{_TERMS[term]}"
-    suffix = "" if term.startswith("loss_rpn") else _SUFFIX[group]
-    return ".".join([*layer, _TERMS[term] + suffix])
+    start = "dn_" if group == "denoising" else ""
+    suffix = "" if term.startswith("loss_rpn") else _SUFFIX.get(group, "")
+    return ".".join([*layer, start + _TERMS[term] + suffix])
 
 
 def check_losses(report: Report, prefix: str, run: TrainingRun) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from co_detr.parity import units_assignment, units_boxes, units_transformer
+from co_detr.parity import units_assignment, units_boxes, units_dino, units_transformer
 from co_detr.parity.golden_file import flatten
 from co_detr.parity.report import Report
 from co_detr.parity.unit import Unit
@@ -33,10 +33,12 @@ CHECKS: dict[str, Callable[[Unit], None]] = {
     "centerness_target": units_boxes.centerness_target,
     "roi_extractor": units_boxes.roi_extractor,
     "batched_nms": units_boxes.batched_nms_unit,
+    "dino_sineembed_for_position": units_dino.sine_of_boxes,
+    "qfl": units_dino.quality_focal_loss,
+    "soft_nms": units_dino.soft_nms_unit,
+    "dn_generator": units_dino.denoising_queries,
+    "co_dino_decoder": units_dino.decoder,
 }
-
-# Parts of Co-DINO, which this project does not have.
-NOT_YET = ("dino_sineembed_for_position", "qfl", "soft_nms", "dn_generator")
 
 
 def check_units(entries: dict[str, Any], report: Report) -> None:
@@ -48,9 +50,7 @@ def check_units(entries: dict[str, Any], report: Report) -> None:
     """
     report.entries = flatten(entries)
     for name, content in entries.items():
-        if name in NOT_YET:
-            report.not_yet(name, "Co-DINO")
-        elif name in CHECKS:
+        if name in CHECKS:
             listed = isinstance(content, list)
             for index, entry in enumerate(content if listed else [content]):
                 unit = Unit(report, f"{name}[{index}]" if listed else name, entry)

@@ -14,6 +14,7 @@ from co_detr.modeling.boxes import generalised_iou, xyxy_to_cxcywh
 from co_detr.modeling.criterion import FocalLoss, SetCriterion
 from co_detr.parity.differences import DELTA_CLAMP
 from co_detr.parity.unit import Unit
+from co_detr.parity.units_dino import check_soft_nms
 from co_detr.structures import AssignedTargets, Predictions
 
 
@@ -128,10 +129,9 @@ def roi_extractor(unit: Unit) -> None:
 
 
 def batched_nms_unit(unit: Unit) -> None:
-    if unit.expected("type") == "soft_nms":
-        unit.report.not_yet(unit.name, "Co-DINO")
+    if unit["type"] == "soft_nms":
+        check_soft_nms(unit, unit["class_ids"])
         return
-    unit.exact("type", "nms")
     boxes, scores = unit["boxes"], unit["scores"]
     keep = batched_nms(boxes, scores, unit["class_ids"], unit["iou_threshold"])
     unit.exact("keep", keep)
