@@ -1,4 +1,4 @@
-"""Image augmentation of DETR, composed of Detectron2's transforms."""
+"""Image augmentation of the reference's recipes, composed of Detectron2's transforms."""
 
 from __future__ import annotations
 
@@ -40,6 +40,28 @@ def detr_train_augmentation(
         T.RandomFlip(prob=flip_probability, horizontal=True),
         T.RandomApply(crop, prob=crop_probability),
         T.ResizeShortestEdge(tuple(short_edges), max_size=max_size, sample_style="choice"),
+    ]
+
+
+def lsj_train_augmentation(
+    size: int, scales: tuple[float, float] = (0.1, 2.0), flip_probability: float = 0.5
+) -> list[T.Augmentation]:
+    """Large-scale jitter: resize to a random share of a square, crop to the square, flip.
+
+    The result fits in the square but does not fill it; the model pads it (`BatchPadding`).
+    `RandomCrop` and not `FixedSizeCrop`, which would draw one number for both directions.
+    Source: Ghiasi et al., "Simple Copy-Paste", CVPR 2021; the reference's LSJ configs, as they
+    recommend it for data without masks (that is, without pasting objects of other images).
+
+    Args:
+        size: side of the square in pixels.
+        scales: (min, max) of the longer side, in sides of the square, before cropping.
+        flip_probability: how often the image is mirrored.
+    """
+    return [
+        T.ResizeScale(*scales, target_height=size, target_width=size),
+        T.RandomCrop("absolute", (size, size)),
+        T.RandomFlip(prob=flip_probability, horizontal=True),
     ]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 from detectron2.data import MetadataCatalog
@@ -26,14 +27,16 @@ def load_coco(
     image_root: str,
     num_classes: int | None = None,
     invalid_boxes: str = "error",
+    image_path: Callable[[dict[str, Any]], str] | None = None,
 ) -> list[dict[str, Any]]:
     """Reads a COCO-format json and registers its classes under `dataset_name(annotation_file)`.
 
     Args:
         annotation_file: json with the lists `images`, `annotations` and `categories`.
-        image_root: directory that the `file_name` of each image is relative to.
+        image_root: directory that the paths of the images are relative to.
         num_classes: what the model was built for; None: not checked.
         invalid_boxes: "error", or "skip" to leave out boxes that have no area inside the image.
+        image_path: gives the path of an entry of `images`; None: its `file_name`.
 
     Returns:
         One dict per image (images without boxes included), ordered by image id: `file_name`,
@@ -44,6 +47,9 @@ def load_coco(
         DataError: in one sentence that names the file, image or annotation and the mend.
     """
     content = _read_json(annotation_file)
+    if image_path is not None:
+        for image in content["images"]:
+            image["file_name"] = image_path(image)
     contiguous_ids = _register_categories(content, annotation_file, image_root, num_classes)
     records = _image_records(content["images"], annotation_file, image_root)
     boxes = BoxChecker(annotation_file, invalid_boxes)
@@ -165,8 +171,7 @@ def _image_records(
             f"image directory {image_root} does not exist: set data.train_images and "
             f"data.val_images to the directories of the images of {annotation_file}."
         )
-    # One listing instead of one look-up per image: large sets often lie on network disks.
-    present = set(os.listdir(image_root))
+    present = _files(image_root, {os.path.dirname(image.get("file_name", "")) for image in images})
     records: dict[int, dict[str, Any]] = {}
     for image in images:
         missing = {"id", "file_name", "height", "width"} - image.keys()
@@ -205,3 +210,17 @@ def _shortened(values: Any, limit: int = 10) -> str:
     texts = [str(value) for value in values]
     more = [f"and {len(texts) - limit} more"] if len(texts) > limit else []
     return ", ".join(texts[:limit] + more)
+
+
+def _files(root: str, directories: set[str]) -> set[str]:
+    """Paths below `root` of everything in `directories`.
+
+    One listing per directory instead of one look-up per image: large sets often lie on network
+    disks.
+    """
+    present = set()
+    for directory in directories:
+        path = os.path.join(root, directory)
+        if os.path.isdir(path):
+            present |= {os.path.join(directory, name) for name in os.listdir(path)}
+    return present

@@ -1,14 +1,21 @@
-"""COCO evaluation: detections and metrics as files."""
+"""Evaluation of box detections: detections and metrics as files."""
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
 import os
+from typing import Any
 
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    inference_on_dataset,
+    print_csv_format,
+)
 from detectron2.utils import comm
 from torch import nn
 from torch.utils.data import DataLoader
@@ -18,7 +25,37 @@ from co_detr.data.coco import dataset_name
 logger = logging.getLogger(__name__)
 
 
-class CocoBoxEvaluator(COCOEvaluator):
+class BoxEvaluator(DatasetEvaluator):
+    """Base of evaluators that can read other detections than those of ``instances``.
+
+    A model may return several kinds of detections for one image, under ``instances`` and
+    ``instances_<kind>`` (see ``CoDETR.compare_top_k``).
+    """
+
+    kind = ""
+    _output_dir: str | None
+
+    def of_kind(self, kind: str) -> BoxEvaluator:
+        """A copy that reads ``instances_<kind>``, writes its files to the directory ``<kind>``
+        inside its own, and reports its metrics under ``kind`` instead of ``bbox``."""
+        other = copy.copy(self)
+        other.kind = kind
+        if self._output_dir:
+            other._output_dir = os.path.join(self._output_dir, kind)
+        return other
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        key = f"instances_{self.kind}" if self.kind else "instances"
+        super().process(inputs, [{"instances": output[key]} for output in outputs])
+
+    def evaluate(self) -> dict[str, dict[str, float]] | None:
+        results = super().evaluate()
+        if self.kind and results and "bbox" in results:
+            return {self.kind: results["bbox"]}
+        return results
+
+
+class CocoBoxEvaluator(BoxEvaluator, COCOEvaluator):
     """Detectron2's `COCOEvaluator` for box detections on a file that `load_coco` has read.
 
     It uses the official COCO API (no compiled code), writes `coco_instances_results.json` to
@@ -40,19 +77,25 @@ class CocoBoxEvaluator(COCOEvaluator):
 
 
 def evaluate(
-    model: nn.Module, loader: DataLoader, evaluator: COCOEvaluator, output_dir: str
+    model: nn.Module, loader: DataLoader, evaluator: BoxEvaluator, output_dir: str
 ) -> dict[str, float]:
     """Runs `model` over `loader` and writes `output_dir/metrics.json`.
 
     Returns:
         AP, AP50, AP75, APs, APm, APl and AP-<class>, from 0 to 100, on the main process, where
         the file has null for what is undefined (no box of that size or class); {} elsewhere.
+        Detections of another kind, from the same pass, add `<kind>/AP` and so on.
     """
-    results = inference_on_dataset(model, loader, evaluator)
+    kinds = ["top_k"] if getattr(model, "compare_top_k", False) else []
+    evaluators = [evaluator, *(evaluator.of_kind(kind) for kind in kinds)]
+    results = inference_on_dataset(model, loader, evaluators)
     if not comm.is_main_process():
         return {}
     print_csv_format(results)
     metrics = {name: float(value) for name, value in results.get("bbox", {}).items()}
+    for kind in kinds:
+        values = results.get(kind, {})
+        metrics |= {f"{kind}/{name}": float(value) for name, value in values.items()}
     defined = {name: value for name, value in metrics.items() if math.isfinite(value)}
     path = os.path.join(output_dir, "metrics.json")
     os.makedirs(output_dir, exist_ok=True)

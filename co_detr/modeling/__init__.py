@@ -6,10 +6,12 @@ from co_detr.modeling.decoder import DeformableDecoder, ReferencePosition
 from co_detr.modeling.encoder import DeformableEncoder
 from co_detr.modeling.matching import HungarianAssigner
 from co_detr.modeling.neck import ChannelMapper
+from co_detr.modeling.padding import BatchPadding
 from co_detr.modeling.position import SinePosition
 from co_detr.modeling.postprocess import SoftNMSPostprocessor, TopKPostprocessor
 
 __all__ = [
+    "BatchPadding",
     "ChannelMapper",
     "CoDETR",
     "DeformableDecoder",

@@ -17,6 +17,7 @@ from co_detr.modeling.criterion import SetCriterion, average_over_processes, nam
 from co_detr.modeling.decoder import DeformableDecoder
 from co_detr.modeling.encoder import DeformableEncoder
 from co_detr.modeling.matching import HungarianAssigner, MatchingProblem
+from co_detr.modeling.padding import BatchPadding
 from co_detr.modeling.postprocess import TopKPostprocessor, padding_mask
 from co_detr.structures import (
     EncoderMemory,
@@ -44,6 +45,8 @@ class CoDETR(nn.Module):
         queries: query sources; exactly one must not be ``training_only``.
         auxiliary: the auxiliary heads, or None for the plain DETR.
         pixel_mean, pixel_std: per channel, in the order and range of the input images.
+        padding: how images become a batch; None: to the largest size in it, masked.
+        compare_top_k: in eval, also return what plain top-k makes of the same predictions.
 
     Raises:
         ConfigError: if parts disagree on ``num_classes`` or no single inference source exists.
@@ -63,6 +66,8 @@ class CoDETR(nn.Module):
         auxiliary: HybridAssignmentHeads | None = None,
         pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
         pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
+        padding: BatchPadding | None = None,
+        compare_top_k: bool = False,
     ):
         super().__init__()
         self.num_classes = num_classes
@@ -74,6 +79,8 @@ class CoDETR(nn.Module):
         self.criterion = criterion
         self.postprocessor = postprocessor
         self.auxiliary = auxiliary
+        self.padding = padding or BatchPadding()
+        self.compare_top_k = compare_top_k
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
         self._check_parts()
@@ -109,30 +116,27 @@ class CoDETR(nn.Module):
 
         Returns:
             training: weighted losses by name, their sum is the total loss;
-            eval: per image ``{"instances": Instances}`` in output resolution.
+            eval: per image ``{"instances": Instances}`` in output resolution, and, with
+            ``compare_top_k``, as many detections by top-k alone in ``"instances_top_k"``.
         """
         images = self.preprocess(batched_inputs)
         if self.training:
             gt_instances = [each["instances"].to(self.device) for each in batched_inputs]
             return self.training_step(images, gt_instances).losses
-        results = []
-        detections = self.detect(images)
-        for each, found, size in zip(batched_inputs, detections, images.image_sizes, strict=True):
-            height, width = each.get("height", size[0]), each.get("width", size[1])
-            results.append({"instances": detector_postprocess(found, height, width)})
-        return results
+        predictions = self.predict(images)
+        detections = {"instances": self.postprocessor(*predictions)}
+        if self.compare_top_k:
+            top_k = TopKPostprocessor(self.postprocessor.max_detections)
+            detections["instances_top_k"] = top_k(*predictions)
+        return [
+            {key: _in_output_resolution(found[index], each) for key, found in detections.items()}
+            for index, each in enumerate(batched_inputs)
+        ]
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalises the images and pads them at the bottom and right to a common size."""
-        images = [
-            (each["image"].to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std
-            for each in batched_inputs
-        ]
-        return ImageList.from_tensors(
-            images,
-            self.backbone.size_divisibility,
-            padding_constraints=self.backbone.padding_constraints,
-        )
+        """Normalises the images and pads them to a common size; see `BatchPadding`."""
+        images = [each["image"].to(self.device, non_blocking=True) for each in batched_inputs]
+        return self.padding(images, self.pixel_mean, self.pixel_std, self.backbone)
 
     def encode(self, images: ImageList) -> EncoderMemory:
         """Backbone and encoder."""
@@ -143,10 +147,15 @@ class CoDETR(nn.Module):
     @torch.no_grad()
     def detect(self, images: ImageList) -> list[Instances]:
         """Detections in the resolution of the network input."""
+        return self.postprocessor(*self.predict(images))
+
+    @torch.no_grad()
+    def predict(self, images: ImageList) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+        """What a postprocessor reads: logits ``(B, Q, K)``, boxes ``(B, Q, 4)``, image sizes."""
         memory = self.encode(images)
         source = next(source for source in self.queries if not source.training_only)
         predictions = self.decoder(QuerySet.concat([source(memory)]), memory)
-        return self.postprocessor(predictions.logits[-1], predictions.boxes[-1], memory.image_sizes)
+        return predictions.logits[-1], predictions.boxes[-1], memory.image_sizes
 
     def training_step(self, images: ImageList, gt_instances: list[Instances]) -> TrainingOutput:
         """One forward pass with all losses; ``forward`` returns its ``losses`` only.
@@ -155,10 +164,11 @@ class CoDETR(nn.Module):
             images: normalised and padded.
             gt_instances: with ``gt_boxes`` (absolute) and ``gt_classes``.
         """
-        # Other fields (masks, key points) would be indexed by the heads again and again.
+        # Other fields (masks, key points) would be indexed by the heads again and again. The size
+        # is that of the network input, which may count padding in.
         gt_instances = [
-            Instances(each.image_size, gt_boxes=each.gt_boxes, gt_classes=each.gt_classes)
-            for each in gt_instances
+            Instances(tuple(size), gt_boxes=each.gt_boxes, gt_classes=each.gt_classes)
+            for each, size in zip(gt_instances, images.image_sizes, strict=True)
         ]
         memory = self.encode(images)
         # Not in the precision of the memory: half precision would move boxes by pixels.
@@ -237,3 +247,10 @@ class CoDETR(nn.Module):
         """Removes all that only training uses; detections stay the same bit for bit."""
         self.auxiliary = None
         self.queries = nn.ModuleList(s for s in self.queries if not s.training_only)
+
+
+def _in_output_resolution(found: Instances, sample: dict) -> Instances:
+    """Scales detections of one input to its output size; what lies in its padding is dropped."""
+    size = tuple(sample["image"].shape[-2:])
+    found = Instances(size, **found.get_fields())
+    return detector_postprocess(found, sample.get("height", size[0]), sample.get("width", size[1]))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from co_detr.engine.config import apply_overrides, load_config
 from co_detr.modeling import CoDETR
+from co_detr.modeling.backbones import SwinTransformer, VisionTransformer
 from co_detr.modeling.resnet import resnet_stages
 from co_detr.structures import Candidates, EncoderMemory
 
@@ -29,14 +30,14 @@ NUM_QUERIES = 20
 def shrink(cfg: DictConfig) -> DictConfig:
     """Any experiment at test size; levels, heads, losses and the recipe stay as they are."""
     model = cfg.model
-    bottom_up = model.backbone.bottom_up
-    bottom_up.stem.update(out_channels=16, norm="FrozenBN")
-    bottom_up.stages = L(resnet_stages)(depth=18, stem_channels=16, res2_channels=16)
-    bottom_up.freeze_at = 0
-    model.backbone.num_groups = 8
+    _shrink_backbone(model.backbone)
+    if "padding" in model:
+        model.padding.square_size = 128
     model.encoder.update(embed_dim=32, num_heads=4, num_layers=2, num_points=2, feedforward_dim=48)
     model.decoder.num_layers = 2
     model.queries[0].num_queries = NUM_QUERIES
+    for denoising in model.queries[1:]:
+        denoising.num_queries = 30
     cfg.train.update(device="cpu", init_checkpoint="")
     cfg.dataloader.train.num_workers = cfg.dataloader.test.num_workers = 0
     auxiliary = model.auxiliary
@@ -51,8 +52,25 @@ def shrink(cfg: DictConfig) -> DictConfig:
         rpn.anchor_generator.sizes = [[2.0 * s, 2.5 * s, 3.2 * s] for s in strides]
         rpn.update(batch_size_per_image=64, pre_nms_topk=(100, 100), post_nms_topk=(60, 60))
         roi_heads.batch_size_per_image = 32
-        roi_heads.box_head.fc_dims = [32, 32]
+        roi_heads.box_head.conv_dims = [32 for _ in roi_heads.box_head.conv_dims]
+        roi_heads.box_head.fc_dims = [32 for _ in roi_heads.box_head.fc_dims]
     return cfg
+
+
+def _shrink_backbone(backbone: DictConfig) -> None:
+    bottom_up = backbone.bottom_up
+    if bottom_up._target_ is VisionTransformer:
+        bottom_up.update(embed_dim=32, depth=3, num_heads=2, window_size=3, global_blocks=[1])
+        bottom_up.update(pretrain_image_size=64, drop_path_rate=0.0)
+        return  # the pyramid has the width of the vision transformer
+    backbone.num_groups = 8
+    if bottom_up._target_ is SwinTransformer:
+        bottom_up.update(embed_dim=8, depths=[2, 2, 2, 2], num_heads=[1, 2, 4, 4], window_size=3)
+        bottom_up.drop_path_rate = 0.0
+    else:
+        bottom_up.stem.update(out_channels=16, norm="FrozenBN")
+        bottom_up.stages = L(resnet_stages)(depth=18, stem_channels=16, res2_channels=16)
+        bottom_up.freeze_at = 0
 
 
 def tiny_config(heads: int = 2, overrides: Sequence[str] = ()) -> DictConfig:

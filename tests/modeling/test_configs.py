@@ -1,4 +1,4 @@
-"""Every experiment of configs/ builds, trains a step, detects, and listens to overrides."""
+"""Every experiment of configs/ builds; one of every family trains a step and detects."""
 
 import pytest
 import torch
@@ -21,6 +21,22 @@ from tests.modeling.builders import (
 )
 
 HEADS = {"deformable_detr_r50": [], "co_detr_r50_atss": ["atss"]}  # all others: roi and atss
+# One experiment of every family; the others differ from one of these in numbers only.
+MEMBERS = [
+    "deformable_detr_r50",
+    "co_detr_r50_atss",
+    "co_detr_r50",
+    "co_detr_thin_r50",
+    "quickstart",
+    "quickstart_co_dino",
+    "co_deformable_detr_swin_t_12ep",
+    "co_dino_r50",
+    "co_dino_r50_9enc_lsj_12ep",
+    "co_dino_swin_l_12ep",
+    "co_dino_swin_l_lsj_12ep",
+    "co_dino_vit_l_o365_12ep",
+    "co_dino_vit_l_o365_lsj_lvis_16ep",
+]
 
 
 def load(name, *overrides):
@@ -73,7 +89,29 @@ def test_the_reference_recipe():
     assert (model.encoder.num_layers, model.decoder.num_layers) == (6, 6)
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+def family(name):
+    """What decides which code runs, sizes apart."""
+    model = load(name).model
+    heads = [] if model.auxiliary is None else sorted(model.auxiliary)
+    return (
+        model.backbone.bottom_up._target_,
+        len(model.backbone.get("in_features", [])),
+        model.encoder.num_levels,
+        [source._target_ for source in model.queries],
+        model.postprocessor._target_,
+        "padding" in model,
+        "roi" in heads and bool(model.auxiliary.roi.roi_heads.box_head.conv_dims),
+        heads,
+    )
+
+
+def test_every_family_has_a_member():
+    families = {name: family(name) for name in EXPERIMENTS}
+    covered = [families[name] for name in MEMBERS]
+    assert [name for name, each in families.items() if each not in covered] == []
+
+
+@pytest.mark.parametrize("name", MEMBERS)
 def test_one_step_and_one_detection(name):
     cfg = shrink(load(name, f"model.num_classes={NUM_CLASSES}"))
     torch.manual_seed(0)
@@ -91,9 +129,54 @@ def test_one_step_and_one_detection(name):
     for found, sample in zip(detect(model, batch), batch, strict=True):
         assert found.image_size == (sample["height"], sample["width"])
         if isinstance(model.postprocessor, TopKPostprocessor):
-            assert len(found) == min(100, NUM_QUERIES * NUM_CLASSES)
+            assert len(found) == min(model.postprocessor.max_detections, NUM_QUERIES * NUM_CLASSES)
         assert 0 < len(found) <= NUM_QUERIES * NUM_CLASSES
         assert found.scores.isfinite().all() and (found.pred_classes < NUM_CLASSES).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "drops"),
+    [
+        ("co_deformable_detr_swin_s_36ep", 36, [30]),
+        ("co_dino_swin_l_24ep", 24, [20]),
+        ("co_dino_swin_l_o365_16ep", 16, [8]),
+        ("co_dino_vit_l_o365_12ep", 12, [7]),
+        ("co_dino_vit_l_o365_lsj_lvis_16ep", 16, [9, 15]),
+    ],
+)
+def test_schedules(name, epochs, drops):
+    cfg = load(name)
+    per_epoch = cfg.train.max_iter / epochs
+    assert per_epoch in (7500, 6261) and cfg.train.eval_period == per_epoch
+    schedule = instantiate(cfg.lr_multiplier)
+
+    def rate(iteration):
+        return schedule(iteration / cfg.train.max_iter)
+
+    assert rate(0) == pytest.approx(0.01 if "vit" in name else 1.0)
+    assert rate(500) == 1.0
+    for count, drop in enumerate(drops):
+        assert rate(drop * per_epoch - 1) == pytest.approx(0.1**count)
+        assert rate(drop * per_epoch) == pytest.approx(0.1 ** (count + 1))
+
+
+def test_layer_wise_learning_rates_of_vit():
+    cfg = load("co_dino_vit_l_o365_12ep")
+    with torch.device("meta"):
+        cfg.optimizer.params.model = instantiate(cfg.model)
+    names = {id(p): name for name, p in cfg.optimizer.params.model.named_parameters()}
+    groups = instantiate(cfg.optimizer).param_groups
+    settings = {names[id(p)]: group for group in groups for p in group["params"]}
+    bottom_up = "backbone.bottom_up"
+    for name, power in (
+        (f"{bottom_up}.patch_embed.proj.weight", 25),
+        (f"{bottom_up}.blocks.0.attn.q_proj.weight", 24),
+        (f"{bottom_up}.blocks.23.attn.q_proj.weight", 1),
+        ("encoder.layers.0.ffn_norm.weight", 0),
+    ):
+        assert settings[name]["lr"] == pytest.approx(5e-5 * 0.8**power)
+        # As the reference's optimiser does: no decay of norms and biases.
+        assert settings[name]["weight_decay"] == (0.0 if "norm" in name else 0.01)
 
 
 def test_heads_can_be_switched_off_from_the_command_line():
@@ -103,10 +186,11 @@ def test_heads_can_be_switched_off_from_the_command_line():
         assert all(key.startswith("matching.") for key in train_step(model, make_batch()))
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", MEMBERS)
 def test_number_of_classes_reaches_every_part(name):
+    cfg = load(name, "model.num_classes=3")
     with torch.device("meta"):
-        model = instantiate(load(name, "model.num_classes=3").model)
+        model = instantiate(cfg.model)
     counted = [module for module in model.modules() if hasattr(module, "num_classes")]
     # A backbone's own number is that of a classifier.
     counted = [module for module in counted if module not in set(model.backbone.modules())]
@@ -117,7 +201,9 @@ def test_number_of_classes_reaches_every_part(name):
         assert model.auxiliary.heads.atss.class_logits.out_channels == 3
     if "roi" in heads_of(model):
         predictor = model.auxiliary.heads.roi.roi_heads.box_predictor
-        assert (predictor.cls_score.out_features, predictor.bbox_pred.out_features) == (4, 12)
+        agnostic = cfg.model.auxiliary.roi.roi_heads.box_predictor.get("cls_agnostic_bbox_reg")
+        assert predictor.cls_score.out_features == 4
+        assert predictor.bbox_pred.out_features == (4 if agnostic else 12)
 
 
 def test_overrides_reach_data_and_loss_weights(rectangles):

@@ -1,0 +1,115 @@
+"""LVIS and Objects365: where images are, classes that are repeated, and the evaluators."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+
+from co_detr.data.lvis import load_lvis, repeat_rare_classes
+from co_detr.data.objects365 import load_objects365
+from co_detr.engine.lvis_evaluation import LvisBoxEvaluator
+from co_detr.errors import ConfigError, DataError
+
+CATEGORIES = [
+    {"id": 1, "name": "aerosol_can", "frequency": "c", "image_count": 1},
+    {"id": 2, "name": "air_conditioner", "frequency": "f", "image_count": 1},
+]
+
+
+@pytest.fixture
+def lvis_file(tmp_path):
+    """Two images, one of each of COCO's directories; no image has a file name."""
+    content = {"images": [], "annotations": [], "categories": CATEGORIES, "info": {}}
+    for index, split in enumerate(("train2017", "val2017")):
+        (tmp_path / split).mkdir()
+        Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(tmp_path / split / f"{index}.jpg")
+        content["images"].append(
+            {"id": index + 1, "width": 40, "height": 30}
+            | {"coco_url": f"http://images.cocodataset.org/{split}/{index}.jpg"}
+            | {"neg_category_ids": [], "not_exhaustive_category_ids": []}
+        )
+        content["annotations"].append(
+            {"id": index + 1, "image_id": index + 1, "category_id": index + 1}
+            | {"bbox": [5, 6, 10, 8], "area": 80, "segmentation": [[5, 6, 15, 6, 15, 14]]}
+        )
+    path = tmp_path / "lvis.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_lvis_images_lie_in_both_directories(lvis_file, tmp_path):
+    records = load_lvis(str(lvis_file), str(tmp_path), num_classes=2)
+    expected = [str(tmp_path / "train2017" / "0.jpg"), str(tmp_path / "val2017" / "1.jpg")]
+    assert [record["file_name"] for record in records] == expected
+    assert [record["annotations"][0]["category_id"] for record in records] == [0, 1]
+
+
+def test_lvis_without_addresses_or_images(lvis_file, tmp_path):
+    (tmp_path / "val2017" / "1.jpg").unlink()
+    with pytest.raises(DataError, match=r"val2017/1\.jpg .* does not exist"):
+        load_lvis(str(lvis_file), str(tmp_path))
+    content = json.loads(lvis_file.read_text())
+    del content["images"][0]["coco_url"]
+    lvis_file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="image 1 of .*lvis.json has no coco_url"):
+        load_lvis(str(lvis_file), str(tmp_path))
+
+
+def test_rare_classes_are_repeated():
+    rng = np.random.default_rng(0)
+    shares = [0.9, 0.3, 0.02]
+    records = [
+        {"id": i, "annotations": [{"category_id": c} for c in range(3) if rng.random() < shares[c]]}
+        for i in range(300)
+    ]
+    threshold = 0.2
+
+    def share(category):
+        shown = [{"category_id": category} in record["annotations"] for record in records]
+        return sum(shown) / len(records)
+
+    expected = []
+    for record in records:
+        classes = [annotation["category_id"] for annotation in record["annotations"]]
+        times = [max(1.0, math.sqrt(threshold / share(category))) for category in classes]
+        expected += [record["id"]] * math.ceil(max(times, default=1.0))
+    repeated = [record["id"] for record in repeat_rare_classes(records, threshold)]
+    assert repeated == expected and len(repeated) > len(records)
+
+
+def test_objects365_images_lie_in_patches(tmp_path):
+    (tmp_path / "patch8").mkdir()
+    Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(tmp_path / "patch8" / "a.jpg")
+    image = {"id": 1, "file_name": "images/v1/patch8/a.jpg", "width": 40, "height": 30}
+    box = {"id": 1, "image_id": 1, "category_id": 2, "bbox": [1, 2, 3, 4]}
+    content = {"images": [image], "annotations": [box], "categories": CATEGORIES}
+    (tmp_path / "o365.json").write_text(json.dumps(content))
+    (record,) = load_objects365(str(tmp_path / "o365.json"), str(tmp_path), num_classes=2)
+    assert record["file_name"] == str(tmp_path / "patch8" / "a.jpg")
+
+
+def test_evaluation_without_the_package(lvis_file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lvis", None)
+    with pytest.raises(ConfigError, match="run pip install lvis"):
+        LvisBoxEvaluator(str(lvis_file))
+
+
+def test_perfect_lvis_detections_score_100(lvis_file, tmp_path):
+    pytest.importorskip("lvis")
+    records = load_lvis(str(lvis_file), str(tmp_path))
+    evaluator = LvisBoxEvaluator(str(lvis_file), str(tmp_path / "out"))
+    evaluator.reset()
+    for record in records:
+        found = Instances((30, 40), pred_boxes=Boxes(torch.tensor([[5.0, 6.0, 15.0, 14.0]])))
+        found.scores = torch.ones(1)
+        found.pred_classes = torch.tensor([record["annotations"][0]["category_id"]])
+        evaluator.process([record], [{"instances": found}])
+    metrics = evaluator.evaluate()["bbox"]
+    assert metrics["AP"] == pytest.approx(100) and metrics["APf"] == pytest.approx(100)
+    assert (tmp_path / "out" / "lvis_instances_results.json").is_file()
+    assert not hasattr(np, "float")
