@@ -13,7 +13,6 @@ from .models.backbones import mapped_vit_l_lsj
 
 model.num_classes = NUM_CLASSES
 model.backbone = mapped_vit_l_lsj
-model.backbone.bottom_up.square_size = 0  # the model pads
 model.encoder.activation_checkpointing = True
 model.queries[1].update(num_queries=300, box_noise=0.4)
 model.postprocessor.max_detections = 1000

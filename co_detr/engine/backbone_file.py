@@ -27,13 +27,15 @@ def backbone_state(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Te
     Args:
         checkpoint: ``model`` (the tensors), and of Detectron2's files ``__author__`` and
             ``matching_heuristics``, which is removed: other frameworks' names are guessed here.
-        model: with a ``backbone``, perhaps below a channel mapper (``backbone.bottom_up``).
+        model: with a ``backbone``, perhaps below a channel mapper (``backbone.bottom_up``). What
+            the backbone names in ``fresh_prefixes`` keeps its initial values if the file lacks it.
 
     Raises:
         CheckpointError: naming tensors that the file or the backbone lacks.
     """
     path = _backbone_path(model)
-    own = model.get_submodule(path).state_dict()
+    backbone = model.get_submodule(path)
+    own = backbone.state_dict()
     state = {
         key.removeprefix(f"{path}."): value
         for key, value in checkpoint["model"].items()
@@ -47,6 +49,8 @@ def backbone_state(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Te
         # Norms that were folded into scale and shift come without statistics (Caffe2 models);
         # Detectron2's frozen norms then take mean 0 and variance 1.
         missing = {key for key in missing if not _is_statistic(key)}
+    fresh = tuple(getattr(backbone, "fresh_prefixes", ()))
+    missing = {key for key in missing if not key.startswith(fresh)} if fresh else missing
     problems = [f"{key} is not in the backbone" for key in sorted(state.keys() - own.keys())]
     problems += [f"{key} is not in the file" for key in sorted(missing)]
     if problems:
@@ -63,9 +67,12 @@ def _backbone_path(model: nn.Module) -> str:
 
 
 def _is_left_out(key: str) -> bool:
-    """An ImageNet classifier (fc) and BatchNorm's counters are no part of a detector's backbone."""
+    """Classifiers (``fc``, Swin's ``head`` and last ``norm``), BatchNorm's counters and Swin's
+    masks for one image size are no part of a detector's backbone."""
     parts = key.split(".")
-    return parts[-1] == "num_batches_tracked" or any(part.startswith("fc") for part in parts)
+    if parts[-1] in ("num_batches_tracked", "attn_mask") or parts[0] in ("head", "norm"):
+        return True
+    return any(part.startswith("fc") for part in parts) and "mlp" not in parts
 
 
 def _is_statistic(key: str) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 
 from co_detr.engine.checkpoint import Checkpointer
 from co_detr.errors import CheckpointError
+from co_detr.modeling.backbones import SwinTransformer
 
 
 def _save(model, path, **changes):
@@ -132,6 +133,27 @@ def test_detectron2_pickle_of_a_classifier(tmp_path):
     Checkpointer(model).load(str(tmp_path / "R.pkl"))
     for key, value in model.backbone.state_dict().items():
         assert torch.equal(value, source[key])
+
+
+def test_imagenet_file_of_swin(tmp_path):
+    """The layout of the published classifiers: no output norms, but a head and masks."""
+    numbers = dict(embed_dim=8, depths=[1, 2], num_heads=[1, 2], window_size=4, drop_path_rate=0.0)
+    model, source = TinyDetector(2), SwinTransformer(**numbers, out_features=["stage1"])
+    model.backbone = SwinTransformer(**numbers, out_features=["stage1"])
+    state = {key: value + 1 for key, value in source.state_dict().items()}
+    norm = {key: state.pop(key) for key in list(state) if key.startswith("norm1.")}
+    assert len(norm) == 2
+    classifier = {"norm.weight": torch.ones(16), "head.weight": torch.ones(10, 16)}
+    masks = {"layers.1.blocks.1.attn_mask": torch.zeros(4, 16, 16)}
+    torch.save({"model": {**state, **classifier, **masks}}, tmp_path / "swin.pth")
+    Checkpointer(model).load(str(tmp_path / "swin.pth"))
+    loaded = model.backbone.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+    assert torch.equal(loaded["norm1.weight"], torch.ones(16))
+    del state["layers.0.blocks.0.mlp.fc1.weight"]
+    torch.save({"model": state}, tmp_path / "swin.pth")
+    message = _sentence(model, str(tmp_path / "swin.pth"))
+    assert "layers.0.blocks.0.mlp.fc1.weight is not in the file" in message
 
 
 def test_a_failing_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):

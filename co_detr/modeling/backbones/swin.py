@@ -126,6 +126,9 @@ class SwinTransformer(Backbone):
         ConfigError: if ``depths`` and ``num_heads`` differ in length, or for an unknown output.
     """
 
+    # The norms of the outputs: no classifier has them, so that files of ImageNet training do not.
+    fresh_prefixes = ("norm0.", "norm1.", "norm2.", "norm3.")
+
     def __init__(
         self,
         *,
