@@ -82,7 +82,7 @@ def extension() -> "cpp_extension.CppExtension":
     openmp = [] if platform.system() == "Darwin" else ["-fopenmp"]
     flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
     compile_args = {"cxx": [*flags, *openmp]}
-    sources = [f"{KERNELS}.cpp", f"{KERNELS}_cpu.cpp"]
+    sources = [f"{KERNELS}{part}.cpp" for part in ("", "_cpu", "_cpu_forward", "_cpu_backward")]
     kind = cpp_extension.CppExtension
     toolkit = find_toolkit()
     if wants_cuda(toolkit):
@@ -90,13 +90,19 @@ def extension() -> "cpp_extension.CppExtension":
         if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
             os.environ["TORCH_CUDA_ARCH_LIST"] = default_architectures()
         kind = cpp_extension.CUDAExtension
-        sources += [f"{KERNELS}_cuda.cpp", f"{KERNELS}_cuda_kernels.cu"]
+        sources += [f"{KERNELS}_cuda.cpp"]
+        sources += [
+            f"{KERNELS}_cuda_{name}.cu" for name in ("forward", "backward", "deterministic")
+        ]
         compile_args["nvcc"] = ["-O3", "--threads=0"]  # the architectures in parallel
     print(f"co_detr: building kernels for CPU{' and CUDA' if 'nvcc' in compile_args else ' only'}")
     return kind(
         "co_detr._C",
         sources,
-        depends=[f"{KERNELS}_{name}.h" for name in ("common", "cuda", "plan", "simd")],
+        depends=[
+            f"{KERNELS}_{name}.h"
+            for name in ("common", "cpu", "cuda", "cuda_device", "plan", "simd")
+        ],
         extra_compile_args=compile_args,
         extra_link_args=openmp,
     )
@@ -126,12 +132,19 @@ def version() -> str:
     raise SystemExit("co_detr/__init__.py has no __version__ line")
 
 
+def config_packages() -> dict[str, str]:
+    """The folders of configs as packages below co_detr -> where they lie; see co_detr.model_zoo."""
+    folders = sorted({path.parent.relative_to(ROOT) for path in ROOT.glob("configs/**/*.py")})
+    return {f"co_detr.{'.'.join(folder.parts)}": str(folder) for folder in folders}
+
+
 setup(
     name="co_detr",
     version=version(),
     description="Co-DETR: DETR detectors with collaborative hybrid assignments, on Detectron2",
     license="Apache-2.0",
-    packages=find_packages(include=["co_detr", "co_detr.*"]),
+    packages=[*find_packages(include=["co_detr", "co_detr.*"]), *config_packages()],
+    package_dir=config_packages(),
     python_requires=">=3.10",
     # Detectron2 is left out on purpose: an installed one is kept, whatever its distribution's name.
     install_requires=[

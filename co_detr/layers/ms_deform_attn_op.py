@@ -48,6 +48,13 @@ def ms_deform_attn(
     zero. The value itself is expected to be finite: a NaN pixel at the border of a level can reach
     queries that point outside of it.
 
+    The CPU kernels give the same bits for any number of threads. On CUDA the gradient of the value
+    differs in its last bits from run to run, because threads add to shared pixels in any order;
+    under ``torch.use_deterministic_algorithms(True)`` (with ``warn_only`` too, and without a
+    warning) it is gathered in a fixed order instead, which is slower and takes about 40 bytes for
+    each of up to 2^22 points, or for each point of one head of one image where those are more. The
+    gradient of the gradient uses ``grid_sample``, which PyTorch refuses on CUDA in that mode.
+
     Args:
         value: ``(B, S, H, D)`` in fp32, fp64, bf16 or fp16; levels concatenated along S.
         level_shapes: ``(height, width)`` of every level, Python integers, S pixels in all.
@@ -59,9 +66,6 @@ def ms_deform_attn(
 
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
-        RuntimeError: in the backward pass on CUDA under ``torch.use_deterministic_algorithms``,
-            because threads add to shared pixels in any order. The CPU kernel gives the same bits
-            for any number of threads.
     """
     check_arguments(value, level_shapes, sampling_locations, attention_weights)
     device_type = value.device.type

@@ -135,17 +135,6 @@ def test_cpu_gradients_have_the_same_bits_for_any_number_of_threads():
             assert torch.equal(tensor, results[0][name]), name
 
 
-@pytest.mark.gpu
-def test_deterministic_mode_is_not_ignored_on_cuda():
-    case = CASES["usual"]
-    torch.use_deterministic_algorithms(True)
-    try:
-        with pytest.raises(RuntimeError, match="ms_deform_attn_backward"):
-            outputs_and_gradients(ms_deform_attn, case, case.tensors(torch.float32, "cuda"))
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 def test_operators_reject_what_would_read_out_of_bounds():
     value, locations, weights = CASES["one vector"].tensors()
     for shapes in ([6, 7, 3, 4], [6, 7, 3, 4, 2, 1], [6, 7, 3, 4, 0, 1], [-6, -7, 3, 4, 1, 1]):

@@ -11,11 +11,18 @@ namespace co_detr {
 
 constexpr int max_cuda_levels = 64;
 
+struct CudaLevel {
+  int32_t height, width;
+  uint32_t start;        // its first pixel
+  uint32_t right, down;  // from a pixel to its neighbours; 0 in a level one pixel wide or high
+};
+
 // Passed to kernels by value, so that level shapes never live in (nor come from) device memory.
 struct CudaProblem {
   int64_t batch, pixels;
   int32_t heads, channels, queries, levels, points;
-  int32_t height[max_cuda_levels], width[max_cuda_levels], start[max_cuda_levels];
+  uint32_t pixel_bytes, grad_pixel_bytes;  // between neighbouring pixels of value, of grad_value
+  CudaLevel level[max_cuda_levels];
 };
 
 // Dense, 16-byte aligned. Accumulation type: fp64 for fp64 values, else fp32.
@@ -26,8 +33,23 @@ struct CudaForward {
 
 struct CudaBackward {
   const void *grad_output, *value, *locations, *weights;
-  void *grad_value;  // accumulation type, zeroed
+  void *grad_value;  // accumulation type, zeroed; null: not wanted
   void *grad_locations, *grad_weights;
+};
+
+// Deterministic gradient of the value. It is made for a few pairs (image, head) at a time, because
+// the lists take memory; pair = image * heads + head.
+struct CudaPointList {
+  const void *locations, *weights;
+  int64_t first_pair, pairs;
+  int32_t* keys;  // (pairs, Q * L * P): the first pixel that each point touches
+};
+
+struct CudaGather {
+  CudaPointList list;    // keys sorted
+  const int64_t* order;  // (pairs, Q * L * P): the points that the sorted keys belong to
+  const void* grad_output;
+  void* grad_value;  // type of value; every number of the pairs is written
 };
 
 void launch_forward(
@@ -35,6 +57,12 @@ void launch_forward(
     cudaStream_t stream);
 void launch_backward(
     c10::ScalarType type, const CudaProblem& problem, const CudaBackward& tensors,
+    cudaStream_t stream);
+void launch_list_points(
+    c10::ScalarType type, const CudaProblem& problem, const CudaPointList& list,
+    cudaStream_t stream);
+void launch_gather_gradient(
+    c10::ScalarType type, const CudaProblem& problem, const CudaGather& tensors,
     cudaStream_t stream);
 
 }  // namespace co_detr

@@ -1,55 +1,22 @@
 // Phase one of the CPU kernels: the points of one (query, head) as corner pixels and weights.
 #pragma once
 
-#include "ms_deform_attn_common.h"
+#include "ms_deform_attn_cpu.h"
 #include "ms_deform_attn_simd.h"
 
 #include <vector>
 
 namespace co_detr {
 
-// Everything that is the same for all queries and heads, spread out per point for phase one.
-template <typename T>
-struct Problem {
-  Sizes sizes;
-  int64_t pixel_stride;     // H * D, elements between neighbouring pixels
-  int64_t points_per_head;  // L * P
-  std::vector<IntLike<T>> width, height, start;
-  const T *value, *locations, *weights;
-
-  Problem(
-      const Sizes& sizes, at::IntArrayRef level_shapes, const at::Tensor& value_tensor,
-      const at::Tensor& location_tensor, const at::Tensor& weight_tensor)
-      : sizes(sizes),
-        pixel_stride(sizes.heads * sizes.channels),
-        points_per_head(sizes.levels * sizes.points),
-        value(value_tensor.const_data_ptr<T>()),
-        locations(location_tensor.const_data_ptr<T>()),
-        weights(weight_tensor.const_data_ptr<T>()) {
-    IntLike<T> first_pixel = 0;
-    for (int64_t level = 0; level < sizes.levels; ++level) {
-      const auto level_height = static_cast<IntLike<T>>(level_shapes[2 * level]);
-      const auto level_width = static_cast<IntLike<T>>(level_shapes[2 * level + 1]);
-      height.insert(height.end(), sizes.points, level_height);
-      width.insert(width.end(), sizes.points, level_width);
-      start.insert(start.end(), sizes.points, first_pixel);
-      first_pixel += level_height * level_width;
-    }
-    for (auto* array : {&width, &height, &start}) {
-      array->resize(points_per_head + Simd<T>::lanes);
-    }
-  }
-};
-
 // Phase one's result for the points of one (query, head). Corners are ordered by row, then column.
 // Arrays are one vector longer than the points: the last vector may be partly filled.
 template <typename T>
 struct Plan {
   std::vector<IntLike<T>> pixel[4];
-  std::vector<T> weight[4];                                 // bilinear times attention weight
-  std::vector<T> left, right, top, bottom;                  // bilinear, 0 outside of the level
-  std::vector<T> has_left, has_right, has_top, has_bottom;  // 1 inside of the level, else 0
-  std::vector<T> dots;                                      // (points, 4): grad_output . corner
+  std::vector<T> weight[4];                 // bilinear times attention weight
+  std::vector<T> left, right, top, bottom;  // bilinear, by column and by row
+  std::vector<T> slope_left, slope_right, slope_top, slope_bottom;  // their derivatives, 0 or +-1
+  std::vector<T> dots;                      // (points, 4): grad_output . corner
 
   explicit Plan(int64_t points) {
     const int64_t size = points + Simd<T>::lanes;
@@ -58,19 +25,24 @@ struct Plan {
       weight[corner].resize(size);
     }
     for (auto* array :
-         {&left, &right, &top, &bottom, &has_left, &has_right, &has_top, &has_bottom}) {
+         {&left, &right, &top, &bottom, &slope_left, &slope_right, &slope_top, &slope_bottom}) {
       array->resize(size);
     }
     dots.resize(4 * size);
   }
 };
 
-// One axis of a vector of points: the two neighbouring pixels and how much each counts.
+// What phase two needs of a plan: weights to mix corners with, or derivatives of these weights.
+enum class PlanFor { weights, derivatives };
+
+// One axis of a vector of points: its two neighbouring pixels, how much each counts and how that
+// changes with the location. When the lower neighbour is outside of the level, the upper one takes
+// the first place. So the first is always in the level, and a second that is outside is the same
+// pixel again with weight zero. All weights of points that are outside are zero.
 template <typename T>
 struct Axis {
-  typename Simd<T>::Ints inside, low, high;             // indices clamped into the level
-  typename Simd<T>::Vector low_part, high_part;         // 0 when that pixel is outside
-  typename Simd<T>::Vector has_low, has_high;
+  typename Simd<T>::Ints inside, first, second;
+  typename Simd<T>::Vector first_part, second_part, first_slope, second_slope;
 };
 
 template <typename T>
@@ -86,21 +58,23 @@ CO_DETR_INLINE Axis<T> split_axis(
   Ints low = __builtin_convertvector(pixel, Ints);  // truncates; comparisons give -1 for true
   low += __builtin_convertvector(low, Vector) > pixel;
   const Ints high = low + 1, last = size - 1, none = {};
+  const Ints has_low = low >= 0, has_both = inside & has_low & (high < size);
   const Vector fraction = pixel - __builtin_convertvector(low, Vector);
   Axis<T> axis;
   axis.inside = inside;
-  axis.has_low = (inside & (low >= 0)) ? one : zero;
-  axis.has_high = (inside & (high < size)) ? one : zero;
-  axis.low_part = axis.has_low * (one - fraction);
-  axis.high_part = axis.has_high * fraction;
-  axis.low = low < 0 ? none : low;
-  axis.high = high > last ? last : high;
+  axis.first = has_low ? low : none;
+  axis.second = high > last ? last : high;
+  axis.first_part = inside ? (has_low ? one - fraction : fraction) : zero;
+  axis.second_part = has_both ? fraction : zero;
+  axis.first_slope = inside ? (has_low ? -one : one) : zero;
+  axis.second_slope = has_both ? one : zero;
   return axis;
 }
 
-template <bool with_gradient, typename T>
+// Plans the points [first, last) of the (query, head) that ``locations`` and ``weights`` start at.
+template <PlanFor purpose, typename V, typename T>
 CO_DETR_INLINE void plan_points(
-    const Problem<T>& problem, const T* locations, const T* weights, int64_t first, int64_t last,
+    const Problem<V>& problem, const T* locations, const T* weights, int64_t first, int64_t last,
     Plan<T>& plan) {
   typedef typename Simd<T>::Vector Vector;
   typedef typename Simd<T>::Ints Ints;
@@ -125,27 +99,27 @@ CO_DETR_INLINE void plan_points(
     std::memcpy(&height, &problem.height[i], sizeof(Ints));
     std::memcpy(&start, &problem.start[i], sizeof(Ints));
     const Axis<T> column = split_axis<T>(x, width), row = split_axis<T>(y, height);
-    const Ints inside = column.inside & row.inside;
-    const Ints top = start + row.low * width, bottom = start + row.high * width;
-    store_ints(&plan.pixel[0][i], top + column.low);
-    store_ints(&plan.pixel[1][i], top + column.high);
-    store_ints(&plan.pixel[2][i], bottom + column.low);
-    store_ints(&plan.pixel[3][i], bottom + column.high);
-    // Selected, not multiplied: a point outside is worth zero whatever its weight is.
-    const Vector weight = inside ? attention : Vector{};
-    store<T>(&plan.weight[0][i], weight * row.low_part * column.low_part);
-    store<T>(&plan.weight[1][i], weight * row.low_part * column.high_part);
-    store<T>(&plan.weight[2][i], weight * row.high_part * column.low_part);
-    store<T>(&plan.weight[3][i], weight * row.high_part * column.high_part);
-    if constexpr (with_gradient) {
-      store<T>(&plan.left[i], column.low_part);
-      store<T>(&plan.right[i], column.high_part);
-      store<T>(&plan.top[i], row.low_part);
-      store<T>(&plan.bottom[i], row.high_part);
-      store<T>(&plan.has_left[i], column.has_low);
-      store<T>(&plan.has_right[i], column.has_high);
-      store<T>(&plan.has_top[i], row.has_low);
-      store<T>(&plan.has_bottom[i], row.has_high);
+    const Ints top = start + row.first * width, bottom = start + row.second * width;
+    store_ints(&plan.pixel[0][i], top + column.first);
+    store_ints(&plan.pixel[1][i], top + column.second);
+    store_ints(&plan.pixel[2][i], bottom + column.first);
+    store_ints(&plan.pixel[3][i], bottom + column.second);
+    if constexpr (purpose == PlanFor::weights) {
+      // Selected, not multiplied: a point outside is worth zero whatever its weight is.
+      const Vector weight = (column.inside & row.inside) ? attention : Vector{};
+      store<T>(&plan.weight[0][i], weight * row.first_part * column.first_part);
+      store<T>(&plan.weight[1][i], weight * row.first_part * column.second_part);
+      store<T>(&plan.weight[2][i], weight * row.second_part * column.first_part);
+      store<T>(&plan.weight[3][i], weight * row.second_part * column.second_part);
+    } else {
+      store<T>(&plan.left[i], column.first_part);
+      store<T>(&plan.right[i], column.second_part);
+      store<T>(&plan.top[i], row.first_part);
+      store<T>(&plan.bottom[i], row.second_part);
+      store<T>(&plan.slope_left[i], column.first_slope);
+      store<T>(&plan.slope_right[i], column.second_slope);
+      store<T>(&plan.slope_top[i], row.first_slope);
+      store<T>(&plan.slope_bottom[i], row.second_slope);
     }
   }
 }

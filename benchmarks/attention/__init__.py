@@ -1,0 +1,1 @@
+"""Parts of ``benchmarks/ms_deform_attn.py``."""
