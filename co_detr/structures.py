@@ -163,8 +163,15 @@ class QuerySet:
         """Joins groups along the query axis; no query sees what its group does not let it see.
 
         Raises:
-            ConfigError: if only some of the groups have positional queries.
+            ConfigError: if two groups share a name, or only some have positional queries.
         """
+        names = [group.name for group in groups]
+        shared = [name for name in names if names.count(name) > 1]
+        if shared:
+            raise ConfigError(
+                f"two query groups are called {shared[0]}: give every source of model.queries a "
+                "name of its own."
+            )
         sizes = [group.num_queries for group in groups]
         positions = [group.position for group in groups if group.position is not None]
         if positions and len(positions) != len(groups):

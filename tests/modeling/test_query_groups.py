@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from co_detr.errors import ConfigError
 from co_detr.structures import AssignedTargets, Predictions, QueryGroup, QuerySet
 from tests.modeling.builders import make_batch, make_candidates, randomise, tiny_model
 
@@ -132,6 +133,11 @@ def test_truth_table_of_the_attend_mask(groups):
 
 def test_one_unpadded_group_needs_no_mask():
     assert QuerySet.concat([plain_group("a", 4)]).attend_mask is None
+
+
+def test_groups_need_names_of_their_own():
+    with pytest.raises(ConfigError, match="two query groups are called a"):
+        QuerySet.concat([plain_group("a", 4), plain_group("a", 2)])
 
 
 def test_splitting_what_was_joined_gives_it_back():
