@@ -17,7 +17,7 @@ from co_detr.model_zoo.configs import get_config
 from co_detr.model_zoo.table import ZOO
 
 # Any decoder layer's class head tells the number of classes.
-_CLASS_BIAS = {True: "query_head.cls_branches.0.bias", False: "decoder.class_heads.0.bias"}
+CLASS_BIAS = {True: "query_head.cls_branches.0.bias", False: "decoder.class_heads.0.bias"}
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ def choose_config(state: Mapping[str, Tensor], official: bool) -> Choice:
     Raises:
         CheckpointError: if none does; names the nearest and what differs.
     """
-    bias = state.get(_CLASS_BIAS[official])
+    bias = state.get(CLASS_BIAS[official])
     if bias is None:
         kind = "a checkpoint of the reference" if official else "a checkpoint of co_detr"
         raise CheckpointError(
-            f"this is not {kind} ({_CLASS_BIAS[official]} is missing): name another file"
+            f"this is not {kind} ({CLASS_BIAS[official]} is missing): name another file"
             f"{'' if official else ', or leave --reverse out'}."
         )
     problems: dict[str, list[str]] = {}

@@ -101,7 +101,7 @@ def plot_predictions(images: list[AnnotatedImage], path: Path) -> None:
         raise ValueError("plot_predictions needs at least one image, got none.")
     boxes = [box for image in images for box in image.truth + image.predictions]
     names = sorted({box.class_name for box in boxes})
-    colours = dict(zip(names, _choose_colours(len(names)), strict=True))
+    colours = dict(zip(names, choose_colours(len(names)), strict=True))
     columns = min(_PAIRS_PER_ROW, len(images))
     rows = -(-len(images) // columns)
     figure, grid = plt.subplots(
@@ -118,22 +118,24 @@ def plot_predictions(images: list[AnnotatedImage], path: Path) -> None:
         with Image.open(image.path) as opened:
             pixels = np.asarray(opened.convert("RGB"))
         left, right = grid[row, 2 * column], grid[row, 2 * column + 1]
-        _draw(left, pixels, image.truth, colours, f"{image.path.name}: ground truth")
-        _draw(right, pixels, image.predictions, colours, "predictions")
+        draw_boxes(left, pixels, image.truth, colours, f"{image.path.name}: ground truth")
+        draw_boxes(right, pixels, image.predictions, colours, "predictions")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _choose_colours(count: int) -> list[Any]:
+def choose_colours(count: int) -> list[Any]:
+    """One colour per class; the first ten show on any ground."""
     if count <= len(_TEN_COLOURS):
         return list(_TEN_COLOURS[:count])
     return [plt.get_cmap("gist_rainbow")(index / count) for index in range(count)]
 
 
-def _draw(
+def draw_boxes(
     axes: Axes, pixels: np.ndarray, boxes: list[Box], colours: dict[str, Any], title: str
 ) -> None:
+    """Shows an image (H, W, 3) with boxes in the colours of their class names."""
     axes.imshow(pixels)
     axes.set_title(title, fontsize=8)
     height, width = pixels.shape[:2]

@@ -1,0 +1,101 @@
+"""The command line of predict.py."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from co_detr.errors import ConfigError
+from co_detr.prediction.inputs import IMAGES, VIDEOS, find_inputs
+from co_detr.prediction.output import OutputFolder
+from co_detr.prediction.predictor import Predictor
+from co_detr.prediction.run import predict_images, predict_videos
+from co_detr.prediction.video import require_opencv
+
+EPILOG = """
+examples:
+  a folder         python predict.py --config-file configs/co_detr_r50.py \\
+                       --checkpoint output/co_detr_r50/model_final.pth photos --output drawn
+  files, patterns  python predict.py --config-file co_detr_r50 --checkpoint a.pth 'photos/*.jpg' \\
+                       other.png --output drawn --score 0.5 --batch-size 8
+  a video          python predict.py --config-file co_detr_r50 --checkpoint a.pth clip.mp4 \\
+                       --output drawn --video
+
+exit status: 0; 1 if inputs could not be read (they are listed at the end, the others are done);
+2 after an error that is explained in one sentence.
+"""
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Arguments of predict.py; options may stand before, between or behind the inputs."""
+    parser = argparse.ArgumentParser(
+        prog="predict.py",
+        description="Detects objects in images or videos; writes drawn pictures and one json.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="FILE", help="config file, or name in the zoo")
+    add("--checkpoint", metavar="FILE", help="weights; default: those released for the model")
+    add("inputs", nargs="+", metavar="INPUT", help="file, folder (with subfolders) or pattern")
+    add("--output", required=True, metavar="DIR", help="folder for pictures and predictions.json")
+    add("--score", type=float, default=0.3, help="lowest score to keep (default: 0.3)")
+    add("--batch-size", type=int, default=1, help="images of equal size at once (default: 1)")
+    add("--video", action="store_true", help="the inputs are videos (needs OpenCV)")
+    add("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override of a config key; can be repeated",
+    )
+    add("--unsafe", action="store_true", help="let the checkpoint run code; only if you trust it")
+    add(
+        "--debug",
+        action="store_true",
+        default=os.environ.get("CO_DETR_DEBUG") == "1",
+        help="show the traceback of errors that are otherwise one sentence (CO_DETR_DEBUG=1)",
+    )
+    return parser.parse_intermixed_args(argv)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Does what the arguments ask for.
+
+    Returns:
+        The exit status: 0, or 1 if inputs could not be read.
+
+    Raises:
+        UserError: if an argument is wrong or there is nothing to read.
+    """
+    if options.video:
+        require_opencv()
+    # First what fails fast, then the model.
+    folder = Path(options.output)
+    inputs = find_inputs(options.inputs, VIDEOS if options.video else IMAGES, folder)
+    if not options.video and all(path.suffix.lower() in VIDEOS for path in inputs.files):
+        raise ConfigError(f"{inputs.files[0]} is a video: add --video.")
+    predictor = Predictor(
+        options.config_file,
+        options.checkpoint,
+        device=options.device,
+        score_threshold=options.score,
+        batch_size=options.batch_size,
+        overrides=options.set,
+        unsafe=options.unsafe,
+    )
+    output = OutputFolder(folder, predictor.class_names)
+    predict = predict_videos if options.video else predict_images
+    try:
+        unreadable = inputs.problems + predict(predictor, inputs.files, output)
+    finally:
+        json_file = output.save()  # also what was done before an interruption
+    images = "frames" if options.video else "images"
+    print(f"Detections of {len(output.results)} {images} are in {json_file}, pictures beside it.")
+    if unreadable:
+        print(f"{len(unreadable)} could not be read:", *unreadable, sep="\n  ", file=sys.stderr)
+    return int(bool(unreadable))

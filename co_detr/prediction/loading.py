@@ -1,0 +1,173 @@
+"""Builds a model for inference from a config and a checkpoint, which decides on the classes."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import instantiate
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from co_detr.checkpoint import (
+    convert_official,
+    is_official,
+    misfits,
+    official_state_dict,
+    shorten,
+    stored_class_names,
+    unwrap,
+)
+from co_detr.checkpoint_reading import read_checkpoint
+from co_detr.checkpoint_report import mismatch_error
+from co_detr.engine.config import apply_overrides, load_config
+from co_detr.errors import CheckpointError
+from co_detr.model_zoo.choose import CLASS_BIAS
+from co_detr.model_zoo.configs import config_file
+from co_detr.model_zoo.files import resolve_checkpoint
+from co_detr.model_zoo.table import ZOO
+
+logger = logging.getLogger(__name__)
+
+Config = str | os.PathLike[str] | DictConfig
+
+# Auxiliary heads, and the query sources behind the first, which is the one of inference.
+_TRAINING_ONLY = re.compile(r"auxiliary\.|queries\.[1-9]")
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A model in eval mode without what only training uses.
+
+    Attributes:
+        model: on the CPU.
+        class_names: one per class of the model, in order.
+        cfg: the complete config that the model was built from.
+    """
+
+    model: nn.Module
+    class_names: list[str]
+    cfg: DictConfig
+
+
+def load_detector(
+    config: Config,
+    checkpoint: str | os.PathLike[str] | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    unsafe: bool = False,
+) -> Detector:
+    """Builds the model of a config with the classes of a checkpoint, and loads its weights.
+
+    Args:
+        config: a name of the model zoo, a config file (also the config.yaml of a run), or a
+            loaded config.
+        checkpoint: a file that training wrote or a released one; by default the weights released
+            for the model.
+        overrides: ``key=value`` for the config.
+        unsafe: let the file run code while it is read.
+
+    Raises:
+        ConfigError: if there is no such config or key.
+        CheckpointError: if the file is missing, unreadable or does not fit the config.
+    """
+    cfg = _read_config(config, overrides)
+    path = _checkpoint_file(config, checkpoint)
+    content = read_checkpoint(path, unsafe)
+    _require_state(content, path)
+    stored = stored_class_names(content)
+    num_classes = _num_classes(content) or (len(stored) if stored else None)
+    if num_classes and num_classes != cfg.model.num_classes:
+        logger.warning(
+            "%s has %d classes, the config %d: the model is built for %d.",
+            *(path, num_classes, cfg.model.num_classes, num_classes),
+        )
+        cfg.model.num_classes = num_classes
+    model = instantiate(cfg.model)
+    if hasattr(model, "strip_auxiliary"):
+        model.strip_auxiliary()
+    model.load_state_dict(_fitting_state(content, model))
+    names = _class_names(stored, cfg.model.num_classes, path)
+    return Detector(model.eval().requires_grad_(False), names, cfg)
+
+
+def _read_config(config: Config, overrides: Sequence[str]) -> DictConfig:
+    if isinstance(config, DictConfig):
+        cfg = copy.deepcopy(config)
+        apply_overrides(cfg, overrides)
+        return cfg
+    path = os.fspath(config)
+    if _is_name(path):
+        path = str(config_file(path))
+    return load_config(path, overrides)
+
+
+def _is_name(path: str) -> bool:
+    """Whether it can only be the name of a model in the zoo."""
+    return not (os.path.isfile(path) or os.path.dirname(path) or path.endswith((".yaml", ".yml")))
+
+
+def _checkpoint_file(config: Config, checkpoint: str | os.PathLike[str] | None) -> str:
+    if checkpoint is not None:
+        if not os.path.isfile(checkpoint):
+            raise CheckpointError(f"checkpoint {checkpoint} does not exist: name an existing file.")
+        return os.fspath(checkpoint)
+    name = None if isinstance(config, DictConfig) else Path(config).stem
+    if name not in ZOO:
+        raise CheckpointError(
+            "no checkpoint is given, and weights are only released for models of the zoo: name "
+            "the file that training wrote, such as output/run/model_final.pth."
+        )
+    return resolve_checkpoint(name)
+
+
+def _require_state(content: Mapping[str, Any], path: str) -> None:
+    state = unwrap(content)
+    named = all(isinstance(key, str) for key in state)
+    if not (state and named and all(isinstance(v, Tensor | np.ndarray) for v in state.values())):
+        raise CheckpointError(
+            f"checkpoint {path} holds no state dict: name a file that training wrote."
+        )
+
+
+def _num_classes(content: Mapping[str, Any]) -> int | None:
+    """As many as the class head of a decoder layer has rows; None: no such head."""
+    state = unwrap(content)
+    name = CLASS_BIAS[is_official(content)]
+    bias = state.get(name, state.get(f"module.{name}"))
+    return None if bias is None else len(bias)
+
+
+def _class_names(stored: list[str] | None, num_classes: int, path: str) -> list[str]:
+    if stored and len(stored) == num_classes:
+        return stored
+    found = f"names {len(stored)} classes" if stored else "does not say the names of its classes"
+    logger.warning(
+        '%s %s: its %d classes are called "class 0" and so on.', path, found, num_classes
+    )
+    return [f"class {index}" for index in range(num_classes)]
+
+
+def _fitting_state(content: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """The weights for `model`, which has no training-only parts, under its names."""
+    if is_official(content):
+        return convert_official(official_state_dict(content), model).state_dict
+    plain = {
+        key.removeprefix("module."): torch.as_tensor(each) for key, each in unwrap(content).items()
+    }
+    kept = {key: each for key, each in plain.items() if not _TRAINING_ONLY.match(key)}
+    problems = misfits(kept, model)
+    if any(problems.values()):
+        raise mismatch_error(
+            [f"{kind}: {shorten(keys, 3)}" for kind, keys in problems.items() if keys],
+            "choose the config that it was trained with",
+        )
+    return kept

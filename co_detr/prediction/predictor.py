@@ -1,0 +1,177 @@
+"""A trained model as a function from images to detections."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import detectron2.data.transforms as T
+import numpy as np
+import torch
+from detectron2.config import instantiate
+from detectron2.structures import Instances
+from torch import Tensor
+
+from co_detr.errors import ConfigError, DataError
+from co_detr.prediction.images import ImageSource, in_format, read_rgb
+from co_detr.prediction.loading import Config, load_detector
+
+Key = TypeVar("Key")
+
+# Images wait for others of their size until so many batches are in memory.
+_WAITING_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image and what the model sees of it.
+
+    Attributes:
+        rgb: ``(H, W, 3)`` uint8, the image itself.
+        image: ``(3, h, w)`` network input: resized, in the colour order of the model.
+    """
+
+    rgb: np.ndarray
+    image: Tensor
+
+
+class Predictor:
+    """Detects objects in images, resized as in the evaluation of the config.
+
+    Usage::
+
+        predictor = co_detr.Predictor("co_detr_r50", "output/co_detr_r50/model_final.pth")
+        found = predictor("street.jpg")
+        found = found[found.scores >= 0.5]
+        print(predictor.names(found), found.pred_boxes)
+
+    Args:
+        config: a name of the model zoo, a config file (also the config.yaml of a run), or a loaded
+            config. Its number of classes gives way to the checkpoint's.
+        checkpoint: a file that training wrote or a released one; by default the weights released
+            for the model.
+        device: where to run; by default a GPU if there is one.
+        score_threshold: detections below it are left out, from 0 to 1.
+        batch_size: images of equal size that run together. Images of different sizes never do:
+            padding would change their detections a little.
+        overrides: ``key=value`` for the config.
+        unsafe: let the checkpoint run code while it is read. Only for files of people you trust.
+
+    Attributes:
+        class_names: of the checkpoint, in the order of ``pred_classes``.
+
+    Raises:
+        ConfigError: if there is no such config, key or device.
+        CheckpointError: if the file is missing, unreadable or does not fit the config.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        checkpoint: str | os.PathLike[str] | None = None,
+        *,
+        device: str | None = None,
+        score_threshold: float = 0.0,
+        batch_size: int = 1,
+        overrides: Sequence[str] = (),
+        unsafe: bool = False,
+    ) -> None:
+        if not 0 <= score_threshold <= 1:
+            raise ConfigError(f"the score threshold {score_threshold} must be from 0 to 1.")
+        if batch_size < 1:
+            raise ConfigError(f"the batch size {batch_size} must be at least 1.")
+        self.device = _device(device)
+        self.score_threshold = score_threshold
+        self.batch_size = batch_size
+        detector = load_detector(config, checkpoint, overrides=overrides, unsafe=unsafe)
+        self.model = detector.model.to(self.device)
+        self.class_names = detector.class_names
+        mapper = detector.cfg.dataloader.test.mapper
+        self.image_format: str = mapper.image_format
+        self._resize = T.AugmentationList(instantiate(mapper.augmentations))
+
+    def __call__(self, images: ImageSource | Sequence[ImageSource]) -> Instances | list[Instances]:
+        """Detections of one image, or a list of them for a list or tuple of images.
+
+        Args:
+            images: files, PIL images or arrays of uint8 in the order red, green, blue; see
+                `read_rgb`. An array of OpenCV has to be passed as ``array[..., ::-1]``.
+
+        Returns:
+            ``pred_boxes`` in absolute xyxy pixels of the image, ``scores`` in [0, 1] from high to
+            low, and ``pred_classes``, all on the CPU.
+
+        Raises:
+            DataError: if an image cannot be read.
+        """
+        if not isinstance(images, list | tuple):
+            return self([images])[0]
+        samples = ((index, self.prepare(image)) for index, image in enumerate(images))
+        found = {index: instances for index, _, instances in self.stream(samples)}
+        return [found[index] for index in range(len(images))]
+
+    def names(self, instances: Instances) -> list[str]:
+        """The class name of each detection."""
+        return [self.class_names[index] for index in instances.pred_classes.tolist()]
+
+    def prepare(self, image: ImageSource) -> Sample:
+        """Reads and resizes an image as the evaluation's data mapper does.
+
+        Raises:
+            DataError: if it cannot be read, or is so thin that resizing leaves nothing of it.
+        """
+        rgb = read_rgb(image)
+        resized = T.AugInput(in_format(rgb, self.image_format))
+        try:
+            self._resize(resized)
+        except ValueError as error:
+            height, width = rgb.shape[:2]
+            name = f"image {image}" if isinstance(image, str | os.PathLike) else "the image"
+            raise DataError(
+                f"{name} of {width} x {height} pixels cannot be resized ({error}): cut it."
+            ) from error
+        return Sample(rgb, torch.from_numpy(np.ascontiguousarray(resized.image.transpose(2, 0, 1))))
+
+    def stream(
+        self, samples: Iterable[tuple[Key, Sample]]
+    ) -> Iterator[tuple[Key, Sample, Instances]]:
+        """Detections of any number of samples, of which a few batches are in memory at a time.
+
+        Those of equal size run in batches, so the order can change: `Key` tells which is which.
+        """
+        waiting: dict[tuple[int, ...], list[tuple[Key, Sample]]] = {}
+        for key, sample in samples:
+            size = tuple(sample.image.shape)
+            waiting.setdefault(size, []).append((key, sample))
+            if len(waiting[size]) == self.batch_size:
+                yield from self._detect(waiting.pop(size))
+            elif sum(map(len, waiting.values())) >= _WAITING_BATCHES * self.batch_size:
+                yield from self._detect(waiting.pop(next(iter(waiting))))
+        for batch in waiting.values():
+            yield from self._detect(batch)
+
+    @torch.no_grad()
+    def _detect(self, batch: list[tuple[Key, Sample]]) -> list[tuple[Key, Sample, Instances]]:
+        outputs = self.model(
+            [
+                {"image": sample.image, "height": len(sample.rgb), "width": sample.rgb.shape[1]}
+                for _, sample in batch
+            ]
+        )
+        detections = [output["instances"].to("cpu") for output in outputs]
+        return [
+            (key, sample, found[found.scores >= self.score_threshold])
+            for (key, sample), found in zip(batch, detections, strict=True)
+        ]
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"there is no device {name!r}: choose cpu, cuda or cuda:1.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"the device is {name} but no CUDA device is here: choose cpu.")
+    return device

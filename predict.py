@@ -1,0 +1,31 @@
+#!/usr/bin/env python3
+"""Runs a trained model on images and videos; `--help` shows examples."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# As in train_net.py: threads that wait must not keep the cores busy; set before torch loads.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+from co_detr.noise import silence_dependencies
+
+silence_dependencies()
+
+from co_detr.engine.launch import report
+from co_detr.errors import UserError
+from co_detr.prediction.command_line import parse_arguments, run
+
+
+def command_line() -> int:
+    options = parse_arguments()
+    try:
+        return run(options)
+    except UserError as error:
+        report(error, options.debug)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())

@@ -1,0 +1,47 @@
+"""A tiny trained model as a run leaves it: a config file and a checkpoint with class names."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detectron2.config import LazyConfig
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "modeling"))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from builders import randomise, tiny_config, tiny_model
+from trained_run import CLASSES, SIZE, Run
+
+from co_detr.engine.checkpoint import Checkpointer
+from co_detr.prediction import Predictor
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Both auxiliary heads, random weights."""
+    folder = tmp_path_factory.mktemp("run")
+    cfg = tiny_config(2, SIZE)
+    LazyConfig.save(cfg, str(folder / "config.yaml"))
+    model = tiny_model(2)
+    randomise(model)
+    Checkpointer(model, str(folder), class_names=CLASSES).save("model_final")
+    return Run(folder, cfg, model)
+
+
+@pytest.fixture(scope="session")
+def predictor(trained: Run) -> Predictor:
+    return Predictor(trained.config, trained.checkpoint, device="cpu")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder with three images, two of one size."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, (width, height) in {"a": (80, 60), "b": (50, 70), "c": (80, 60)}.items():
+        pixels = rng.integers(0, 256, (height // 10, width // 10, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((width, height)).save(folder / f"{name}.png")
+    return folder

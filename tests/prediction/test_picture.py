@@ -1,0 +1,50 @@
+"""Drawn pictures: frames and labels where they belong, the rest of the image as it was."""
+
+import numpy as np
+import pytest
+
+from co_detr.visualization.grid import Box
+from co_detr.visualization.picture import class_colours, draw_picture
+
+COLOURS = class_colours(["cat", "dog"])
+
+
+@pytest.fixture
+def rgb():
+    return np.full((100, 140, 3), 128, np.uint8)
+
+
+def test_frame_and_label(rgb):
+    picture = np.asarray(draw_picture(rgb, [Box((20.0, 40.0, 50.0, 30.0), "dog", 0.9)], COLOURS))
+    assert picture.shape == rgb.shape and (rgb == 128).all()
+    for y, x in ((40, 20), (40, 69), (69, 20), (69, 69)):  # the corner pixels of the box
+        assert tuple(picture[y, x]) == COLOURS["dog"]
+    changed = np.argwhere((picture != 128).any(2))
+    label_height = 40 - changed[:, 0].min()
+    assert changed[:, 0].max() == 69 and changed[:, 1].min() == 20
+    assert 8 < label_height < 20
+    assert (picture[41:69, 21:69] == 128).all()
+
+
+def test_labels_stay_inside(rgb):
+    box = Box((100.0, 1.0, 40.0, 99.0), "dog", 0.87)
+    picture = np.asarray(draw_picture(rgb, [box], COLOURS))
+    filled = (picture == COLOURS["dog"]).all(2)
+    assert filled[4].sum() > 20 and filled[5, :100].any()  # moved to the left, and below the edge
+
+
+def test_without_boxes_nothing_changes(rgb):
+    assert np.array_equal(np.asarray(draw_picture(rgb, [], COLOURS)), rgb)
+
+
+def test_boxes_without_area_are_drawn(rgb):
+    draw_picture(rgb, [Box((30.0, 30.0, 0.2, 0.2), "cat", 0.5)], COLOURS)
+
+
+@pytest.mark.parametrize("count", [1, 10, 11, 80, 1203])
+def test_colours_of_classes_differ(count):
+    colours = class_colours([str(index) for index in range(count)])
+    assert len(set(colours.values())) >= min(count, 256)
+    values = np.array([*colours.values()], float)
+    steps = np.abs(np.diff(values, axis=0)).sum(1)
+    assert count == 1 or steps.min() > 60
