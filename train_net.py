@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 
 from co_detr.engine.config import load_config
 from co_detr.engine.launch import launch, parse_arguments, report
+from co_detr.engine.own_data import adopt_class_count, check_data
 from co_detr.engine.run import run_evaluation_only, run_training
 from co_detr.engine.setup import setup_run
 from co_detr.errors import UserError
@@ -27,6 +28,7 @@ from co_detr.errors import UserError
 def main(cfg: DictConfig, args: argparse.Namespace) -> None:
     """Runs in every process."""
     setup_run(cfg)
+    check_data(cfg, args.eval_only)
     if args.eval_only:
         run_evaluation_only(cfg, args.resume)
     else:
@@ -37,6 +39,7 @@ def command_line() -> int:
     args = parse_arguments()
     try:
         cfg = load_config(args.config_file, args.opts)
+        adopt_class_count(cfg, args.opts, args.eval_only)
         return launch(main, cfg, args)
     except UserError as error:
         report(error, args.debug)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -15,6 +17,21 @@ logger = logging.getLogger(__name__)
 ROUNDING_PIXELS = 1.0
 
 
+def require_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    """Raises a ConfigError if the setting `key` is none of `choices`."""
+    if value not in choices:
+        *others, last = (f'"{choice}"' for choice in choices)
+        raise ConfigError(f'{key} is "{value}" but can only be {", ".join(others)} or {last}.')
+
+
+@dataclass(frozen=True)
+class SkippedBox:
+    """A box that was left out: `kind` completes "boxes that ..."."""
+
+    where: str
+    kind: str
+
+
 class BoxChecker:
     """Clips boxes to their images and counts what it had to change.
 
@@ -23,13 +40,10 @@ class BoxChecker:
     """
 
     def __init__(self, annotation_file: str, invalid_boxes: str) -> None:
-        if invalid_boxes not in ("error", "skip"):
-            raise ConfigError(
-                f'data.invalid_boxes is "{invalid_boxes}" but can only be "error" or "skip".'
-            )
+        require_choice("data.invalid_boxes", invalid_boxes, ("error", "skip"))
         self.annotation_file = annotation_file
         self.skip_invalid = invalid_boxes == "skip"
-        self.skipped: list[str] = []
+        self.skipped: list[SkippedBox] = []
         self.clipped: list[str] = []
 
     def clip(self, annotation: dict[str, Any], record: dict[str, Any]) -> list[float] | None:
@@ -45,15 +59,18 @@ class BoxChecker:
             and len(box) == 4
             and all(isinstance(value, Real) and math.isfinite(value) for value in box)
         ):
-            return self._invalid(where, f"its bbox {box} is not four finite numbers (x, y, w, h)")
+            problem = f"its bbox {box} is not four finite numbers (x, y, w, h)"
+            return self._invalid(where, "are not four finite numbers", problem)
         x, y, width, height = (float(value) for value in box)
         if width <= 0 or height <= 0:
-            return self._invalid(where, f"its bbox {box} (x, y, w, h) has no area")
+            problem = f"its bbox {box} (x, y, w, h) has no area"
+            return self._invalid(where, "have no area", problem)
         left, top = max(x, 0.0), max(y, 0.0)
         right, bottom = min(x + width, record["width"]), min(y + height, record["height"])
         if right <= left or bottom <= top:
             size = f"{record['width']}x{record['height']}"
-            return self._invalid(where, f"its bbox {box} (x, y, w, h) is outside the {size} image")
+            problem = f"its bbox {box} (x, y, w, h) is outside the {size} image"
+            return self._invalid(where, "are outside their image", problem)
         outside = max(left - x, top - y, x + width - right, y + height - bottom)
         if outside > ROUNDING_PIXELS:
             self.clipped.append(where)
@@ -64,7 +81,7 @@ class BoxChecker:
         for boxes, change in (
             (self.clipped, "are partly outside their image and were clipped"),
             (
-                self.skipped,
+                [box.where for box in self.skipped],
                 "have no area inside their image and were left out (correct the file, or set "
                 "data.invalid_boxes=error to stop here)",
             ),
@@ -78,10 +95,10 @@ class BoxChecker:
                     boxes[0],
                 )
 
-    def _invalid(self, where: str, problem: str) -> None:
+    def _invalid(self, where: str, kind: str, problem: str) -> None:
         if not self.skip_invalid:
             raise DataError(
                 f"{where} in {self.annotation_file} is unusable, {problem}: correct or remove it, "
                 "or set data.invalid_boxes=skip to leave such boxes out."
             )
-        self.skipped.append(where)
+        self.skipped.append(SkippedBox(f"{where}, {problem}", kind))

@@ -7,16 +7,16 @@ format and the same metadata.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 
 from co_detr.data.boxes import BoxChecker
+from co_detr.data.coco_file import listed_files, read_coco, shortened
 from co_detr.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ def load_coco(
     num_classes: int | None = None,
     invalid_boxes: str = "error",
     image_path: Callable[[dict[str, Any]], str] | None = None,
+    partial_classes: bool = False,
 ) -> list[dict[str, Any]]:
     """Reads a COCO-format json and registers its classes under `dataset_name(annotation_file)`.
 
@@ -37,6 +38,8 @@ def load_coco(
         num_classes: what the model was built for; None: not checked.
         invalid_boxes: "error", or "skip" to leave out boxes that have no area inside the image.
         image_path: gives the path of an entry of `images`; None: its `file_name`.
+        partial_classes: let the file have fewer classes than `num_classes`, as a val set may have;
+            `align_classes` then has to say which ones they are.
 
     Returns:
         One dict per image (images without boxes included), ordered by image id: `file_name`,
@@ -46,10 +49,12 @@ def load_coco(
     Raises:
         DataError: in one sentence that names the file, image or annotation and the mend.
     """
-    content = _read_json(annotation_file)
+    content = read_coco(annotation_file)
     if image_path is not None:
         for image in content["images"]:
             image["file_name"] = image_path(image)
+    if partial_classes and num_classes is not None and len(content["categories"]) < num_classes:
+        num_classes = None
     contiguous_ids = _register_categories(content, annotation_file, image_root, num_classes)
     records = _image_records(content["images"], annotation_file, image_root)
     boxes = BoxChecker(annotation_file, invalid_boxes)
@@ -68,7 +73,7 @@ def load_coco(
         if category_id not in contiguous_ids:
             raise DataError(
                 f"{where} (image {record['file_name']}) has category_id {category_id}, which is "
-                f"not in 'categories' ({_shortened(contiguous_ids)}): add the category or correct "
+                f"not in 'categories' ({shortened(contiguous_ids)}): add the category or correct "
                 "the id."
             )
         box = boxes.clip(annotation, record)
@@ -93,38 +98,39 @@ def dataset_name(annotation_file: str) -> str:
     return f"coco:{os.path.abspath(annotation_file)}"
 
 
-def require_same_classes(first_file: str, second_file: str) -> None:
-    """Raises a DataError if two loaded files do not name the same classes in the same order."""
-    first = MetadataCatalog.get(dataset_name(first_file)).thing_classes
-    second = MetadataCatalog.get(dataset_name(second_file)).thing_classes
-    if first != second:
-        raise DataError(
-            f"{first_file} has the categories ({_shortened(first)}) but {second_file} has "
-            f"({_shortened(second)}): give both files the same categories with the same ids."
-        )
+def class_names(annotation_file: str) -> list[str]:
+    """The classes of a loaded file, in the order of their contiguous ids."""
+    return list(MetadataCatalog.get(dataset_name(annotation_file)).thing_classes)
 
 
-def _read_json(annotation_file: str) -> dict[str, list[dict[str, Any]]]:
-    if not os.path.isfile(annotation_file):
+def align_classes(annotation_file: str, names: Sequence[str]) -> None:
+    """Makes contiguous ids of a loaded file mean `names`, the classes of the model, by name.
+
+    For the evaluation of files whose ids or order differ, or that lack some of the classes; those
+    get keys in `thing_dataset_id_to_contiguous_id` that are no category of the file. Only the
+    metadata changes, not the records, whose categories an evaluation does not read.
+
+    Raises:
+        DataError: if the file has a class that is not in `names`, or if names occur twice.
+    """
+    metadata = MetadataCatalog.get(dataset_name(annotation_file))
+    own = metadata.thing_classes
+    if own == list(names):
+        return
+    unknown = [name for name in own if name not in names]
+    if unknown or len(set(own)) < len(own) or len(set(names)) < len(names):
         raise DataError(
-            f"annotation file {annotation_file} does not exist: set data.train and data.val to "
-            "your COCO-format json files."
+            f"{annotation_file} has the categories ({shortened(own)}) but the model is for "
+            f"({shortened(names)}): give data.train and data.val the same categories, each with "
+            "a name of its own."
         )
-    try:
-        with open(annotation_file, encoding="utf-8") as file:
-            content = json.load(file)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(
-            f"{annotation_file} is not valid json ({error}): write it again or fetch it again."
-        ) from error
-    for key in ("images", "annotations", "categories"):
-        entries = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise DataError(
-                f"{annotation_file} is not in COCO format: it has no list '{key}' of objects; it "
-                "needs 'images', 'annotations' and 'categories'."
-            )
-    return content
+    ids = dict(zip(own, metadata.thing_dataset_id_to_contiguous_id, strict=True))
+    aligned = {ids.get(name, f"not in the file: {name}"): i for i, name in enumerate(names)}
+    # In place: evaluators and visualisers hold this metadata, and Detectron2 lets nobody set it.
+    metadata.thing_dataset_id_to_contiguous_id.clear()
+    metadata.thing_dataset_id_to_contiguous_id.update(aligned)
+    own[:] = names
+    logger.info("%s: classes are matched with the model's by name.", annotation_file)
 
 
 def _register_categories(
@@ -144,7 +150,7 @@ def _register_categories(
         raise DataError(f"'categories' of {annotation_file} repeats an id: make the ids unique.")
     if num_classes is not None and len(names) != num_classes:
         raise DataError(
-            f"{annotation_file} has {len(names)} categories ({_shortened(names)}) but the model "
+            f"{annotation_file} has {len(names)} categories ({shortened(names)}) but the model "
             f"has {num_classes}: set model.num_classes={len(names)}."
         )
     name = dataset_name(annotation_file)
@@ -171,7 +177,8 @@ def _image_records(
             f"image directory {image_root} does not exist: set data.train_images and "
             f"data.val_images to the directories of the images of {annotation_file}."
         )
-    present = _files(image_root, {os.path.dirname(image.get("file_name", "")) for image in images})
+    directories = {os.path.dirname(image.get("file_name", "")) for image in images}
+    present = listed_files(image_root, directories)
     records: dict[int, dict[str, Any]] = {}
     for image in images:
         missing = {"id", "file_name", "height", "width"} - image.keys()
@@ -204,23 +211,3 @@ def _image_records(
             "annotations": [],
         }
     return records
-
-
-def _shortened(values: Any, limit: int = 10) -> str:
-    texts = [str(value) for value in values]
-    more = [f"and {len(texts) - limit} more"] if len(texts) > limit else []
-    return ", ".join(texts[:limit] + more)
-
-
-def _files(root: str, directories: set[str]) -> set[str]:
-    """Paths below `root` of everything in `directories`.
-
-    One listing per directory instead of one look-up per image: large sets often lie on network
-    disks.
-    """
-    present = set()
-    for directory in directories:
-        path = os.path.join(root, directory)
-        if os.path.isdir(path):
-            present |= {os.path.join(directory, name) for name in os.listdir(path)}
-    return present

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import logging
 import math
@@ -20,6 +22,7 @@ from detectron2.utils import comm
 from torch import nn
 from torch.utils.data import DataLoader
 
+from co_detr.data.boxes import BoxChecker
 from co_detr.data.coco import dataset_name
 
 logger = logging.getLogger(__name__)
@@ -59,8 +62,12 @@ class CocoBoxEvaluator(BoxEvaluator, COCOEvaluator):
     """Detectron2's `COCOEvaluator` for box detections on a file that `load_coco` has read.
 
     It uses the official COCO API (no compiled code), writes `coco_instances_results.json` to
-    `output_dir`, and accepts annotations without `iscrowd` and `area`, as `load_coco` does: they
-    default to 0 and the box area.
+    `output_dir`, and accepts what `load_coco` accepts:
+
+    - annotations without `iscrowd` and `area`, which default to 0 and the box area;
+    - boxes that have no area inside their image, which no detection could match: left out;
+    - annotation ids that are 0, missing or repeated, for which the COCO API miscounts: renumbered;
+    - fewer classes than the model's (`align_classes`): detections of others are left out.
     """
 
     def __init__(self, annotation_file: str, output_dir: str | None = None) -> None:
@@ -69,11 +76,41 @@ class CocoBoxEvaluator(BoxEvaluator, COCOEvaluator):
         if not MetadataCatalog.get(name).get("json_file"):
             MetadataCatalog.get(name).json_file = annotation_file
         super().__init__(name, tasks=("bbox",), output_dir=output_dir, use_fast_impl=False)
-        self._coco_api.dataset.setdefault("info", {})
-        for annotation in self._coco_api.anns.values():
+        dataset = self._coco_api.dataset
+        dataset.setdefault("info", {})
+        images = {image["id"]: image for image in dataset["images"]}
+        boxes = BoxChecker(annotation_file, "skip")
+        dataset["annotations"] = [
+            annotation
+            for annotation in dataset["annotations"]
+            if boxes.clip(annotation, images[annotation["image_id"]]) is not None
+        ]
+        for number, annotation in enumerate(dataset["annotations"], start=1):
             _, _, width, height = annotation["bbox"]
+            annotation["id"] = number
             annotation.setdefault("iscrowd", 0)
             annotation.setdefault("area", width * height)
+        with contextlib.redirect_stdout(io.StringIO()):  # it says "creating index..."
+            self._coco_api.createIndex()
+
+    def _eval_predictions(
+        self, predictions: list[dict[str, Any]], img_ids: list[int] | None = None
+    ) -> None:
+        ids = self._metadata.thing_dataset_id_to_contiguous_id
+        judged = {contiguous for key, contiguous in ids.items() if key in self._coco_api.cats}
+        kept = [
+            prediction
+            | {"instances": [d for d in prediction["instances"] if d["category_id"] in judged]}
+            for prediction in predictions
+        ]
+        super()._eval_predictions(kept, img_ids)
+
+    def _derive_coco_results(
+        self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None
+    ) -> dict[str, float]:
+        # The COCO API orders classes by their ids in the file, the metadata as the model does.
+        names = [self._coco_api.cats[key]["name"] for key in sorted(self._coco_api.cats)]
+        return super()._derive_coco_results(coco_eval, iou_type, names)
 
 
 def evaluate(

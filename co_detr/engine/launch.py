@@ -22,8 +22,7 @@ EPILOG = """
 examples:
   train            python train_net.py --config-file configs/co_detr_r50.py --num-gpus 8
   own data         python train_net.py --config-file configs/co_detr_r50.py data.train=a.json \\
-                       data.train_images=images data.val=b.json data.val_images=images \\
-                       model.num_classes=3
+                       data.train_images=images data.val=b.json data.val_images=images
   continue         python train_net.py --config-file configs/co_detr_r50.py --resume
   evaluate         python train_net.py --config-file configs/co_detr_r50.py --eval-only \\
                        train.init_checkpoint=model_final.pth

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from detectron2.config import instantiate
-from detectron2.data import MetadataCatalog
 from detectron2.engine import hooks
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils import comm
@@ -18,9 +17,10 @@ from detectron2.utils.events import get_event_storage
 from omegaconf import DictConfig
 from torch import nn
 
-from co_detr.data.coco import dataset_name, require_same_classes
+from co_detr.data.coco import align_classes, class_names
 from co_detr.engine.checkpoint import Checkpointer
 from co_detr.engine.evaluation import evaluate
+from co_detr.engine.own_data import align_with_checkpoint
 from co_detr.engine.trainer import StepSettings, Trainer
 from co_detr.engine.writers import build_writers
 from co_detr.errors import CheckpointError, ConfigError
@@ -53,7 +53,7 @@ def run_training(cfg: DictConfig, resume: bool) -> dict[str, float]:
     train_loader = instantiate(cfg.dataloader.train)
     # Built first although it is used last: a wrong data.val should not end a finished training.
     run_evaluation = _build_evaluation(cfg)
-    require_same_classes(cfg.data.train, cfg.data.val)
+    align_classes(cfg.data.val, class_names(cfg.data.train))
     model = build_model(cfg)
     logger.info("%.1f M parameters", sum(p.numel() for p in model.parameters()) / 1e6)
     cfg.optimizer.params.model = model
@@ -100,6 +100,8 @@ def run_evaluation_only(cfg: DictConfig, resume: bool) -> dict[str, float]:
     run_evaluation = _build_evaluation(cfg)
     model = build_model(cfg)
     checkpointer = _checkpointer(model, cfg, cfg.data.val)
+    if checkpointer.mismatch != "by_name":
+        checkpointer.class_names = None  # not compared here: align_with_checkpoint does more
     if resume and not checkpointer.has_checkpoint():
         raise CheckpointError(
             f"there is no checkpoint in {cfg.train.output_dir} to evaluate: train first, or set "
@@ -107,7 +109,8 @@ def run_evaluation_only(cfg: DictConfig, resume: bool) -> dict[str, float]:
         )
     if not resume and not cfg.train.init_checkpoint:
         logger.warning("train.init_checkpoint is empty: evaluating random weights.")
-    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    checkpoint = checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    align_with_checkpoint(cfg, checkpoint.get("class_names"))
     return run_evaluation(model)
 
 
@@ -127,7 +130,7 @@ def _checkpointer(
         cfg.train.output_dir,
         mismatch=cfg.train.init_checkpoint_mismatch,
         unsafe=cfg.train.init_checkpoint_unsafe,
-        class_names=MetadataCatalog.get(dataset_name(annotation_file)).thing_classes,
+        class_names=class_names(annotation_file),
         **checkpointables,
     )
 

@@ -19,6 +19,9 @@ data = dict(
     # Boxes without area inside their image: "skip" leaves them out and names the first one in a
     # warning (COCO itself has a few, and the reference skips them); "error" stops.
     invalid_boxes="skip",
+    # Before training: every file is looked up; of the images, "sample" decodes sample_size of each
+    # set, "all" all of them (with a progress bar), "off" none.
+    preflight=dict(images="sample", sample_size=64),
     image_format="RGB",  # "BGR" for backbones that were trained on it
 )
 
@@ -46,6 +49,7 @@ dataloader = dict(
             annotation_file="${data.val}",
             image_root="${data.val_images}",
             num_classes="${model.num_classes}",
+            partial_classes=True,
             invalid_boxes="${data.invalid_boxes}",
         ),
         mapper=L(CheckedDatasetMapper)(

@@ -8,7 +8,7 @@ import pytest
 from detectron2.data import MetadataCatalog
 from PIL import Image
 
-from co_detr.data.coco import dataset_name, load_coco, require_same_classes
+from co_detr.data.coco import align_classes, class_names, dataset_name, load_coco
 from co_detr.data.mapper import CheckedDatasetMapper
 from co_detr.errors import ConfigError, DataError
 
@@ -165,15 +165,27 @@ def test_unknown_choice_for_invalid_boxes(tmp_path, content):
     assert "data.invalid_boxes" in _error(tmp_path, content, ConfigError, invalid_boxes="drop")
 
 
-def test_train_and_val_must_have_the_same_classes(tmp_path, content):
+def test_classes_are_aligned_by_name(tmp_path, content):
     _load(tmp_path, content)
-    content["categories"][0]["name"] = "disc"
-    other = tmp_path / "other.json"
-    other.write_text(json.dumps(content))
-    load_coco(str(other), str(tmp_path))
-    require_same_classes(str(other), str(other))
-    with pytest.raises(DataError, match=r"\(cell, plate\).*\(cell, disc\)"):
-        require_same_classes(str(tmp_path / "set.json"), str(other))
+    path = str(tmp_path / "set.json")
+    align_classes(path, ["cell", "plate"])
+    assert class_names(path) == ["cell", "plate"]
+    align_classes(path, ["plate", "disc", "cell"])
+    assert class_names(path) == ["plate", "disc", "cell"]
+    ids = MetadataCatalog.get(dataset_name(path)).thing_dataset_id_to_contiguous_id
+    assert (ids[20], ids[3]) == (0, 2) and sorted(ids.values()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("names", [["cell", "disc"], ["cell"], ["cell", "plate", "plate"]])
+def test_classes_that_cannot_be_aligned(tmp_path, content, names):
+    _load(tmp_path, content)
+    with pytest.raises(DataError, match=r"\(cell, plate\) but the model is for"):
+        align_classes(str(tmp_path / "set.json"), names)
+
+
+def test_a_val_set_may_have_fewer_classes_than_the_model(tmp_path, content):
+    _load(tmp_path, content, num_classes=3, partial_classes=True)
+    assert "has 2 categories" in _error(tmp_path, content, num_classes=1, partial_classes=True)
 
 
 def _map(record):

@@ -19,6 +19,7 @@ def test_misspelt_override(train_net):
 
 def test_undecodable_image_found_by_a_worker_in_a_resumed_run(train_net, tiny_data, tmp_path):
     arguments = [*tiny_data.overrides(tmp_path / "out"), "dataloader.train.num_workers=1"]
+    arguments.append("data.preflight.images=off")  # which would find it before any worker
     first = train_net(*arguments, "train.max_iter=3")
     assert first.returncode == 0, first.stderr
     written = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("model*.pth")}

@@ -40,7 +40,7 @@ def test_an_argument_left_at_its_default_can_be_overridden(tiny_cfg):
         ("trian.max_iter=3", "did you mean train?"),
         ("model.num_class=3", "did you mean model.num_classes?"),
         ("dataloader.train.batch_size=3", "did you mean dataloader.train.total_batch_size?"),
-        ("data.xyz=3", "data has image_format, invalid_boxes, train, train_images, val, val_imag"),
+        ("data.xyz=3", "data has image_format, invalid_boxes, preflight, train, train_images, v"),
         ("train.seed.x=3", "train.seed has no keys."),
         ("train.max_iter", "is not of the form key=value"),
         ("~train.max_iter", "is not of the form key=value"),

@@ -1,0 +1,331 @@
+"""Every broken data set ends in one clear sentence or in an evaluation that still counts."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+
+from co_detr.data.coco import align_classes, class_names, load_coco
+from co_detr.data.preflight import PreflightSettings, SplitFiles, preflight
+from co_detr.engine.evaluation import CocoBoxEvaluator
+from co_detr.errors import ConfigError, DataError
+
+WIDTH, HEIGHT = 48, 40
+NAMES = ("cell", "disc", "plate")
+BCCD = Path(__file__).parents[3] / "shared" / "data" / "bccd"
+
+
+class Data:
+    """A correct set of 4 train and 3 val images, as dicts that a test may damage before `write`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        rng = np.random.default_rng(0)
+        self.train, self.val = self._split("train", 4, rng), self._split("val", 3, rng)
+
+    def _split(self, name, count, rng):
+        (self.root / name).mkdir()
+        images, annotations = [], []
+        for i in range(count):
+            pixels = rng.integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(self.root / name / f"{i}.jpg")
+            images.append({"id": i, "file_name": f"{i}.jpg", "width": WIDTH, "height": HEIGHT})
+            for j in range(3):
+                box = [2 + 3 * i, 1 + 12 * j, 14 + j, 11]
+                annotations.append(
+                    {"id": len(annotations) + 1, "image_id": i, "category_id": j + 1, "bbox": box}
+                )
+        categories = [{"id": j + 1, "name": name} for j, name in enumerate(NAMES)]
+        return {"images": images, "annotations": annotations, "categories": categories}
+
+    def write(self, encoding="utf-8"):
+        for name, content in (("train", self.train), ("val", self.val)):
+            text = json.dumps(content, ensure_ascii=encoding == "utf-8")
+            (self.root / f"{name}.json").write_bytes(text.encode(encoding))
+
+    def files(self, split):
+        return SplitFiles(split, str(self.root / f"{split}.json"), str(self.root / split))
+
+    def report(self, invalid_boxes="skip", **settings):
+        splits = [self.files("train"), self.files("val")]
+        return preflight(splits, PreflightSettings(**settings), invalid_boxes)
+
+    def error(self, **settings):
+        """The sentence that stops the run."""
+        with pytest.raises(DataError) as caught:
+            self.report(**settings).raise_on_errors()
+        sentence = str(caught.value)
+        assert "\n" not in sentence and sentence.endswith(".")
+        return sentence
+
+    def warnings(self, **settings):
+        """(count, defect) of what does not stop the run."""
+        report = self.report(**settings)
+        report.raise_on_errors()
+        assert all(finding.what in report.text() for finding in report.findings)
+        return [(finding.count, finding.what) for finding in report.findings]
+
+    def perfect_ap(self):
+        """AP of a model that detects every usable box of val, with train's class numbers."""
+        train, val = self.files("train"), self.files("val")
+        load_coco(train.annotations, train.images, invalid_boxes="skip")
+        load_coco(val.annotations, val.images, invalid_boxes="skip")
+        names = class_names(train.annotations)
+        align_classes(val.annotations, names)
+        evaluator = CocoBoxEvaluator(val.annotations, str(self.root))
+        evaluator.reset()
+        ids = {entry["id"]: names.index(entry["name"]) for entry in self.val["categories"]}
+        for image in self.val["images"]:
+            mine = [
+                a
+                for a in self.val["annotations"]
+                if a["image_id"] == image["id"] and all(v > 0 for v in a["bbox"][2:])
+            ]
+            detections = Instances((image["height"], image["width"]))
+            boxes = torch.tensor([a["bbox"] for a in mine], dtype=torch.float32).reshape(-1, 4)
+            detections.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1))
+            detections.scores = torch.ones(len(mine))
+            detections.pred_classes = torch.tensor([ids[a["category_id"]] for a in mine])
+            # Detections of classes that val does not know must neither count nor be written.
+            others = detections[:1]
+            for number in set(range(len(names))) - set(ids.values()):
+                others.pred_classes = torch.tensor([number])
+                detections = Instances.cat([detections, others])
+            evaluator.process([{"image_id": image["id"]}], [{"instances": detections}])
+        metrics = evaluator.evaluate()["bbox"]
+        written = json.loads((self.root / "coco_instances_results.json").read_text())
+        assert {detection["category_id"] for detection in written} <= ids.keys()
+        return metrics
+
+
+@pytest.fixture
+def data(tmp_path):
+    data = Data(tmp_path)
+    data.write()
+    return data
+
+
+def test_correct_data(data):
+    assert data.warnings() == []
+    text = data.report().text()
+    assert "cell (id 1), disc (id 2), plate (id 3)" in text and "no defects found" in text
+    train, val = data.report().splits
+    assert (train.images, train.boxes, train.empty, train.crowd, train.decoded) == (4, 12, 0, 0, 4)
+    assert (val.images, val.boxes) == (3, 9)
+    assert data.perfect_ap()["AP"] == pytest.approx(100)
+
+
+# The twelve variants of the acceptance test, each with its one outcome.
+
+
+def test_1_shifted_category_ids_in_val_are_matched_by_name(data):
+    for entry in data.val["categories"]:
+        entry["id"] -= 1
+    for annotation in data.val["annotations"]:
+        annotation["category_id"] -= 1
+    data.write()
+    assert data.warnings() == [(3, "categories with another id than in train")]
+    assert data.perfect_ap()["AP"] == pytest.approx(100)
+
+
+def test_1b_shifted_annotations_without_their_categories(data):
+    for annotation in data.train["annotations"]:
+        annotation["category_id"] -= 1
+    data.write()
+    sentence = data.error()
+    assert "annotations of a category_id that is not in 'categories': 4" in sentence
+    assert "shifted" in sentence and "train.json" in sentence
+
+
+def test_2_gaps_in_the_ids_and_another_order_in_val(data):
+    train_ids, val_ids = {1: 7, 2: 90, 3: 12}, {1: 55, 2: 3, 3: 20}
+    for content, ids in ((data.train, train_ids), (data.val, val_ids)):
+        for entry in content["categories"]:
+            entry["id"] = ids[entry["id"]]
+        for annotation in content["annotations"]:
+            annotation["category_id"] = ids[annotation["category_id"]]
+    data.val["annotations"] = [a for a in data.val["annotations"] if a["category_id"] != 55]
+    data.val["annotations"][0]["bbox"][2] = 30
+    data.write()
+    assert (3, "categories with another id than in train") in data.warnings()
+    metrics = data.perfect_ap()
+    assert metrics["AP"] == pytest.approx(100)
+    # every number stands beside the right name: cell has no box
+    assert metrics["AP-disc"] == metrics["AP-plate"] == pytest.approx(100)
+    assert np.isnan(metrics["AP-cell"])
+
+
+def test_3_missing_image_file(data):
+    (data.root / "train" / "2.jpg").unlink()
+    sentence = data.error()
+    assert "image files that do not exist: 1" in sentence and "2.jpg" in sentence
+    assert "data.train_images" in sentence
+
+
+def test_4_truncated_jpeg(data):
+    path = data.root / "val" / "1.jpg"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    sentence = data.error()
+    assert "image files that cannot be decoded: 1" in sentence and str(path) in sentence
+    assert data.warnings(images="off") == []
+
+
+def test_5_box_without_area(data):
+    data.val["annotations"][0]["bbox"][2] = 0
+    data.val["annotations"][5]["bbox"][3] = -3
+    data.write()
+    assert data.warnings() == [(2, "boxes that have no area")]
+    assert data.perfect_ap()["AP"] == pytest.approx(100)
+    assert "data.invalid_boxes=skip" in data.error(invalid_boxes="error")
+
+
+def test_6_nan_box(data):
+    data.train["annotations"][4]["bbox"][0] = float("nan")
+    data.val["annotations"][0]["bbox"] = [1, 2, float("nan"), 4]
+    data.write()
+    assert data.warnings() == [(1, "boxes that are not four finite numbers")] * 2
+    assert data.perfect_ap()["AP"] == pytest.approx(100)
+
+
+def test_7_class_missing_in_val(data):
+    data.val["categories"].pop(0)
+    data.val["annotations"] = [a for a in data.val["annotations"] if a["category_id"] != 1]
+    data.write()
+    assert data.warnings() == [(1, "categories of train that val lacks")]
+    metrics = data.perfect_ap()
+    assert metrics["AP"] == pytest.approx(100)
+    assert "AP-cell" not in metrics and metrics["AP-plate"] == pytest.approx(100)
+
+
+def test_8_duplicate_ids(data):
+    for annotation in data.val["annotations"]:
+        annotation["id"] = 0  # the COCO API by itself would count each of them as missed
+    data.write()
+    assert data.warnings() == [(1, "annotation ids that occur twice or are missing")]
+    assert data.perfect_ap()["AP"] == pytest.approx(100)
+    data.train["images"][1]["id"] = 0
+    data.write()
+    assert "image ids that occur twice: 1 (the first: 0); make the ids unique" in data.error()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_9_all_images_empty(data, split):
+    getattr(data, split)["annotations"] = []
+    data.write()
+    assert "has no box to" in data.error()
+    getattr(data, split)["images"] = []
+    data.write()
+    assert f"data.{split}" in data.error() and "empty list of images" in data.error()
+
+
+def test_10_wrong_image_size(data):
+    data.train["images"][3].update(width=HEIGHT, height=WIDTH)
+    data.write()
+    sentence = data.error()
+    assert "3.jpg is 48x40, not 40x48" in sentence and "EXIF" in sentence
+
+
+def test_11_names_that_are_not_utf8(data):
+    data.train["categories"][0]["name"] = "célula"
+    data.write(encoding="latin-1")
+    assert "train.json is not UTF-8 (byte 0xe9" in data.error()
+    # a file name as Python and json carry bytes that are not UTF-8
+    data.train["categories"][0]["name"] = "cell"
+    data.train["images"][0]["file_name"] = "caf\udce9.jpg"
+    data.write()
+    assert "images whose file_name is not UTF-8 text: 1" in data.error()
+    data.error().encode()  # can be printed
+
+
+def test_12_category_removed_from_train(data):
+    removed = data.train["categories"].pop(1)
+    data.write()
+    assert "annotations of a category_id that is not in 'categories': 4" in data.error()
+    data.train["annotations"] = [
+        a for a in data.train["annotations"] if a["category_id"] != removed["id"]
+    ]
+    data.write()
+    sentence = data.error()
+    assert "categories that train lacks (it has cell, plate): 1" in sentence and "disc" in sentence
+
+
+def test_harmless_oddities_are_counted(data):
+    data.train["annotations"][0]["bbox"] = [-9, 2, 20, 10]
+    data.train["annotations"][1]["bbox"] = [100, 2, 20, 10]
+    data.train["annotations"].append(data.train["annotations"][2] | {"id": 99})
+    data.train["annotations"][5]["iscrowd"] = 1
+    data.train["annotations"][6:9] = []
+    data.write()
+    assert data.warnings() == [
+        (1, "boxes that are outside their image"),
+        (1, "boxes that are partly outside their image"),
+        (1, "boxes that occur twice (image, category, box)"),
+    ]
+    train = data.report().splits[0]
+    assert (train.boxes, train.crowd, train.empty) == (8, 1, 1)
+
+
+def test_images_of_both_splits(data):
+    files = data.files("train")
+    report = preflight([files, SplitFiles("val", files.annotations, files.images)])
+    assert [(f.count, f.what) for f in report.findings] == [(4, "images that are in train, too")]
+
+
+def test_only_val_is_inspected_when_only_val_is_given(data):
+    report = preflight([data.files("val")])
+    assert [split.split for split in report.splits] == ["val"] and report.findings == []
+
+
+@pytest.mark.parametrize(
+    ("key", "index", "change"),
+    [
+        ("images", 0, {"id": [1]}),
+        ("images", 0, {"id": "1"}),
+        ("images", 0, {"file_name": None}),
+        ("images", 0, {"width": "48"}),
+        ("categories", 1, {"id": None}),
+        ("categories", 1, {"id": "2"}),
+        ("categories", 1, {"id": 1}),
+        ("annotations", 2, {"category_id": [1]}),
+        ("annotations", 2, {"image_id": {}}),
+        ("annotations", 2, {"iscrowd": "no"}),
+    ],
+)
+def test_values_of_a_wrong_type_end_in_a_sentence(data, key, index, change):
+    data.train[key][index].update(change)
+    data.write()
+    assert "train.json has" in data.error()
+
+
+@pytest.mark.parametrize("key", ["images", "categories", "annotations"])
+def test_missing_keys_end_in_a_sentence(data, key):
+    del data.train[key][1]["image_id" if key == "annotations" else "id"]
+    data.write()
+    assert f"entries of '{key}' that lack a key" in data.error()
+
+
+def test_sampling_and_reading_all(data):
+    assert [split.decoded for split in data.report(sample_size=2).splits] == [2, 2]
+    assert [split.decoded for split in data.report(images="all", sample_size=1).splits] == [4, 3]
+    assert [split.decoded for split in data.report(images="off").splits] == [0, 0]
+
+
+@pytest.mark.parametrize("settings", [{"images": "some"}, {"sample_size": 0}])
+def test_wrong_settings(settings):
+    with pytest.raises(ConfigError, match=r"data\.preflight\."):
+        PreflightSettings(**settings)
+
+
+@pytest.mark.skipif(not BCCD.is_dir(), reason="the blood-cell data set is not here")
+def test_a_real_data_set():
+    splits = [
+        SplitFiles(split, str(BCCD / f"{split}.json"), str(BCCD / "images"))
+        for split in ("train", "val")
+    ]
+    report = preflight(splits)
+    report.raise_on_errors()
+    assert [len(split.categories) for split in report.splits] == [3, 3]
