@@ -84,7 +84,7 @@ def from_other_checkout(contestant: Contestant, root: Path) -> Contestant:
     return replace(
         contestant,
         name=f"{contestant.name}@{root.name}",
-        about=f"{contestant.name} of {root}",
+        about=f"{contestant.name} of {root.name}",
         root=str(root),
     )
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 from benchmarks.common import markdown_table, ratio
 from benchmarks.step.case import Case
+from benchmarks.step.contestants import Contestant
 from benchmarks.step.processes import Record
 
 MIB = 2**20
@@ -78,7 +79,7 @@ def as_json(case: Case, records: list[Record], failures: dict[str, str]) -> dict
         "failures": failures,
         "contestants": [
             {
-                "contestant": asdict(record.setup.contestant),
+                "contestant": _describe(record.setup.contestant),
                 "allocator": record.setup.allocator,
                 "parameters": record.parameters,
                 "memory": {
@@ -95,3 +96,8 @@ def as_json(case: Case, records: list[Record], failures: dict[str, str]) -> dict
             for record in records
         ],
     }
+
+
+def _describe(contestant: Contestant) -> dict:
+    """All but where its checkout lies, which means nothing on another machine."""
+    return {key: value for key, value in asdict(contestant).items() if key != "root"}
