@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Times multi-scale deformable attention: ours and every other implementation that is installed.
 
-    python benchmarks/ms_deform_attn.py --quick             two minutes on two CPU cores
+    python benchmarks/ms_deform_attn.py --quick             20 seconds on two CPU cores
     python benchmarks/ms_deform_attn.py --threads 1 2 --native --output results.json
     python benchmarks/ms_deform_attn.py --device cuda --output results.json
 

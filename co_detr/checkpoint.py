@@ -82,9 +82,7 @@ def convert_official(official: Mapping[str, Tensor], model: CoDETR) -> Conversio
     return conversion
 
 
-def restore_official(
-    state: Mapping[str, Tensor], model: CoDETR, mmdet_swin: bool = False
-) -> Conversion:
+def restore_official(state: Mapping[str, Tensor], model: CoDETR) -> Conversion:
     """The inverse of `convert_official`: our complete state dict of ``model`` -> official.
 
     What was dropped on the way to us comes back where it can be made anew: the counters of batch
@@ -94,12 +92,11 @@ def restore_official(
     Args:
         state: our tensors.
         model: whose tensors they are.
-        mmdet_swin: give a Swin backbone mmdet's names instead of those of the reference.
 
     Raises:
         CheckpointError: naming missing, unknown and differently shaped tensors of ``state``.
     """
-    rows = table(model, mmdet_swin)
+    rows = table(model)
     conversion = Conversion({})
     splits = {name: row for row in rows if isinstance(row, SplitRow) for name in row.ours}
     for key, value in state.items():

@@ -46,7 +46,6 @@ class ClassMap:
 
     Attributes:
         pairs: (index in the checkpoint, index in the model) of the classes with the same name.
-        num_theirs, num_ours: number of classes of the checkpoint and of the model.
         kept: names of the classes that both have.
         new: names that only the model has; their rows keep their initial values.
         unused: names that only the checkpoint has.
@@ -54,12 +53,20 @@ class ClassMap:
     """
 
     pairs: list[tuple[int, int]]
-    num_theirs: int
-    num_ours: int
     kept: list[str]
     new: list[str]
     unused: list[str]
     tensors: list[str] = field(default_factory=list)
+
+    @property
+    def num_theirs(self) -> int:
+        """Number of classes of the checkpoint."""
+        return len(self.kept) + len(self.unused)
+
+    @property
+    def num_ours(self) -> int:
+        """Number of classes of the model."""
+        return len(self.kept) + len(self.new)
 
 
 def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> ClassMap:
@@ -73,8 +80,6 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> ClassMap:
     kept = [name for name in own if name in by_name]
     return ClassMap(
         pairs=[(by_name[name], own[name]) for name in kept],
-        num_theirs=len(theirs),
-        num_ours=len(ours),
         kept=[ours[own[name]] for name in kept],
         new=[ours[index] for name, index in own.items() if name not in by_name],
         unused=[theirs[index] for name, index in by_name.items() if name not in own],

@@ -66,6 +66,10 @@ def read_checkpoint(path: str, unsafe: bool = False) -> dict[str, Any]:
             "any code: get it from somebody you trust, or, if you trust whoever made this one, "
             f"load it with {UNSAFE_SWITCH}."
         ) from error
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} cannot be opened ({error.strerror}): name a file that you can read."
+        ) from error
     except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(
             f"checkpoint {path} cannot be read ({_first_sentence(error)}): it is damaged or not a "

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from co_detr.checkpoint import shorten
 from co_detr.checkpoint_classes import ClassMap
 from co_detr.errors import CheckpointError
 
@@ -88,10 +89,7 @@ def _class_lines(classes: ClassMap) -> list[str]:
 
 
 def _names(names: list[str]) -> str:
-    if not names:
-        return ""
-    more = f" and {len(names) - _NUM_LISTED} more" if len(names) > _NUM_LISTED else ""
-    return f": {', '.join(names[:_NUM_LISTED])}{more}"
+    return f": {shorten(names, _NUM_LISTED)}" if names else ""
 
 
 def _listed(entries: list[str]) -> list[str]:

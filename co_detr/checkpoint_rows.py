@@ -27,18 +27,17 @@ EMA_COPIES = "the second set of weights of mmdet's EMA hook"
 RATIOS = 3  # aspect ratios of RPN anchors
 
 
-def table(model: CoDETR, mmdet_swin: bool = False) -> list[TableRow]:
+def table(model: CoDETR) -> list[TableRow]:
     """All lines for ``model``.
 
     Args:
         model: whose names are ours.
-        mmdet_swin: see `transformer_backbone_rows`.
     """
     keys = model.state_dict().keys()
     is_dino = "decoder.output_norm.weight" in keys
     return [
         DroppedRow("ema_{rest}", EMA_COPIES),
-        *(transformer_backbone_rows(model.backbone, mmdet_swin=mmdet_swin) or _resnet_rows()),
+        *(transformer_backbone_rows(model.backbone) or _resnet_rows()),
         *_neck_rows(),
         *_transformer_rows(),
         *(_dino_rows("queries.1.label_embedding.weight" in keys) if is_dino else _plain_rows()),

@@ -4,7 +4,7 @@ A table is a list of lines and is read in both directions; the first line that k
 `co_detr.checkpoint_rows` has the lines of the transformer and the heads,
 `co_detr.checkpoint_backbones` those of the backbones.
 
-Keys are written with placeholders: ``{i}``, ``{j}``, ``{k}`` for a number, ``{leaf}`` for a name
+Keys are written with placeholders: ``{i}``, ``{j}`` for a number, ``{leaf}`` for a name
 without dots, ``{rest}`` for any tail. A line has the same placeholders on both sides.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 Rewrite: TypeAlias = Callable[[Tensor], Tensor]
 
-_PLACEHOLDERS = {"i": r"\d+", "j": r"\d+", "k": r"\d+", "leaf": r"[^.]+", "rest": r".+"}
+_PLACEHOLDERS = {"i": r"\d+", "j": r"\d+", "leaf": r"[^.]+", "rest": r".+"}
 
 
 @dataclass(frozen=True)

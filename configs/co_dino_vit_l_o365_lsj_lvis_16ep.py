@@ -17,6 +17,7 @@ model.encoder.activation_checkpointing = True
 model.queries[1].update(num_queries=300, box_noise=0.4)
 model.postprocessor.max_detections = 1000
 use_lsj(model, dataloader, size=1536)
+model.backbone.bottom_up.square_size = "${...padding.square_size}"
 
 optimizer.update(lr=5e-5, weight_decay=0.05)
 set_epochs(train, lr_multiplier, epochs=16, drops=[9, 15], iterations=LVIS)

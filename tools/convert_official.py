@@ -40,6 +40,7 @@ from co_detr.engine.config import load_config
 from co_detr.errors import CheckpointError, UserError
 from co_detr.model_zoo.choose import choose_config, empty_model
 from co_detr.model_zoo.configs import config_file
+from co_detr.model_zoo.files import existing_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,8 +59,7 @@ def convert(options: argparse.Namespace) -> None:
     Raises:
         CheckpointError: if the file cannot be read, or does not fit the config.
     """
-    if not os.path.isfile(options.input):
-        raise CheckpointError(f"checkpoint {options.input} does not exist: name an existing file.")
+    existing_checkpoint(options.input)
     if os.path.exists(options.output) and os.path.samefile(options.input, options.output):
         raise CheckpointError(f"{options.output} would replace its own input: name another file.")
     content = read_checkpoint(options.input, options.unsafe)

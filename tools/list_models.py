@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-import torch
-from detectron2.config import instantiate
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
 from co_detr.model_zoo import ZOO, ZooEntry, get_config
+from co_detr.model_zoo.choose import empty_model
 
 HEADER = ("config", "M par. training", "inference", "published", "data", "AP", "official config")
 
@@ -33,8 +32,7 @@ class ModelSize:
 
 def measure(name: str) -> ModelSize:
     """Builds the model of a config on the meta device and counts."""
-    with torch.device("meta"):
-        model = instantiate(get_config(name).model)
+    model = empty_model(get_config(name))
     training = count_parameters(model)
     model.strip_auxiliary()
     return ModelSize(training / 1e6, count_parameters(model) / 1e6)

@@ -32,7 +32,11 @@ class Field:
 
 
 def find_contestants(device: str, wanted: list[str] | None = None) -> Field:
-    """Everything that can be imported and has kernels for ``device``, or what was ``wanted``."""
+    """Everything that can be imported and has kernels for ``device``, or what was ``wanted``.
+
+    Raises:
+        ValueError: a name in ``wanted`` is none of them.
+    """
     makers = {
         OURS: _ours,
         EAGER: lambda device: _eager,
@@ -42,6 +46,9 @@ def find_contestants(device: str, wanted: list[str] | None = None) -> Field:
         "deformops": _deformops,
         "msda_triton": _msda_triton,
     }
+    unknown = sorted(set(wanted or ()) - makers.keys())
+    if unknown:
+        raise ValueError(f"no such contestants: {unknown}; there are {list(makers)}")
     found = Field()
     for name, maker in makers.items():
         if wanted is not None and name not in wanted:

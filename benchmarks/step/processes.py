@@ -109,8 +109,8 @@ class Worker:
         if reply is None or "error" in reply:
             self._log.seek(0)
             lines = self._log.read().strip().splitlines()
-            code = self._process.poll()
             self.close()
+            code = self._process.returncode
             reason = reply["error"] if reply else f"ended with status {code}: {lines[-1:]}"
             raise WorkerError(reason)
         return reply

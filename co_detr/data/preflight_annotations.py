@@ -96,6 +96,8 @@ def _check_annotations(
     complete = _complete(report, "annotations", entries, ("image_id", "category_id", "bbox"))
     _check_references(report, complete, images)
     ids = [each["id"] if _is_id(each.get("id")) else "missing" for each in complete]
+    if "missing" in ids:
+        ids.append("missing")  # one without an id is worth a warning, too
     report.add(
         "warning",
         _repeated(ids),

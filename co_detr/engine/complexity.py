@@ -83,7 +83,12 @@ class Complexity:
 def random_batch(
     height: int, width: int, batch: int, num_gts: int, num_classes: int, seed: int = 0
 ) -> list[dict]:
-    """Inputs with random pixels and boxes, ready for training and for inference."""
+    """Inputs with random pixels and boxes, ready for training and for inference.
+
+    Returns:
+        ``batch`` dicts: ``image`` ``(3, height, width)`` float from 0 to 255, and ``instances``
+        with ``num_gts`` ``gt_boxes`` (absolute xyxy) and ``gt_classes``.
+    """
     generator = torch.Generator().manual_seed(seed)
     extent = torch.tensor([width, height], dtype=torch.float32)
     inputs = []

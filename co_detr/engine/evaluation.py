@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from detectron2.data import MetadataCatalog
@@ -19,6 +20,7 @@ from detectron2.evaluation import (
     print_csv_format,
 )
 from detectron2.utils import comm
+from pycocotools.coco import COCO
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -75,7 +77,8 @@ class CocoBoxEvaluator(BoxEvaluator, COCOEvaluator):
         name = dataset_name(annotation_file)
         if not MetadataCatalog.get(name).get("json_file"):
             MetadataCatalog.get(name).json_file = annotation_file
-        super().__init__(name, tasks=("bbox",), output_dir=output_dir, use_fast_impl=False)
+        with _numbered_annotations():
+            super().__init__(name, tasks=("bbox",), output_dir=output_dir, use_fast_impl=False)
         dataset = self._coco_api.dataset
         dataset.setdefault("info", {})
         images = {image["id"]: image for image in dataset["images"]}
@@ -142,3 +145,20 @@ def evaluate(
     os.replace(f"{path}.tmp", path)
     logger.info("Metrics are in %s", path)
     return defined
+
+
+@contextlib.contextmanager
+def _numbered_annotations() -> Iterator[None]:
+    """The COCO API wants an id of every annotation as soon as it reads a file."""
+    create_index = COCO.createIndex
+
+    def number_first(coco: COCO) -> None:
+        for number, annotation in enumerate(coco.dataset["annotations"], start=1):
+            annotation["id"] = number
+        create_index(coco)
+
+    COCO.createIndex = number_first
+    try:
+        yield
+    finally:
+        COCO.createIndex = create_index

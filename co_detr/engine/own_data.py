@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from co_detr.data.coco import align_classes, class_names, load_coco
 from co_detr.data.coco_file import read_coco, shortened
 from co_detr.data.preflight import PreflightSettings, SplitFiles, preflight
-from co_detr.errors import DataError
+from co_detr.errors import DataError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def check_data(cfg: DictConfig, eval_only: bool = False) -> None:
                 cfg.model.num_classes,
                 ", ".join(report.splits[0].class_names[:20]),
             )
-        except DataError as error:
+        except UserError as error:
             problem = str(error)
     problem = comm.all_gather(problem)[0]
     if problem is not None:

@@ -31,6 +31,17 @@ def get_checkpoint_url(name: str) -> str:
     return entry.url
 
 
+def existing_checkpoint(path: str | os.PathLike[str]) -> str:
+    """The path of a file that is there.
+
+    Raises:
+        CheckpointError: if there is no such file.
+    """
+    if not os.path.isfile(path):
+        raise CheckpointError(f"checkpoint {path} does not exist: name an existing file.")
+    return os.fspath(path)
+
+
 def resolve_checkpoint(name: str, path: str | os.PathLike[str] | None = None) -> str:
     """A local file with the weights of a model, fetched if need be.
 
@@ -42,9 +53,7 @@ def resolve_checkpoint(name: str, path: str | os.PathLike[str] | None = None) ->
         CheckpointError: if the file is nowhere; says which file to put where.
     """
     if path is not None:
-        if not os.path.isfile(path):
-            raise CheckpointError(f"checkpoint {path} does not exist: name an existing file.")
-        return os.fspath(path)
+        return existing_checkpoint(path)
     entry = _released(name)
     folder = os.environ.get(FOLDER_VARIABLE)
     cached = Path(torch.hub.get_dir()) / "checkpoints" / f"co_detr_{entry.checkpoint}"

@@ -125,6 +125,9 @@ class DeformableDecoder(nn.Module):
 
         Returns:
             logits ``(D, B, Q, K)`` and normalised boxes ``(D, B, Q, 4)`` of all D layers.
+
+        Raises:
+            ConfigError: if both or neither of the queries and ``query_position`` give positions.
         """
         self._check(queries)
         logits, boxes = [], []

@@ -44,17 +44,19 @@ class BatchPadding:
             padded ones.
 
         Raises:
-            ConfigError: if an image is larger than ``square_size``.
+            ConfigError: if an image is larger than the square (of ``square_size`` or the backbone).
         """
         constraints = dict(backbone.padding_constraints)
         if self.square_size:
             constraints["square_size"] = self.square_size
-            largest = max(max(image.shape[-2:]) for image in images)
-            if largest > self.square_size:
-                raise ConfigError(
-                    f"an image has a side of {largest} pixels, but model.padding.square_size is "
-                    f"{self.square_size}: let the augmentations of dataloader make it fit."
-                )
+        square_size = constraints.get("square_size", 0)
+        largest = max(max(image.shape[-2:]) for image in images)
+        if square_size and largest > square_size:
+            source = "model.padding" if self.square_size else "the backbone"
+            raise ConfigError(
+                f"an image has a side of {largest} pixels, but {source}.square_size is "
+                f"{square_size}: let the augmentations of dataloader make it fit."
+            )
         batch = ImageList.from_tensors(
             [(image - mean) / std for image in images],
             backbone.size_divisibility,

@@ -52,7 +52,6 @@ class SoftNMSPostprocessor(nn.Module):
     Args:
         max_detections: detections to keep per image.
         min_score: pairs that fall below are dropped, except for the best one.
-        num_candidates: pairs to start from; None: as many as there are queries.
         sigma: None for the linear factor; 0.5 in the paper for the Gaussian one, which heeds no
             threshold.
     """
@@ -62,21 +61,19 @@ class SoftNMSPostprocessor(nn.Module):
         max_detections: int = 300,
         iou_threshold: float = 0.8,
         min_score: float = 1e-3,
-        num_candidates: int | None = None,
         sigma: float | None = None,
     ):
         super().__init__()
         self.max_detections = max_detections
         self.iou_threshold = iou_threshold
         self.min_score = min_score
-        self.num_candidates = num_candidates
         self.sigma = sigma
 
     def forward(
         self, logits: Tensor, boxes: Tensor, image_sizes: list[tuple[int, int]]
     ) -> list[Instances]:
         """As `TopKPostprocessor`."""
-        candidates = best_pairs(logits, boxes, image_sizes, self.num_candidates or logits.shape[1])
+        candidates = best_pairs(logits, boxes, image_sizes, logits.shape[1])
         return [self.thin_out(each) for each in candidates]
 
     def thin_out(self, found: Instances) -> Instances:
@@ -107,13 +104,11 @@ def soft_nms(
     See `SoftNMSPostprocessor` for the other arguments.
 
     One box of every class is visited at a time, so that there are only as many steps as the most
-    frequent class has boxes; no step waits for the device.
+    frequent class has boxes; only their number is waited for, no step is.
     """
-    scores = scores.clone()
     if not len(scores):
         return scores
-    same_class = classes[:, None] == classes[None, :]
-    overlap = iou(boxes[:, None], boxes[None]) * same_class
+    overlap = iou(boxes[:, None], boxes[None])  # `waiting` keeps classes apart
     if sigma is None:
         factor = torch.where(overlap >= iou_threshold, 1 - overlap, 1.0)
     else:

@@ -129,13 +129,11 @@ def _check_ranking(
 
 def _check_detections(report: Report, case: Case, model: CoDETR, images: ImageList) -> None:
     """Of the model as it is, and of Co-DINO also without soft-NMS."""
-    found = model.detect(images)
+    predictions = model.predict(images)
+    found = model.postprocessor(*predictions)
     if case.is_dino:
         _compare_both_sizes(report, case, "eval.det_soft_nms", found)
-        usual = model.postprocessor
-        model.postprocessor = TopKPostprocessor(case.max_detections)
-        found = model.detect(images)
-        model.postprocessor = usual
+        found = TopKPostprocessor(case.max_detections)(*predictions)
     _compare_both_sizes(report, case, "eval.det_no_nms", found)
 
 

@@ -132,6 +132,7 @@ def batched_nms_unit(unit: Unit) -> None:
     if unit["type"] == "soft_nms":
         check_soft_nms(unit, unit["class_ids"])
         return
+    unit.exact("type", "nms")
     boxes, scores = unit["boxes"], unit["scores"]
     keep = batched_nms(boxes, scores, unit["class_ids"], unit["iou_threshold"])
     unit.exact("keep", keep)

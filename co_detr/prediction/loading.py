@@ -32,7 +32,7 @@ from co_detr.engine.config import apply_overrides, load_config
 from co_detr.errors import CheckpointError
 from co_detr.model_zoo.choose import CLASS_BIAS
 from co_detr.model_zoo.configs import config_file
-from co_detr.model_zoo.files import resolve_checkpoint
+from co_detr.model_zoo.files import existing_checkpoint, resolve_checkpoint
 from co_detr.model_zoo.table import ZOO
 
 logger = logging.getLogger(__name__)
@@ -117,9 +117,7 @@ def _is_name(path: str) -> bool:
 
 def _checkpoint_file(config: Config, checkpoint: str | os.PathLike[str] | None) -> str:
     if checkpoint is not None:
-        if not os.path.isfile(checkpoint):
-            raise CheckpointError(f"checkpoint {checkpoint} does not exist: name an existing file.")
-        return os.fspath(checkpoint)
+        return existing_checkpoint(checkpoint)
     name = None if isinstance(config, DictConfig) else Path(config).stem
     if name not in ZOO:
         raise CheckpointError(

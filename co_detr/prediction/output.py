@@ -46,6 +46,7 @@ class OutputFolder:
         self.results.add(image_id, str(path), found, picture=name)
 
     def draw(self, rgb: np.ndarray, found: Instances) -> Image.Image:
+        """The picture of an image ``(H, W, 3)`` uint8 RGB with detections in its pixels."""
         boxes = [
             Box((x0, y0, x1 - x0, y1 - y0), self._names[label], score)
             for (x0, y0, x1, y1), label, score in zip(

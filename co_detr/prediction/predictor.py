@@ -174,4 +174,7 @@ def _device(name: str | None) -> torch.device:
         raise ConfigError(f"there is no device {name!r}: choose cpu, cuda or cuda:1.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"the device is {name} but no CUDA device is here: choose cpu.")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ConfigError(f"the device is {name} but only {count} CUDA devices are here.")
     return device

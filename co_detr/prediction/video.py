@@ -81,11 +81,7 @@ class VideoReader:
 
 
 class VideoWriter:
-    """Writes frames to an mp4 file, whose size is that of the first one.
-
-    Raises:
-        DataError: if OpenCV cannot write to `path`.
-    """
+    """Writes frames to an mp4 file, whose size is that of the first one."""
 
     def __init__(self, path: Path, rate: float) -> None:
         self._cv2 = require_opencv()
@@ -94,6 +90,11 @@ class VideoWriter:
         self._writer: Any = None
 
     def add(self, rgb: np.ndarray) -> None:
+        """Appends a frame, ``(H, W, 3)`` uint8 RGB.
+
+        Raises:
+            DataError: if OpenCV cannot write to the file.
+        """
         if self._writer is None:
             codec = self._cv2.VideoWriter_fourcc(*"mp4v")
             size = (rgb.shape[1], rgb.shape[0])

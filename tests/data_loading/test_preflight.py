@@ -207,6 +207,12 @@ def test_8_duplicate_ids(data):
     data.write()
     assert data.warnings() == [(1, "annotation ids that occur twice or are missing")]
     assert data.perfect_ap()["AP"] == pytest.approx(100)
+    for number, annotation in enumerate(data.val["annotations"], start=1):
+        annotation["id"] = number
+    del data.val["annotations"][0]["id"]
+    data.write()
+    assert data.warnings() == [(1, "annotation ids that occur twice or are missing")]
+    assert data.perfect_ap()["AP"] == pytest.approx(100)
     data.train["images"][1]["id"] = 0
     data.write()
     assert "image ids that occur twice: 1 (the first: 0); make the ids unique" in data.error()

@@ -131,7 +131,7 @@ def disagreement(problem: Problem) -> str | None:
         if not tensor.isfinite().all():
             return f"{name}: not finite"
         error = (tensor - wanted).abs().max() / wanted.abs().max().clamp(min=1e-3)
-        if error > TOLERANCES[problem.dtype]:
+        if not error <= TOLERANCES[problem.dtype]:  # NaN is an error, too
             return f"{name}: relative error {error:.1e}"
     return None
 

@@ -153,9 +153,9 @@ HALF = torch.tensor([[True, False, True], [False, True, True]])
 def test_truth_table_of_blocks(groups):
     made = []
     for name, size, *rest in groups:
-        valid, num_blocks = (*rest, None, 1)[:2] if len(rest) < 2 else rest
+        valid, num_blocks = (*rest, *(None, 1)[len(rest) :])
         sees = ("matching",) if name == "denoising" else ()
-        made.append(plain_group(name, size, valid, num_blocks=num_blocks or 1, sees=sees))
+        made.append(plain_group(name, size, valid, num_blocks=num_blocks, sees=sees))
     mask = QuerySet.concat(made).attend_mask
     slots = [(group, slot) for group in made for slot in range(group.num_queries)]
     full = mask.expand(2, 1, len(slots), len(slots))

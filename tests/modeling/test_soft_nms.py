@@ -126,11 +126,8 @@ def test_low_scores_are_dropped_but_never_the_best():
         assert each.scores.tolist() == best.scores.tolist()
 
 
-@pytest.mark.parametrize(("num_candidates", "expected"), [(None, 30), (50, 50), (1000, 120)])
-def test_starts_from_as_many_pairs_as_queries(num_candidates, expected):
+def test_starts_from_as_many_pairs_as_queries():
     logits, boxes, sizes = outputs()
     spread = boxes * torch.linspace(0.1, 1.0, 30)[:, None]  # nothing overlaps enough
-    postprocessor = SoftNMSPostprocessor(
-        max_detections=500, iou_threshold=0.99, num_candidates=num_candidates
-    )
-    assert [len(each) for each in postprocessor(logits, spread, sizes)] == [expected] * 2
+    postprocessor = SoftNMSPostprocessor(max_detections=500, iou_threshold=0.99)
+    assert [len(each) for each in postprocessor(logits, spread, sizes)] == [30, 30]

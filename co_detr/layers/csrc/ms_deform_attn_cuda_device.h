@@ -1,8 +1,8 @@
 // What the CUDA kernels share: loads, the arithmetic of a sampling point, who works on what.
 //
-// A row = one (query, head) of one image. A row has 32 lanes' worth of 4-byte channels, that is
-// 16 bytes for every one of its lanes; the rows of a block are neighbouring queries of one head,
-// because their points overlap and find each other's pixels in L1.
+// A row = one (query, head) of one image. It has as many lanes as 32 channels take at 16 bytes
+// each: 8 in fp32, 4 in 16 bits, 16 in fp64; the rows of a block are neighbouring queries of one
+// head, because their points overlap and find each other's pixels in L1.
 #pragma once
 
 #include "ms_deform_attn_cuda.h"

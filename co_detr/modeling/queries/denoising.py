@@ -44,8 +44,12 @@ class DenoisingQueries(nn.Module):
     Source: DINO section 3.3; the reference's ``CdnQueryGenerator``.
 
     Args:
+        num_classes: K.
+        embed_dim: width C of the content queries.
         num_queries: positives of an image over all blocks, about; 100 in DINO.
-        sees: name of the group of matched queries.
+        label_noise: twice the probability that a label is replaced.
+        box_noise: factor of the largest shift of a positive's side, half of the box's extent.
+        eps: bound of the inverse sigmoid on noised boxes.
     """
 
     training_only = True
@@ -59,8 +63,6 @@ class DenoisingQueries(nn.Module):
         label_noise: float = 0.5,
         box_noise: float = 1.0,
         eps: float = 1e-3,
-        name: str = "denoising",
-        sees: str = "matching",
     ):
         super().__init__()
         self.num_classes = num_classes
@@ -68,12 +70,13 @@ class DenoisingQueries(nn.Module):
         self.label_noise = label_noise
         self.box_noise = box_noise
         self.eps = eps
-        self.name = name
-        self.sees = sees
         self.label_embedding = nn.Embedding(num_classes, embed_dim)
 
     def forward(self, memory: EncoderMemory, ground_truth: list[GroundTruth]) -> QueryGroup:
-        """Makes the group; it has no queries at all if no image has a ground truth."""
+        """Makes the group: content ``(B, Q, C)``, reference ``(B, Q, 4)``, Q = 2 G x blocks.
+
+        It has no queries at all if no image has a ground truth.
+        """
         longest = max(len(truth.labels) for truth in ground_truth)
         num_blocks = max(1, self.num_queries // longest) if longest else 1
         labels, boxes, is_real = _pad(ground_truth, longest)  # (B, G), (B, G, 4), (B, G)
@@ -96,13 +99,13 @@ class DenoisingQueries(nn.Module):
             weights=torch.ones_like(boxes[..., 0]).flatten(1)[None],
         )
         return QueryGroup(
-            name=self.name,
+            name="denoising",
             content=content.flatten(1, 3).to(memory.tokens.dtype),
             position=None,
             reference=logits.sigmoid().flatten(1, 3),
             targets=targets,
             num_blocks=num_blocks,
-            sees=(self.sees,),
+            sees=("matching",),
         )
 
     def draw(self, boxes: Tensor) -> NoiseDraws:
