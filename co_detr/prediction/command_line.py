@@ -37,14 +37,21 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_model_arguments(parser)
     add = parser.add_argument
-    add("--config-file", required=True, metavar="FILE", help="config file, or name in the zoo")
-    add("--checkpoint", metavar="FILE", help="weights; default: those released for the model")
     add("inputs", nargs="+", metavar="INPUT", help="file, folder (with subfolders) or pattern")
     add("--output", required=True, metavar="DIR", help="folder for pictures and predictions.json")
     add("--score", type=float, default=0.3, help="lowest score to keep (default: 0.3)")
     add("--batch-size", type=int, default=1, help="images of equal size at once (default: 1)")
     add("--video", action="store_true", help="the inputs are videos (needs OpenCV)")
+    return parser.parse_intermixed_args(argv)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what says which model runs where, and `--debug`."""
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="FILE", help="config file, or name in the zoo")
+    add("--checkpoint", metavar="FILE", help="weights; default: those released for the model")
     add("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     add(
         "--set",
@@ -60,7 +67,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=os.environ.get("CO_DETR_DEBUG") == "1",
         help="show the traceback of errors that are otherwise one sentence (CO_DETR_DEBUG=1)",
     )
-    return parser.parse_intermixed_args(argv)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -38,8 +38,7 @@ def read_rgb(source: ImageSource) -> np.ndarray:
     name = "the image" if isinstance(source, Image.Image) else f"image {source}"
     try:
         if isinstance(source, Image.Image):
-            # The public ImageOps.exif_transpose fails on some EXIF data that this one bears.
-            return convert_PIL_to_numpy(_apply_exif_orientation(source), "RGB")
+            return convert_PIL_to_numpy(upright(source), "RGB")
         if isinstance(source, str | os.PathLike):
             return read_image(os.fspath(source), "RGB")
     except FileNotFoundError as error:
@@ -51,6 +50,12 @@ def read_rgb(source: ImageSource) -> np.ndarray:
         f"a {type(source).__name__} is not an image: pass a path, a PIL image, an array of uint8, "
         "or a list of these."
     )
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF data say it is to be seen; the very same one if they say nothing."""
+    # The public ImageOps.exif_transpose fails on some EXIF data that this one bears.
+    return _apply_exif_orientation(image)
 
 
 def in_format(rgb: np.ndarray, image_format: str) -> np.ndarray:

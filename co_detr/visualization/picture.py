@@ -26,6 +26,12 @@ def class_colours(class_names: Sequence[str]) -> dict[str, Colour]:
     return dict(zip(class_names, colours, strict=True))
 
 
+def text_colour(ground: Colour) -> str:
+    """ "black" or "white", whichever is easier to read on the colour `ground`."""
+    red, green, blue = ground
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > _BRIGHT else "white"
+
+
 def draw_picture(rgb: np.ndarray, boxes: Sequence[Box], colours: dict[str, Colour]) -> Image.Image:
     """Draws boxes with class and score; lines and text grow with the image.
 
@@ -69,9 +75,7 @@ def _label(
     x = max(0, min(left, size[0] - width))
     y = top - height if top >= height else max(0, top)
     draw.rectangle((x, y, x + width - 1, y + height - 1), fill=colour)
-    red, green, blue = colour
-    bright = 0.299 * red + 0.587 * green + 0.114 * blue > _BRIGHT
-    draw.text((x + 2, y), text, font=font, fill="black" if bright else "white")
+    draw.text((x + 2, y), text, font=font, fill=text_colour(colour))
 
 
 def _corners(box: Box) -> tuple[int, int, int, int]:

@@ -1,0 +1,105 @@
+"""From the bytes of an image file to what the page shows."""
+
+from __future__ import annotations
+
+import base64
+import io
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from co_detr.errors import DataError
+from co_detr.prediction.images import upright
+from co_detr.prediction.predictor import Predictor
+from co_detr.prediction.results import CocoResults
+
+_JPEG_QUALITY = 92
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An image file of a browser.
+
+    Attributes:
+        name: of the file, for messages and the json.
+        content: its bytes.
+        shown_size: (width, height) in which the browser can show it; None: it cannot.
+    """
+
+    name: str
+    content: bytes
+    shown_size: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What was found in an image.
+
+    Attributes:
+        coco: an annotation file with scores, of one image; see `CocoResults`.
+        seconds: what the model took.
+        picture: the image as the model saw it, as a data URL; None: the browser shows it so.
+    """
+
+    coco: dict[str, list[dict[str, Any]]]
+    seconds: float
+    picture: str | None
+
+
+class Detector:
+    """Detects in one image after the other, in the order in which they come.
+
+    One thread does all of it: images of several users would slow each other down, and each thread
+    that calls a model gets a set of worker threads of its own.
+    """
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.predictor = predictor
+        self._thread = ThreadPoolExecutor(max_workers=1)
+
+    def __call__(self, upload: Upload) -> Detection:
+        """Waits for its turn, then detects.
+
+        Raises:
+            DataError: if the bytes are no image that can be read.
+        """
+        return self._thread.submit(self._detect, upload).result()
+
+    def _detect(self, upload: Upload) -> Detection:
+        image = _open(upload)
+        try:
+            sample = self.predictor.prepare(image)
+        except DataError as error:
+            raise DataError(f"{upload.name}: {error.sentence}") from error
+        start = perf_counter()
+        ((_, _, found),) = self.predictor.stream([(None, sample)])
+        seconds = perf_counter() - start
+        results = CocoResults(self.predictor.class_names)
+        results.add(1, upload.name, found)
+        height, width = sample.rgb.shape[:2]
+        # Some browsers apply the EXIF orientation only to JPEG files.
+        turned = image.format != "JPEG" and upright(image) is not image
+        as_shown = upload.shown_size == (width, height) and not turned
+        return Detection(results.content(), seconds, None if as_shown else _data_url(sample.rgb))
+
+
+def _open(upload: Upload) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(upload.content))
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{upload.name} has too many pixels ({error}): make it smaller.") from error
+    except Exception as error:  # a damaged file can make a decoder raise anything
+        raise DataError(
+            f"{upload.name} is not an image that can be read: choose a JPEG, PNG, WebP, GIF, BMP "
+            "or TIFF file."
+        ) from error
+
+
+def _data_url(rgb: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(rgb).save(buffer, "JPEG", quality=_JPEG_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

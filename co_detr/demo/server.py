@@ -1,0 +1,108 @@
+"""The web page of the demo: one page, its static files, and `detect`, which takes an image file."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import Any
+
+from flask import Flask, Response, render_template, request
+from waitress import create_server
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge, UnsupportedMediaType
+
+from co_detr.demo.detection import Detector, Upload
+from co_detr.errors import ConfigError, DataError, UserError
+from co_detr.prediction.predictor import Predictor
+from co_detr.visualization.picture import class_colours, text_colour
+
+MEGABYTES = 64  # of an image file
+_THREADS = 16  # most of them wait for the model; see `Detector`
+_UPLOAD_TYPE = "application/octet-stream"
+# The browser itself then refuses to load anything from elsewhere or to send anything there.
+_POLICY = "default-src 'self'; img-src 'self' blob: data:; base-uri 'none'; form-action 'none'"
+
+
+def create_app(predictor: Predictor, score: float, title: str) -> Flask:
+    """The application.
+
+    Args:
+        score: where the slider starts, from 0 to 1. The page gets all boxes that `predictor`
+            gives and leaves out those below the slider by itself.
+        title: names the model on the page.
+    """
+    app = Flask(__name__)
+    app.config["MAX_CONTENT_LENGTH"] = MEGABYTES * 2**20
+    detector = Detector(predictor)
+    settings = {"classes": _classes(predictor), "megabytes": MEGABYTES, "uploadType": _UPLOAD_TYPE}
+
+    @app.get("/")
+    def page() -> str:
+        return render_template("page.html", settings=settings, score=score, title=title)
+
+    @app.post("/detect")
+    def detect() -> dict[str, Any]:
+        # A page of another origin cannot send this type without being asked, and is not allowed.
+        if request.mimetype != _UPLOAD_TYPE:
+            raise UnsupportedMediaType(f"send the image file as {_UPLOAD_TYPE}.")
+        name = os.path.basename(request.args.get("name", "")) or "image"
+        return asdict(detector(Upload(name, request.get_data(), _shown_size())))
+
+    @app.errorhandler(Exception)
+    def explain(error: Exception) -> tuple[dict[str, str], int]:
+        if isinstance(error, RequestEntityTooLarge):
+            return {"error": f"the file is larger than {MEGABYTES} MB: make it smaller."}, 413
+        if isinstance(error, HTTPException):
+            return {"error": str(error.description)}, error.code or 500
+        if isinstance(error, UserError):
+            return {"error": error.sentence}, 400 if isinstance(error, DataError) else 500
+        app.logger.error("a request failed", exc_info=error)
+        name = type(error).__name__
+        return {"error": f"the model failed ({name}): its terminal shows where."}, 500
+
+    @app.after_request
+    def protect(response: Response) -> Response:
+        response.headers["Content-Security-Policy"] = _POLICY
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        response.headers["Referrer-Policy"] = "no-referrer"
+        return response
+
+    return app
+
+
+def listen(app: Flask, host: str, port: int) -> Any:
+    """Waitress's server on an address; its `run` serves until it is interrupted.
+
+    Raises:
+        ConfigError: if one cannot listen there.
+    """
+    try:
+        return create_server(
+            app,
+            host=host,
+            port=port,
+            threads=_THREADS,
+            max_request_body_size=app.config["MAX_CONTENT_LENGTH"] + 1,
+        )
+    except (OSError, OverflowError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"the page cannot listen on {host}:{port} ({reason}): choose another --port or --host."
+        ) from error
+
+
+def _classes(predictor: Predictor) -> list[dict[str, str]]:
+    """Name and colours of the classes, in their order; those that predict.py draws."""
+    colours = class_colours(predictor.class_names)
+    return [
+        {
+            "name": name,
+            "colour": "#{:02x}{:02x}{:02x}".format(*colours[name]),
+            "text": text_colour(colours[name]),
+        }
+        for name in predictor.class_names
+    ]
+
+
+def _shown_size() -> tuple[int, int] | None:
+    size = [request.args.get(key, type=int) for key in ("width", "height")]
+    return None if None in size else (size[0], size[1])

@@ -1,0 +1,134 @@
+// The boxes on the picture, their list and their counts. All boxes are made once for an image; the
+// slider only hides and shows them.
+
+const CROWDED = 40; // boxes from which only the label of the one pointed at is shown
+
+export class BoxView {
+  // classes: [{ name, colour, text }], category id 1 first.
+  constructor(classes) {
+    this.classes = classes;
+    this.layer = document.getElementById("boxes");
+    this.list = document.getElementById("list");
+    this.legend = document.getElementById("legend");
+    this.clear();
+    for (const [parent, start, end] of [
+      [this.layer, "pointerover", "pointerleave"],
+      [this.list, "pointerover", "pointerleave"],
+      [this.list, "focusin", "focusout"],
+    ]) {
+      parent.addEventListener(start, (event) => this.#point(event.target));
+      parent.addEventListener(end, () => this.#point(null));
+    }
+    // A tap on a phone: shows where the box is in the list, and where on the picture.
+    this.layer.addEventListener("click", (event) => {
+      this.#item(event.target)?.row.scrollIntoView({ block: "nearest" });
+    });
+    this.list.addEventListener("click", () => this.layer.scrollIntoView({ block: "nearest" }));
+  }
+
+  clear() {
+    this.items = [];
+    this.seconds = 0;
+    this.layer.replaceChildren();
+    this.list.replaceChildren();
+    this.legend.replaceChildren();
+  }
+
+  // coco: an annotation file of one image, with scores. `filter` has to follow.
+  show(coco, seconds) {
+    this.clear();
+    this.seconds = seconds;
+    const [image] = coco.images;
+    const ranked = [...coco.annotations].sort((a, b) => b.score - a.score);
+    this.items = ranked.map((annotation) => this.#make(annotation, image));
+    // Small ones last, so that the pointer reaches those inside of others.
+    const area = ({ annotation }) => annotation.bbox[2] * annotation.bbox[3];
+    const bySize = [...this.items].sort((a, b) => area(b) - area(a));
+    this.layer.replaceChildren(...bySize.map(({ box }) => box));
+    this.list.replaceChildren(...this.items.map(({ row }) => row));
+  }
+
+  // Shows the boxes whose score is at least `threshold`, from 0 to 1.
+  filter(threshold) {
+    for (const item of this.items) {
+      const hidden = item.annotation.score < threshold;
+      item.box.hidden = hidden;
+      item.row.hidden = hidden;
+    }
+    const visible = this.visible();
+    this.layer.classList.toggle("crowded", visible.length >= CROWDED);
+    this.#count(visible);
+    document.getElementById("threshold").textContent = threshold.toFixed(2);
+    const noun = this.items.length === 1 ? "box" : "boxes";
+    document.getElementById("summary").textContent =
+      `${visible.length} of ${this.items.length} ${noun} shown, found in ${this.seconds.toFixed(2)} s`;
+  }
+
+  // The annotations that are shown, best first.
+  visible() {
+    return this.items.filter(({ box }) => !box.hidden).map(({ annotation }) => annotation);
+  }
+
+  #make(annotation, image) {
+    const { name, colour, text } = this.classes[annotation.category_id - 1];
+    const [x, y, width, height] = annotation.bbox;
+    const score = annotation.score.toFixed(2);
+
+    const box = document.createElement("div");
+    box.className = "box";
+    box.classList.toggle("inside", y < 0.06 * image.height);
+    box.classList.toggle("leftwards", x > 0.75 * image.width);
+    const label = document.createElement("span");
+    label.textContent = `${name} ${score}`;
+    box.append(label);
+    const percent = (part, whole) => `${(100 * part) / whole}%`;
+    box.style.left = percent(x, image.width);
+    box.style.top = percent(y, image.height);
+    box.style.width = percent(width, image.width);
+    box.style.height = percent(height, image.height);
+
+    const row = document.createElement("li");
+    const button = document.createElement("button");
+    button.type = "button";
+    const [title, figure] = [document.createElement("span"), document.createElement("span")];
+    title.textContent = name;
+    figure.textContent = score;
+    figure.className = "figure";
+    button.append(title, figure);
+    row.append(button);
+
+    for (const element of [box, row]) paint(element, colour, text);
+    return { annotation, box, row };
+  }
+
+  #count(visible) {
+    const counts = new Map();
+    for (const { category_id } of visible) counts.set(category_id, (counts.get(category_id) ?? 0) + 1);
+    const chips = [...counts].sort((a, b) => b[1] - a[1] || a[0] - b[0]).map(([category, count]) => {
+      const { name, colour, text } = this.classes[category - 1];
+      const chip = document.createElement("li");
+      chip.textContent = `${name} ${count}`;
+      paint(chip, colour, text);
+      return chip;
+    });
+    this.legend.replaceChildren(...chips);
+  }
+
+  #item(element) {
+    return this.items.find(({ box, row }) => box.contains(element) || row.contains(element));
+  }
+
+  #point(element) {
+    const pointed = element && this.#item(element);
+    for (const item of this.items) {
+      item.box.classList.toggle("active", item === pointed);
+      item.row.classList.toggle("active", item === pointed);
+    }
+    this.layer.classList.toggle("pointing", Boolean(pointed));
+  }
+}
+
+function paint(element, colour, text) {
+  element.style.setProperty("--colour", colour);
+  element.style.setProperty("--on-colour", text);
+}

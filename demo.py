@@ -1,0 +1,32 @@
+#!/usr/bin/env python3
+"""Shows a trained model's boxes on a local web page; `--help` shows examples."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# As in train_net.py: threads that wait must not keep the cores busy; set before torch loads.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+from co_detr.noise import silence_dependencies
+
+silence_dependencies()
+
+from co_detr.demo.command_line import parse_arguments, run
+from co_detr.engine.launch import report
+from co_detr.errors import UserError
+
+
+def command_line() -> int:
+    options = parse_arguments()
+    try:
+        run(options)
+    except UserError as error:
+        report(error, options.debug)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())
