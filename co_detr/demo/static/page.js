@@ -46,7 +46,10 @@ async function showPicture(url) {
   get("drop").classList.add("small");
   try {
     await picture.decode();
-    return { width: picture.naturalWidth, height: picture.naturalHeight };
+    const size = { width: picture.naturalWidth, height: picture.naturalHeight };
+    get("stage").style.setProperty("--width", size.width);
+    get("stage").style.setProperty("--height", size.height);
+    return size;
   } catch {
     return null; // a format of which only the server can make a picture, or no image at all
   }

@@ -1,0 +1,74 @@
+"""Finding image files, and sharing them out when a folder has no val set."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from pathlib import Path
+
+from co_detr.conversion.structures import Example
+from co_detr.errors import ConfigError, DataError
+from co_detr.prediction.inputs import IMAGES
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Image files of a folder and its subfolders, sorted; hidden ones are left out."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def first_folder(candidates: Iterable[Path]) -> Path | None:
+    """The first that exists."""
+    return next((path for path in candidates if path.is_dir()), None)
+
+
+def require_labels(splits: dict[str, list[Example]], expected: str) -> None:
+    """Raises a DataError if no image of a split has a label file: the search must have failed."""
+    for split, examples in splits.items():
+        if not examples:
+            raise DataError(f"the {split} set has no image: add images, or remove the set.")
+        if all(example.label is None for example in examples):
+            raise DataError(
+                f"none of the {len(examples)} {split} images has a label file ({expected}, for "
+                f"{examples[0].image}): put them there."
+            )
+
+
+def share_out(
+    splits: dict[str, list[Example]], val_fraction: float | None, folder: Path
+) -> dict[str, list[Example]]:
+    """The splits with a val set, which is drawn from train where there is none.
+
+    The same images are drawn each time.
+
+    Raises:
+        ConfigError: if `val_fraction` is missing, superfluous or leaves a set empty.
+        DataError: if there is no train set.
+    """
+    if "train" not in splits:
+        raise DataError(f"{folder} has no train set (only {', '.join(splits)}): add it.")
+    if "val" in splits:
+        if val_fraction is not None:
+            raise ConfigError(f"{folder} has a val set: leave --val-fraction out.")
+        return splits
+    if val_fraction is None:
+        raise ConfigError(
+            f"{folder} has no val set: add --val-fraction 0.2 to take every fifth image for it, "
+            "drawn at random."
+        )
+    examples = splits["train"]
+    count = round(val_fraction * len(examples))
+    if not 0 < count < len(examples):
+        raise ConfigError(
+            f"--val-fraction {val_fraction} of {len(examples)} images leaves a set empty: choose "
+            "another."
+        )
+    drawn = set(random.Random(0).sample(range(len(examples)), count))
+    train = [each for index, each in enumerate(examples) if index not in drawn]
+    val = [each for index, each in enumerate(examples) if index in drawn]
+    return {**splits, "train": train, "val": val}

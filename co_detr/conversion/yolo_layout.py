@@ -1,0 +1,188 @@
+"""YOLO folders: a yaml file or known folder names say where images and labels lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from co_detr.conversion.folders import first_folder, image_files, require_labels
+from co_detr.conversion.image_size import ImageSize
+from co_detr.conversion.structures import SPLITS, Example, Labels
+from co_detr.conversion.text_file import read_class_names, read_text, unique_names
+from co_detr.conversion.yolo_labels import read_yolo_labels
+from co_detr.errors import DataError
+
+_CLASS_FILES = ("classes.txt", "obj.names", "labels/classes.txt", "train/labels/classes.txt")
+_NO_LABELS = frozenset(Path(name).name for name in _CLASS_FILES)
+
+
+@dataclass(frozen=True)
+class YoloLayout:
+    """See `Layout`; with `keypoints`, lines have some behind their box."""
+
+    splits: dict[str, list[Example]]
+    class_names: Sequence[str]
+    orphans: list[Path]
+    keypoints: bool
+
+    def read(self, label: Path, size: ImageSize) -> Labels:
+        return read_yolo_labels(label, size, self.class_names, self.keypoints)
+
+
+def find_yolo(source: Path, class_names: Sequence[str] | None = None) -> YoloLayout:
+    """Finds the parts of a YOLO data set.
+
+    Args:
+        source: its folder or its yaml file.
+        class_names: in the order of their numbers; by default those of the yaml file, or of
+            classes.txt or obj.names.
+
+    Raises:
+        DataError: if a part is missing.
+    """
+    file = source if source.is_file() else _yaml_file(source)
+    root = source.parent if source.is_file() else source
+    content = {} if file is None else _read_yaml(file)
+    names = class_names or _class_names(content, file, root)
+    images = _listed_images(content, file) if file and _has_splits(content) else _images(root)
+    splits = {
+        split: [Example(path, _label_file(path)) for path in dict.fromkeys(paths)]
+        for split, paths in images.items()
+    }
+    require_labels(splits, "the same name with .txt, in labels/ instead of images/ or beside it")
+    return YoloLayout(splits, names, _orphans(splits), "kpt_shape" in content)
+
+
+def _yaml_file(folder: Path) -> Path | None:
+    files = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
+    named = [path for path in files if path.stem in ("data", "dataset")] or files
+    if len(named) > 1:
+        names = ", ".join(path.name for path in named)
+        raise DataError(f"{folder} has several yaml files ({names}): name the one to read.")
+    return named[0] if named else None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path} is not valid yaml ({reason}): correct it.") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} has no keys such as names, train and val: add them.")
+    return content
+
+
+def _has_splits(content: dict[str, Any]) -> bool:
+    return any(content.get(alias) for aliases in SPLITS.values() for alias in aliases)
+
+
+def _class_names(content: dict[str, Any], file: Path | None, root: Path) -> list[str]:
+    names = content.get("names")
+    if names is None:
+        found = next((root / name for name in _CLASS_FILES if (root / name).is_file()), None)
+        if found is None:
+            raise DataError(
+                f"{file or root} does not say the names of the classes: add classes.txt with one "
+                "per line, or pass --classes FILE."
+            )
+        return read_class_names(found)
+    if isinstance(names, dict):
+        if sorted(names, key=str) != sorted(range(len(names)), key=str):
+            raise DataError(f"{file} numbers its names not from 0 on: correct the keys of names.")
+        names = [names[index] for index in range(len(names))]
+    if not isinstance(names, list):
+        raise DataError(f"{file} has names that are no list: write names: [first, second].")
+    count = content.get("nc", len(names))
+    if count != len(names):
+        raise DataError(f"{file} has nc: {count} but {len(names)} names: correct one of them.")
+    return unique_names([str(name) for name in names], file)
+
+
+def _listed_images(content: dict[str, Any], file: Path) -> dict[str, list[Path]]:
+    """Images of the sets that a yaml file names: folders, text files, or lists of them."""
+    root = file.parent / str(content.get("path") or "")
+    if not root.is_dir():
+        root = file.parent  # the data set was moved
+    images = {}
+    for split, aliases in SPLITS.items():
+        value = next((content[alias] for alias in aliases if content.get(alias)), None)
+        if value is None:
+            continue
+        images[split] = []
+        for entry in value if isinstance(value, list) else [value]:
+            images[split] += _images_of(_resolve(str(entry), root, file), root)
+    return images
+
+
+def _resolve(entry: str, root: Path, file: Path) -> Path:
+    # Exports often write ../train/images where they mean train/images.
+    inner = Path(*[part for part in Path(entry).parts if part != ".."])
+    for path in (root / entry, file.parent / entry, root / inner, file.parent / inner):
+        if path.exists():
+            return path
+    raise DataError(f"{file} names {entry}, which is not in {root}: correct the path.")
+
+
+def _images_of(path: Path, root: Path) -> list[Path]:
+    if path.is_dir():
+        return image_files(path)
+    if path.suffix.lower() != ".txt":
+        raise DataError(f"{path} is no folder and no .txt list of images: name one.")
+    return _listed_in(path, root)
+
+
+def _listed_in(path: Path, root: Path) -> list[Path]:
+    images = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        entry = line.strip()
+        if not entry:
+            continue
+        # Lists are written from the view of their own folder, of the data set or above it.
+        places = [folder / entry for folder in (path.parent, root, root.parent)]
+        found = next((place for place in places if place.is_file()), None)
+        if found is None:
+            raise DataError(
+                f"{path} line {number} names {entry}, which is not in {root}: correct the path."
+            )
+        images.append(found)
+    return images
+
+
+def _images(root: Path) -> dict[str, list[Path]]:
+    """Images of a data set without a yaml file; a single set counts as train."""
+    images = {}
+    for split, aliases in SPLITS.items():
+        for alias in aliases:
+            places = (root / "images" / alias, root / alias / "images", root / alias)
+            folder, listing = first_folder(places), root / f"{alias}.txt"
+            if folder or listing.is_file():
+                images[split] = image_files(folder) if folder else _listed_in(listing, root)
+                break
+    return images or {"train": image_files(first_folder([root / "images"]) or root)}
+
+
+def _label_file(image: Path) -> Path | None:
+    """In labels/ where the path of the image has images/ (the last one), or beside the image."""
+    parts = list(image.with_suffix(".txt").parts)
+    places = [Path(*parts)]
+    if "images" in parts[:-1]:
+        index = len(parts) - 1 - parts[::-1].index("images")
+        places.insert(0, Path(*parts[:index], "labels", *parts[index + 1 :]))
+    return next((path for path in places if path.is_file()), None)
+
+
+def _orphans(splits: dict[str, list[Example]]) -> list[Path]:
+    used = {example.label for examples in splits.values() for example in examples}
+    folders = {label.parent for label in used if label}
+    return sorted(
+        path
+        for folder in folders
+        if "labels" in folder.parts
+        for path in folder.glob("*.txt")
+        if path not in used and path.name not in _NO_LABELS
+    )

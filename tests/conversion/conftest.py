@@ -1,0 +1,43 @@
+"""Runs the tool; the layouts are in folders.py."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from co_detr.conversion.command_line import parse_arguments, run
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the tool wrote and printed."""
+
+    folder: Path
+    printed: str
+
+    def content(self, split: str) -> dict:
+        return json.loads((self.folder / f"{split}.json").read_text())
+
+    def boxes(self, split: str) -> dict[str, list[tuple]]:
+        """(class name, x, y, width, height) by the name of the image file, without its folder."""
+        content = self.content(split)
+        names = {each["id"]: each["name"] for each in content["categories"]}
+        boxes = {image["id"]: [] for image in content["images"]}
+        for each in content["annotations"]:
+            boxes[each["image_id"]].append((names[each["category_id"]], *each["bbox"]))
+        return {Path(i["file_name"]).name: boxes[i["id"]] for i in content["images"]}
+
+
+@pytest.fixture
+def convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    def call(source: Path, *options: str) -> Result:
+        output = tmp_path / "coco"
+        run(parse_arguments([str(source), "--output", str(output), *map(str, options)]))
+        return Result(output, capsys.readouterr().out)
+
+    return call

@@ -1,0 +1,29 @@
+"""Makes COCO-format files, which training reads, from a YOLO or VOC folder.
+
+python tools/convert_dataset.py my_yolo_or_voc --output my_coco
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from co_detr.noise import silence_dependencies
+
+silence_dependencies()
+
+from co_detr.conversion.command_line import parse_arguments, run
+from co_detr.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        run(parse_arguments(argv))
+    except UserError as error:
+        print(f"error: {error.sentence}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
