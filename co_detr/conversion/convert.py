@@ -65,7 +65,7 @@ def convert(splits: dict[str, list[Example]], layout: Layout) -> list[ConvertedS
     every = [each for entries in read.values() for each in entries]
     problems = [each.problem for each in every if each.problem]
     if problems:
-        more = f" ({len(problems) - 1} more files are wrong.)" if len(problems) > 1 else ""
+        more = f" (The first of {len(problems)} wrong files.)" if len(problems) > 1 else ""
         raise DataError(problems[0] + more)
     names = layout.class_names or sorted(
         {b.class_name for each in every for b in each.labels.boxes}

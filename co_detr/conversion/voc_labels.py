@@ -73,11 +73,11 @@ def _parse(path: Path) -> ElementTree.Element:
         return ElementTree.fromstring(content)
     # A ValueError or LookupError is about the encoding that the file itself states.
     except (ElementTree.ParseError, ValueError, LookupError) as error:
-        if _is_utf8(content):
+        if isinstance(error, ElementTree.ParseError) and _is_utf8(content):
             raise DataError(f"{path} is not valid xml ({error}): correct or remove it.") from error
         raise DataError(
-            f"{path} cannot be read as xml ({error}): it is not UTF-8; save it as UTF-8, or state "
-            "its encoding in the first line."
+            f"{path} cannot be read as xml ({error}) because of its encoding: save it as UTF-8, "
+            "or state the encoding in the first line."
         ) from error
 
 
