@@ -17,7 +17,7 @@ from co_detr.visualization.grid import Box, choose_colours
 
 Colour = tuple[int, int, int]
 
-_BRIGHT = 150  # luma from which black text is easier to read than white
+_BRIGHT = 0.179  # relative luminance from which black text has more contrast than white
 
 
 def class_colours(class_names: Sequence[str]) -> dict[str, Colour]:
@@ -28,8 +28,11 @@ def class_colours(class_names: Sequence[str]) -> dict[str, Colour]:
 
 def text_colour(ground: Colour) -> str:
     """ "black" or "white", whichever is easier to read on the colour `ground`."""
-    red, green, blue = ground
-    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > _BRIGHT else "white"
+    red, green, blue = (
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4  # sRGB to linear
+        for part in (value / 255 for value in ground)
+    )
+    return "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > _BRIGHT else "white"
 
 
 def draw_picture(rgb: np.ndarray, boxes: Sequence[Box], colours: dict[str, Colour]) -> Image.Image:

@@ -180,9 +180,7 @@ def test_all_wrong_files_are_counted(convert, tmp_path):
     source = write_yolo(tmp_path / "yolo")
     (source / "labels" / "train" / "a.txt").write_text("7 0.5 0.5 1 1\n")
     (source / "images" / "train" / "b.PNG").write_bytes(b"no image")
-    with pytest.raises(
-        DataError, match=r"line 1 has class 7.*\(The first of 2 wrong files.\)$"
-    ):
+    with pytest.raises(DataError, match=r"line 1 has class 7.*\(The first of 2 wrong files.\)$"):
         convert(source)
     (source / "labels" / "train" / "a.txt").write_text("")
     with pytest.raises(DataError, match="image .*b.PNG cannot be read .*: replace or remove it.$"):

@@ -119,7 +119,7 @@ def test_the_slider_filters_without_the_model(page, predictor, photos, tmp_path)
         limit = round(limit, 2)  # the slider's step
         expected = int((scores >= limit).sum())
         assert page.count(BOXES) == page.count(ROWS) == expected
-        assert page.find("#summary").text.startswith(f"{expected} of {len(scores)} boxes shown")
+        assert page.find("#summary").text.startswith(f"{expected} of {len(scores)} boxes, found in")
         assert page.find("#threshold").text == f"{limit:.2f}"
     assert page.runs == ["a.png"]
 

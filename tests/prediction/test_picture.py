@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from co_detr.visualization.grid import Box
-from co_detr.visualization.picture import class_colours, draw_picture
+from co_detr.visualization.picture import class_colours, draw_picture, text_colour
 
 COLOURS = class_colours(["cat", "dog"])
 
@@ -48,3 +48,16 @@ def test_colours_of_classes_differ(count):
     values = np.array([*colours.values()], float)
     steps = np.abs(np.diff(values, axis=0)).sum(1)
     assert count == 1 or steps.min() > 60
+
+
+@pytest.mark.parametrize("count", [3, 10, 80])
+def test_labels_have_the_contrast_that_wcag_asks_of_text(count):
+    def luminance(colour):
+        parts = np.array(colour) / 255
+        linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        return linear @ [0.2126, 0.7152, 0.0722]
+
+    for ground in class_colours([str(index) for index in range(count)]).values():
+        text = {"black": 0.0, "white": 1.0}[text_colour(ground)]
+        darker, lighter = sorted((luminance(ground), text))
+        assert (lighter + 0.05) / (darker + 0.05) >= 4.5, ground

@@ -1,7 +1,8 @@
 // The boxes on the picture, their list and their counts. All boxes are made once for an image; the
 // slider only hides and shows them.
 
-const CROWDED = 40; // boxes from which only the label of the one pointed at is shown
+// Pixels of the width of the picture for each label; with more boxes, only the one pointed at has one.
+const PER_LABEL = 20;
 
 export class BoxView {
   // classes: [{ name, colour, text }], category id 1 first.
@@ -56,12 +57,12 @@ export class BoxView {
       item.row.hidden = hidden;
     }
     const visible = this.visible();
-    this.layer.classList.toggle("crowded", visible.length >= CROWDED);
+    this.layer.classList.toggle("crowded", visible.length * PER_LABEL > this.layer.clientWidth);
     this.#count(visible);
     document.getElementById("threshold").textContent = threshold.toFixed(2);
     const noun = this.items.length === 1 ? "box" : "boxes";
     document.getElementById("summary").textContent =
-      `${visible.length} of ${this.items.length} ${noun} shown, found in ${this.seconds.toFixed(2)} s`;
+      `${visible.length} of ${this.items.length} ${noun}, found in ${this.seconds.toFixed(2)} s`;
   }
 
   // The annotations that are shown, best first.
