@@ -62,10 +62,10 @@ def run(options: argparse.Namespace) -> None:
     )
     app = create_app(predictor, options.score, _title(options))
     server = listen(app, options.host, options.port)
-    where = "localhost" if options.host == LOCAL_HOST else options.host
+    where = "localhost" if options.host in (LOCAL_HOST, "0.0.0.0", "::") else options.host
     print(f"Open http://{where}:{options.port} in a browser; Ctrl+C stops the page.", flush=True)
-    if options.host != LOCAL_HOST:
-        print("Everybody who reaches this address can use it, without a password.", flush=True)
+    if options.host not in (LOCAL_HOST, "localhost"):
+        print("Everybody who reaches this machine can use it, without a password.", flush=True)
     server.run()  # ends at Ctrl+C
 
 

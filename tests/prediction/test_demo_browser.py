@@ -37,6 +37,7 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
     "--disable-dev-shm-usage",
 )
+BCCD = Path(__file__).resolve().parents[3] / "shared" / "data" / "bccd" / "images"
 BOXES = "#boxes .box:not([hidden])"
 ROWS = "#list li:not([hidden])"
 
@@ -134,6 +135,24 @@ def test_the_slider_by_keyboard(page, photos):
     assert page.count(BOXES) < before
     page.find("#score").send_keys(Keys.HOME)
     assert page.count(BOXES) == before
+
+
+@pytest.mark.skipif(not BCCD.is_dir(), reason="the blood cells are not there")
+def test_a_photograph(page, predictor, tmp_path):
+    photograph = BCCD / "BloodImage_00007.jpg"
+    scores = predictor(photograph).scores
+    page.choose(photograph)
+    page.wait_for_boxes()
+    screenshots = []
+    for limit in (0.0, 0.99):
+        page.slide(limit)
+        assert page.count(BOXES) == int((scores >= limit).sum())
+        page.driver.save_screenshot(str(tmp_path / "page.png"))
+        with Image.open(tmp_path / "page.png") as screenshot:
+            screenshots.append(np.asarray(screenshot.convert("RGB")).astype(int))
+    assert len(scores) > page.count(BOXES)
+    # A good part of the page has changed with the boxes.
+    assert (np.abs(screenshots[0] - screenshots[1]).max(2) > 50).mean() > 0.02
 
 
 def test_boxes_lie_where_they_were_found(page, predictor, photos):
