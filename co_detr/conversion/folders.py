@@ -62,7 +62,7 @@ def share_out(
             "drawn at random."
         )
     examples = splits["train"]
-    count = round(val_fraction * len(examples))
+    count = round(val_fraction * len(examples)) if 0 < val_fraction < 1 else 0
     if not 0 < count < len(examples):
         raise ConfigError(
             f"--val-fraction {val_fraction} of {len(examples)} images leaves a set empty: choose "

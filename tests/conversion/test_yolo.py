@@ -171,9 +171,20 @@ def test_a_val_set_is_drawn_from_train(convert, tmp_path):
     assert len(train) == len(val) == 2 and train.keys() | val.keys() == NAMES
     again = convert(source, "--val-fraction", "0.5", "--force")
     assert again.boxes("val") == val
-    for part in ("0", "1", "-3", "0.01"):
+    for part in ("0", "1", "-3", "0.01", "nan"):
         with pytest.raises(ConfigError, match="leaves a set empty"):
             convert(source, f"--val-fraction={part}", "--force")
+
+
+def test_the_current_folder(convert, tmp_path, monkeypatch):
+    source = write_yolo(tmp_path / "yolo")
+    labels_beside_images(source)
+    (source / "classes.txt").write_text("\n".join(CLASSES))
+    (source / "classes.txt").rename(source / "images" / "train" / "classes.txt")
+    monkeypatch.chdir(source / "images" / "train")
+    result = convert(Path("."), "--val-fraction", "0.5")
+    assert result.boxes("train").keys() | result.boxes("val").keys() == NAMES
+    assert "data.train_images=" in result.printed  # behind the preflight, which found the files
 
 
 def test_all_wrong_files_are_counted(convert, tmp_path):
