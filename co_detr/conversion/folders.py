@@ -58,8 +58,8 @@ def share_out(
         return splits
     if val_fraction is None:
         raise ConfigError(
-            f"{folder} has no val set: add --val-fraction 0.2 to take every fifth image for it, "
-            "drawn at random."
+            f"{folder} has no val set: add --val-fraction 0.2 to draw a fifth of the train images "
+            "for it."
         )
     examples = splits["train"]
     count = round(val_fraction * len(examples)) if 0 < val_fraction < 1 else 0
