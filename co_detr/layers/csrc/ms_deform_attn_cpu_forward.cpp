@@ -22,16 +22,21 @@ CO_DETR_INLINE void mix_corners(
     *output = static_cast<V>(sum);
   } else {
     typedef typename Simd<T>::Vector Vector;
-    Vector sums[vectors] = {};
+    // Two sums for each vector, of left and right corners: one alone would wait for itself.
+    Vector left[vectors] = {}, right[vectors] = {};
     for (int64_t i = 0; i < points; ++i) {
       for (int corner = 0; corner < 4; ++corner) {
         Vector block[vectors];
         load_block(value + plan.pixel[corner][i] * pixel_stride, block);
         const T weight = plan.weight[corner][i];
         for (int v = 0; v < vectors; ++v) {
-          sums[v] += block[v] * weight;
+          (corner % 2 ? right : left)[v] += block[v] * weight;
         }
       }
+    }
+    Vector sums[vectors];
+    for (int v = 0; v < vectors; ++v) {
+      sums[v] = left[v] + right[v];
     }
     store_block(output, sums);
   }
