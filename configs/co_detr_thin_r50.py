@@ -29,7 +29,7 @@ augmentation.update(
     crop_size=[192, 288],
 )
 dataloader.test.mapper.augmentations.update(short_edge=256, max_size=448)
-dataloader.train.total_batch_size = 4
+train.effective_batch_size = 4
 dataloader.train.num_workers = 1
 dataloader.test.num_workers = 1
 

@@ -8,7 +8,7 @@ from .co_dino_swin_l_12ep import data, dataloader, lr_multiplier, model, optimiz
 from .common.high_resolution import use_high_resolution
 from .common.schedule import set_epochs
 
-model.backbone.bottom_up.update(size_divisibility=32, use_checkpoint=True)
+model.backbone.bottom_up.update(size_divisibility=32, activation_checkpointing=True)
 model.queries[1].update(num_queries=500, box_noise=0.4)
 use_high_resolution(dataloader, max_size=2048)
 optimizer.lr = 1e-4

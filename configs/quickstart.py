@@ -22,7 +22,7 @@ dataloader.train.mapper.augmentations.update(
     flip_probability=0.0,  # a mirrored digit is no digit
 )
 dataloader.test.mapper.augmentations.update(short_edge=168, max_size=256)
-dataloader.train.total_batch_size = 8
+train.effective_batch_size = 8
 dataloader.train.num_workers = 0  # two cores: a worker would take one from the model
 dataloader.test.num_workers = 0
 

@@ -3,7 +3,7 @@
 Detectron2's loader buffers samples by aspect ratio and lets every worker shard an endless stream,
 so the sample that comes next depends on what was loaded before. Here the stream, the grouping and
 the split over processes are planned from the images' sizes alone; a plan is cheap to replay, so
-training resumes at any iteration exactly, and any number of processes, accumulation steps or
+training resumes at any iteration exactly, and any number of processes, images at a time or
 loading workers sees the same images, augmented the same way, in the same iteration.
 """
 
@@ -40,7 +40,17 @@ class BatchPlan(Sampler[list[SampleKey]]):
     1. The stream is one shuffle of the data set after the other.
     2. It is cut into batches of `total_batch_size`, each from one group (landscape or portrait,
        which need less padding together) if `groups` is given.
-    3. Process r of n takes every n-th sample from the r-th on, in `accumulation_steps` pieces.
+    3. Process r of n takes every n-th sample from the r-th on, `images_per_gpu` at a time.
+
+    Args:
+        total_batch_size: images per optimiser step, over all processes and micro-batches.
+        images_per_gpu: images of a micro-batch; None: the whole share of the process.
+
+    Attributes:
+        accumulation_steps: micro-batches per optimiser step, which follow from the rest.
+
+    Raises:
+        ConfigError: if a batch cannot be divided evenly.
     """
 
     def __init__(
@@ -49,33 +59,48 @@ class BatchPlan(Sampler[list[SampleKey]]):
         total_batch_size: int,
         *,
         seed: int,
-        accumulation_steps: int = 1,
+        images_per_gpu: int | None = None,
         groups: Sequence[int] | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        parts = world_size * accumulation_steps
-        if total_batch_size < 1 or total_batch_size % parts:
+        if total_batch_size < 1 or total_batch_size % world_size:
             raise ConfigError(
-                f"dataloader.train.total_batch_size={total_batch_size} cannot be split over "
-                f"{world_size} processes x {accumulation_steps} accumulation steps: set it to a "
-                f"multiple of {parts}."
+                f"train.effective_batch_size={total_batch_size} cannot be split evenly over "
+                f"{world_size} process(es): set it to a multiple of {world_size}, or start another "
+                "number of processes."
+            )
+        share = total_batch_size // world_size
+        images_per_gpu = share if images_per_gpu is None else images_per_gpu
+        if images_per_gpu < 1 or share % images_per_gpu:
+            fitting = [str(n) for n in range(1, share + 1) if share % n == 0]
+            raise ConfigError(
+                f"train.images_per_gpu={images_per_gpu} does not divide the {share} images that "
+                f"each of {world_size} process(es) has of train.effective_batch_size="
+                f"{total_batch_size}: set it to {' or '.join(fitting)}."
             )
         self.size = size
         self.total_batch_size = total_batch_size
         self.seed = seed
-        self.accumulation_steps = accumulation_steps
+        self.images_per_gpu = images_per_gpu
+        self.accumulation_steps = share // images_per_gpu
         self.groups = groups
         self.rank = rank
         self.world_size = world_size
         self.start_iteration = 0
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        micro_size = self.total_batch_size // (self.world_size * self.accumulation_steps)
         for batch in islice(self._batches(), self.start_iteration, None):
             mine = batch[self.rank :: self.world_size]
-            for start in range(0, len(mine), micro_size):
-                yield mine[start : start + micro_size]
+            for start in range(0, len(mine), self.images_per_gpu):
+                yield mine[start : start + self.images_per_gpu]
+
+    def text(self) -> str:
+        """How a batch is made, in one line."""
+        return (
+            f"{self.total_batch_size} images per step: {self.world_size} process(es) x "
+            f"{self.accumulation_steps} accumulation step(s) x {self.images_per_gpu} image(s)"
+        )
 
     def state_dict(self) -> dict[str, int]:
         return {
@@ -137,7 +162,7 @@ def build_train_loader(
     mapper: Callable[[dict[str, Any]], dict[str, Any]],
     total_batch_size: int,
     seed: int,
-    accumulation_steps: int = 1,
+    images_per_gpu: int | None = None,
     aspect_ratio_grouping: bool = True,
     num_workers: int = 0,
 ) -> DataLoader:
@@ -146,21 +171,20 @@ def build_train_loader(
     Args:
         dataset: dataset dicts with `width` and `height`.
         mapper: what turns a dataset dict into a model input.
-        total_batch_size: images per optimiser step, over all processes and accumulation steps.
+        total_batch_size, images_per_gpu: see `BatchPlan`, which the loader's `batch_sampler` is.
         seed: of the order of the images and of their augmentation.
-        accumulation_steps: micro-batches per optimiser step.
         aspect_ratio_grouping: whether landscape and portrait images are batched apart.
         num_workers: loading processes; 0 loads in this process. Does not change the batches.
 
     Raises:
-        ConfigError: if `total_batch_size` cannot be divided evenly.
+        ConfigError: if a batch cannot be divided evenly.
     """
     groups = [int(record["width"] > record["height"]) for record in dataset]
     plan = BatchPlan(
         len(dataset),
         total_batch_size,
         seed=seed,
-        accumulation_steps=accumulation_steps,
+        images_per_gpu=images_per_gpu,
         groups=groups if aspect_ratio_grouping else None,
         rank=comm.get_rank(),
         world_size=comm.get_world_size(),

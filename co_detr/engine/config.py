@@ -46,6 +46,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
         del cfg[part]
     apply_overrides(cfg, overrides)
     _check_train_node(cfg.train)
+    _check_batch(cfg)
     return cfg
 
 
@@ -132,10 +133,30 @@ def _checked_value(key: str, old: Any, new: Any) -> Any:
 
 
 def _check_train_node(train: DictConfig) -> None:
-    for key in ("max_iter", "accumulation_steps", "log_period"):
+    for key in ("max_iter", "log_period"):
         if not (isinstance(train[key], int) and train[key] >= 1):
             raise ConfigError(f"train.{key}={train[key]} must be a whole number of at least 1.")
     if not (isinstance(train.seed, int) and train.seed >= 0):
         raise ConfigError(f"train.seed={train.seed} must be a whole number of at least 0.")
     if train.amp.dtype not in ("bfloat16", "float16"):
         raise ConfigError(f'train.amp.dtype={train.amp.dtype} must be "bfloat16" or "float16".')
+
+
+def _check_batch(cfg: DictConfig) -> None:
+    """The batch is set in one place: what the loader is told has to follow from it."""
+    loader = cfg.dataloader.train
+    for name, key in (
+        ("effective_batch_size", "total_batch_size"),
+        ("images_per_gpu", "images_per_gpu"),
+    ):
+        if name not in cfg.train:  # a config.yaml of an earlier version, for predictions
+            continue
+        value = cfg.train[name]
+        optional = name == "images_per_gpu"
+        if not (optional and value is None) and not (isinstance(value, int) and value >= 1):
+            raise ConfigError(f"train.{name}={value} must be a whole number of at least 1.")
+        if loader.get(key) != value:
+            raise ConfigError(
+                f"dataloader.train.{key}={loader.get(key)} is not train.{name}={value}: set "
+                f"train.{name}={loader.get(key)} instead, which the loader follows."
+            )

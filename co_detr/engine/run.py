@@ -58,7 +58,10 @@ def run_training(cfg: DictConfig, resume: bool) -> dict[str, float]:
     logger.info("%.1f M parameters", sum(p.numel() for p in model.parameters()) / 1e6)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
-    trainer = Trainer(_distributed(model, cfg), train_loader, optimizer, _step_settings(cfg))
+    plan = train_loader.batch_sampler
+    logger.info(plan.text())
+    settings = _step_settings(cfg, plan.accumulation_steps)
+    trainer = Trainer(_distributed(model, cfg), train_loader, optimizer, settings)
     output_dir = cfg.train.output_dir
     os.makedirs(output_dir, exist_ok=True)
     checkpointer = _checkpointer(model, cfg, cfg.data.train, trainer=trainer)
@@ -135,12 +138,12 @@ def _checkpointer(
     )
 
 
-def _step_settings(cfg: DictConfig) -> StepSettings:
+def _step_settings(cfg: DictConfig, accumulation_steps: int) -> StepSettings:
     amp = cfg.train.amp
     return StepSettings(
         device=cfg.train.device,
         seed=cfg.train.seed,
-        accumulation_steps=cfg.train.accumulation_steps,
+        accumulation_steps=accumulation_steps,
         max_norm=cfg.train.clip_grad.max_norm,
         autocast_dtype=getattr(torch, amp.dtype) if amp.enabled else None,
     )

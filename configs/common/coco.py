@@ -38,11 +38,11 @@ dataloader = dict(
             augmentations=L(detr_train_augmentation)(max_size=1333),
             image_format="${data.image_format}",
         ),
-        total_batch_size=16,
+        total_batch_size="${train.effective_batch_size}",
+        images_per_gpu="${train.images_per_gpu}",
         num_workers=min(4, os.cpu_count() or 1),
         aspect_ratio_grouping=True,
         seed="${train.seed}",
-        accumulation_steps="${train.accumulation_steps}",
     ),
     test=L(build_detection_test_loader)(
         dataset=L(load_coco)(

@@ -16,8 +16,11 @@ train = dict(
     amp=dict(enabled=False, dtype="bfloat16"),
     compile=False,  # torch.compile of encoder and decoder layers; costs a minute at the start
     clip_grad=dict(max_norm=0.1),  # L2 norm over all parameters; None: no clipping
-    # Micro-batches per optimiser step. The batch of a step stays dataloader.train.total_batch_size.
-    accumulation_steps=1,
+    # Images per optimiser step, over all processes; the learning rate belongs to it.
+    effective_batch_size=16,
+    # Images that a process computes at a time; gradients are accumulated until the step has all of
+    # its images. None: its whole share at once.
+    images_per_gpu=None,
     ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
     checkpointer=dict(period=5000, max_to_keep=20),
     eval_period=7500,  # one epoch of COCO; 0: only at the end

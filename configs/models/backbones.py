@@ -2,10 +2,11 @@
 
 from detectron2.config import LazyCall as L
 from detectron2.layers import FrozenBatchNorm2d
-from detectron2.modeling.backbone import BasicStem, ResNet
+from detectron2.modeling.backbone import BasicStem
 
 from co_detr.modeling import ChannelMapper
 from co_detr.modeling.backbones import SwinTransformer, VisionTransformer, ViTPyramid
+from co_detr.modeling.resnet import ResNet
 
 # torchvision's variant of ResNet-50 (stride in the 3x3 convolution, RGB); stem and res2 frozen.
 resnet50 = L(ResNet)(
@@ -17,6 +18,7 @@ resnet50 = L(ResNet)(
     ),
     out_features=["res3", "res4", "res5"],
     freeze_at=2,
+    activation_checkpointing=False,
 )
 
 mapped_resnet50 = L(ChannelMapper)(
@@ -34,7 +36,7 @@ def _mapped_swin(**settings):
         bottom_up=L(SwinTransformer)(
             out_features=["stage1", "stage2", "stage3"],
             size_divisibility=0,
-            use_checkpoint=False,
+            activation_checkpointing=False,
             **settings,
         ),
         in_features="${.bottom_up.out_features}",
@@ -77,7 +79,7 @@ def _mapped_vit_l(**settings):
             patch_size=16,
             pretrain_image_size=512,
             size_divisibility=32,
-            use_checkpoint=True,
+            activation_checkpointing=True,
             **settings,
         ),
         out_channels="${..encoder.embed_dim}",

@@ -5,10 +5,10 @@ Batch norm is frozen, the stride is in the first 1x1 convolution, images are BGR
 
 from detectron2.config import LazyCall as L
 from detectron2.layers import FrozenBatchNorm2d
-from detectron2.modeling.backbone import BasicStem, ResNet
+from detectron2.modeling.backbone import BasicStem
 
 from co_detr.modeling import ChannelMapper
-from co_detr.modeling.resnet import resnet_stages
+from co_detr.modeling.resnet import ResNet, resnet_stages
 
 mapped_thin_resnet50 = L(ChannelMapper)(
     bottom_up=L(ResNet)(
@@ -22,6 +22,7 @@ mapped_thin_resnet50 = L(ChannelMapper)(
         ),
         out_features=["res3", "res4", "res5"],
         freeze_at=2,
+        activation_checkpointing=False,
     ),
     in_features=["res3", "res4", "res5"],
     out_channels="${..encoder.embed_dim}",

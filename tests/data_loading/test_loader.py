@@ -41,8 +41,8 @@ def test_batches_are_of_one_group_and_nothing_is_lost():
 
 @pytest.mark.parametrize("groups", [None, [0, 1] * 6])
 def test_start_iteration_skips_exactly(groups):
-    whole = _take(BatchPlan(12, 4, seed=1, groups=groups, accumulation_steps=2), 20)
-    later = BatchPlan(12, 4, seed=1, groups=groups, accumulation_steps=2)
+    whole = _take(BatchPlan(12, 4, seed=1, groups=groups, images_per_gpu=2), 20)
+    later = BatchPlan(12, 4, seed=1, groups=groups, images_per_gpu=2)
     later.start_iteration = 3
     assert _take(later, 14) == whole[6:]
 
@@ -57,12 +57,13 @@ def test_processes_and_micro_batches_share_the_same_batch(world_size, steps):
             4,
             seed=1,
             groups=groups,
-            accumulation_steps=steps,
+            images_per_gpu=4 // (world_size * steps),
             rank=rank,
             world_size=world_size,
         )
         for rank in range(world_size)
     ]
+    assert {plan.accumulation_steps for plan in plans} == {steps}
     parts = [_take(plan, 5 * steps) for plan in plans]
     for i, batch in enumerate(whole):
         keys = [
@@ -72,8 +73,15 @@ def test_processes_and_micro_batches_share_the_same_batch(world_size, steps):
 
 
 def test_batch_that_cannot_be_split():
-    with pytest.raises(ConfigError, match="multiple of 6"):
-        BatchPlan(12, 4, seed=1, accumulation_steps=2, world_size=3)
+    with pytest.raises(ConfigError, match="effective_batch_size=4 cannot .* multiple of 3"):
+        BatchPlan(12, 4, seed=1, world_size=3)
+    with pytest.raises(ConfigError, match="the 6 images that each of 2 .* set it to 1 or 2 or 3 o"):
+        BatchPlan(12, 12, seed=1, world_size=2, images_per_gpu=4)
+
+
+def test_a_batch_says_how_it_is_made():
+    plan = BatchPlan(12, 16, seed=1, world_size=2, images_per_gpu=2)
+    assert plan.text() == "16 images per step: 2 process(es) x 4 accumulation step(s) x 2 image(s)"
 
 
 def _random_sample(record):

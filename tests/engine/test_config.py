@@ -10,13 +10,13 @@ from co_detr.errors import ConfigError
 
 
 def test_overrides_reach_every_part(tiny_cfg):
-    cfg = tiny_cfg("model.num_classes=3", "train.accumulation_steps=2", "train.seed=7")
+    cfg = tiny_cfg("model.num_classes=3", "train.images_per_gpu=2", "train.seed=7")
     loaders = cfg.dataloader
     assert loaders.train.dataset.num_classes == loaders.test.dataset.num_classes == 3
     assert loaders.train.dataset.annotation_file == cfg.data.train
     assert loaders.evaluator.annotation_file == cfg.data.val
     assert loaders.evaluator.output_dir == cfg.train.output_dir
-    assert (loaders.train.accumulation_steps, loaders.train.seed) == (2, 7)
+    assert (loaders.train.images_per_gpu, loaders.train.seed) == (2, 7)
 
 
 def test_override_of_a_learning_rate_reaches_its_groups(tiny_cfg):
@@ -39,7 +39,10 @@ def test_an_argument_left_at_its_default_can_be_overridden(tiny_cfg):
         ("train.max_iters=3", "did you mean train.max_iter?"),
         ("trian.max_iter=3", "did you mean train?"),
         ("model.num_class=3", "did you mean model.num_classes?"),
-        ("dataloader.train.batch_size=3", "did you mean dataloader.train.total_batch_size?"),
+        ("train.batch_size=3", "did you mean train.effective_batch_size?"),
+        ("dataloader.train.total_batch_size=3", "set train.effective_batch_size=3 instead"),
+        ("dataloader.train.images_per_gpu=1", "set train.images_per_gpu=1 instead"),
+        ("train.images_per_gpu=0", "train.images_per_gpu=0 must be a whole number of at least 1"),
         ("data.xyz=3", "data has image_format, invalid_boxes, preflight, train, train_images, v"),
         ("train.seed.x=3", "train.seed has no keys."),
         ("train.max_iter", "is not of the form key=value"),

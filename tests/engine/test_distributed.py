@@ -28,7 +28,7 @@ def test_two_gloo_processes_equal_one(train_net, tiny_cfg, tiny_data, tmp_path, 
     arguments = [*tiny_data.overrides(tmp_path / "two"), *COMMON]
     if launcher == "torchrun":
         # Each process also adds up its half of the batch in two pieces.
-        double = train_net(*arguments, "train.accumulation_steps=2", processes=2)
+        double = train_net(*arguments, "train.images_per_gpu=1", processes=2)
     else:
         double = train_net("--num-gpus", "2", *arguments)
     assert double.returncode == 0, double.stderr

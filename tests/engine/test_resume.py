@@ -54,7 +54,7 @@ def _stopping_at(cfg, iteration):
     cfg.dataloader.train.mapper = {
         "_target_": InterruptingMapper,
         "mapper": cfg.dataloader.train.mapper,
-        "samples": iteration * cfg.dataloader.train.total_batch_size,
+        "samples": iteration * cfg.train.effective_batch_size,
     }
     cfg.dataloader.train.num_workers = 0
     return cfg
@@ -92,5 +92,5 @@ def test_only_the_newest_checkpoints_are_kept_across_a_resume(tiny_cfg, tmp_path
 
 def test_resume_warns_when_the_order_of_images_changes(tiny_cfg, caplog):
     run_training(tiny_cfg("train.max_iter=3"), resume=False)
-    run_training(tiny_cfg("dataloader.train.total_batch_size=2", "train.max_iter=4"), resume=True)
+    run_training(tiny_cfg("train.effective_batch_size=2", "train.max_iter=4"), resume=True)
     assert "another total_batch_size" in caplog.text

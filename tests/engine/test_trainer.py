@@ -31,7 +31,7 @@ def test_accumulation_equals_one_large_batch(tiny_cfg, tmp_path):
     torch.set_default_dtype(torch.float64)
     try:
         whole = _train(tiny_cfg(*common, output="whole"))
-        parts = _train(tiny_cfg(*common, "train.accumulation_steps=2", output="parts"))
+        parts = _train(tiny_cfg(*common, "train.images_per_gpu=2", output="parts"))
     finally:
         torch.set_default_dtype(torch.float32)
     for name, value in whole.items():

@@ -9,7 +9,6 @@ from ...configs.common.schedule import lr_multiplier  # noqa: F401
 from ...configs.common.train import train
 
 model = L(TinyDetector)(num_classes=2)
-dataloader.train.total_batch_size = 4
 dataloader.train.num_workers = 0
 dataloader.train.mapper.augmentations.short_edges = [48, 56, 64]
 dataloader.train.mapper.augmentations.crop_short_edges = [56, 72]
@@ -19,6 +18,7 @@ dataloader.test.mapper.augmentations.short_edge = 48
 optimizer.lr = 1e-2
 optimizer.params.lr_factor_func.prefixes = ["backbone."]
 train.device = "cpu"
+train.effective_batch_size = 4
 train.max_iter = 6
 train.log_period = 1
 train.eval_period = 0

@@ -40,7 +40,7 @@ def rectangles(tmp_path: Path) -> list[str]:
         f"data.val_images={tmp_path}",
         f"model.num_classes={len(COLOURS)}",
         f"train.output_dir={tmp_path / 'out'}",
-        "dataloader.train.total_batch_size=4",
+        "train.effective_batch_size=4",
         "dataloader.train.mapper.augmentations.short_edges=[128]",
         "dataloader.train.mapper.augmentations.crop_probability=0.0",
         "dataloader.train.mapper.augmentations.flip_probability=0.0",

@@ -10,7 +10,9 @@ from detectron2.modeling.backbone import BasicStem, ResNet
 
 from co_detr.errors import ConfigError
 from co_detr.modeling import ChannelMapper
+from co_detr.modeling.resnet import ResNet as CheckpointedResNet
 from co_detr.modeling.resnet import resnet_stages
+from tests.modeling.backbone_builders import outputs_and_gradients
 
 STAGES = ["res2", "res3", "res4", "res5"]
 
@@ -64,6 +66,62 @@ def test_where_the_stride_is(in_1x1):
 def test_unknown_depth():
     with pytest.raises(ConfigError, match="one of .18, 34, 50, 101, 152., got 20"):
         resnet_stages(depth=20, stem_channels=8, res2_channels=8)
+
+
+@pytest.mark.parametrize(("depth", "norm"), [(18, "GN"), (50, "FrozenBN")])
+@pytest.mark.parametrize("freeze_at", [0, 2])
+def test_checkpointing_changes_no_bit(depth, norm, freeze_at):
+    images = torch.randn(2, 3, 45, 61)
+    found = []
+    for switch in (False, True):
+        torch.manual_seed(0)
+        stages = resnet_stages(depth=depth, stem_channels=32, res2_channels=128, norm=norm)
+        net = CheckpointedResNet(
+            BasicStem(3, 32, norm=norm),
+            stages,
+            out_features=["res2", "res4"],
+            freeze_at=freeze_at,
+            activation_checkpointing=switch,
+        )
+        found.append(outputs_and_gradients(net, images))
+    plain, saved = found
+    assert plain.keys() == saved.keys() and {"res2", "res4"} <= plain.keys()
+    learnt = {name for name, value in plain.items() if value is not None}
+    frozen = {name.split(".")[0] for name in plain.keys() - learnt}
+    assert frozen == ({"stem", "res2"} if freeze_at else set())
+    assert all(torch.equal(plain[name], saved[name]) for name in learnt)
+
+
+def test_checkpointing_computes_the_blocks_that_learn_again():
+    calls = []
+    stages = resnet_stages(depth=18, stem_channels=32, res2_channels=32, norm="GN")
+    net = CheckpointedResNet(
+        BasicStem(3, 32, norm="GN"),
+        stages,
+        out_features=["res3"],
+        freeze_at=2,
+        activation_checkpointing=True,
+    )
+    for name in ("res2", "res3"):
+        for block in getattr(net, name):
+            block.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+    net(torch.randn(1, 3, 32, 32))["res3"].sum().backward()
+    assert calls.count("res2") == 2 and calls.count("res3") == 4
+    calls.clear()
+    with torch.no_grad():
+        net(torch.randn(1, 3, 32, 32))
+    assert calls.count("res3") == 2
+
+
+def test_batch_statistics_are_not_counted_twice():
+    stages = resnet_stages(depth=18, stem_channels=8, res2_channels=8, norm="BN")
+    with pytest.raises(ConfigError, match="norm=FrozenBN or norm=GN"):
+        CheckpointedResNet(
+            BasicStem(3, 8, norm="BN"),
+            stages,
+            out_features=["res5"],
+            activation_checkpointing=True,
+        )
 
 
 class Maps(Backbone):

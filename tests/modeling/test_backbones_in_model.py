@@ -70,7 +70,7 @@ def test_swin_with_five_levels_and_padding_to_32():
         "mapped_swin_l",
         out_features=["stage0", "stage1", "stage2", "stage3"],
         size_divisibility=32,
-        use_checkpoint=True,
+        activation_checkpointing=True,
     )
     cfg.model.encoder.num_levels = 5
     model = build(cfg)
@@ -84,7 +84,7 @@ def test_swin_with_five_levels_and_padding_to_32():
 def test_vit_with_odd_image_sizes(name):
     square = {"square_size": 128} if name.endswith("lsj") else {}
     cfg = config_with(name, drop_path_rate=0.1, **square)
-    assert cfg.model.backbone.bottom_up.use_checkpoint
+    assert cfg.model.backbone.bottom_up.activation_checkpointing
     cfg.model.encoder.num_levels = 5
     model = build(cfg)
     check_step_and_detection(model)

@@ -103,7 +103,7 @@ def test_a_stage_is_its_definition(size):
         window_size=3,
         drop_path=drop_paths(0.0, 2),
         merge=False,
-        use_checkpoint=False,
+        activation_checkpointing=False,
     ).double()
     randomise_all(stage)
     tokens = torch.randn(1, size[0] * size[1], 8, dtype=torch.float64)
@@ -169,13 +169,15 @@ def test_detectron2s_swin_has_the_same_names_and_computes_the_same():
 def test_checkpointing_changes_no_bit():
     images = torch.randn(2, 3, 45, 61)
     plain = outputs_and_gradients(tiny_swin(drop_path_rate=0.5), images)
-    saved = outputs_and_gradients(tiny_swin(drop_path_rate=0.5, use_checkpoint=True), images)
+    saved = outputs_and_gradients(
+        tiny_swin(drop_path_rate=0.5, activation_checkpointing=True), images
+    )
     assert plain.keys() == saved.keys() and None not in saved.values()
     assert all(torch.equal(value, saved[name]) for name, value in plain.items())
 
 
 def test_a_checkpointed_block_remembers_the_size_of_its_map():
-    model = tiny_swin(use_checkpoint=True)
+    model = tiny_swin(activation_checkpointing=True)
     first, second = torch.randn(1, 3, 45, 61), torch.randn(1, 3, 64, 32)
     expected = outputs_and_gradients(model, first)
     model.zero_grad(set_to_none=True)

@@ -143,7 +143,9 @@ def test_images_of_the_pretraining_size_use_the_positions_as_they_are():
 def test_checkpointing_changes_no_bit():
     images = torch.randn(2, 3, 64, 96)
     plain = outputs_and_gradients(tiny_vit(drop_path_rate=0.5), images)
-    saved = outputs_and_gradients(tiny_vit(drop_path_rate=0.5, use_checkpoint=True), images)
+    saved = outputs_and_gradients(
+        tiny_vit(drop_path_rate=0.5, activation_checkpointing=True), images
+    )
     assert plain.keys() == saved.keys() and None not in saved.values()
     assert all(torch.equal(value, saved[name]) for name, value in plain.items())
 

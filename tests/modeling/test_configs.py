@@ -81,7 +81,7 @@ def test_full_size_model(name):
 
 def test_the_reference_recipe():
     cfg = load("co_detr_r50")
-    assert (cfg.train.max_iter, cfg.dataloader.train.total_batch_size) == (90000, 16)
+    assert (cfg.train.max_iter, cfg.train.effective_batch_size) == (90000, 16)
     assert (cfg.optimizer.lr, cfg.optimizer.weight_decay) == (2e-4, 1e-4)
     assert cfg.train.clip_grad.max_norm == 0.1
     model = cfg.model
@@ -208,7 +208,7 @@ def test_number_of_classes_reaches_every_part(name):
 
 def test_overrides_reach_data_and_loss_weights(rectangles):
     overrides = [
-        "dataloader.train.total_batch_size=4",
+        "train.effective_batch_size=4",
         "model.auxiliary.lambda_2=3.0",
         "model.criterion.class_weight=4.0",
         "model.queries.0.num_queries=12",

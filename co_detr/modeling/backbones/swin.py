@@ -39,7 +39,7 @@ class SwinStage(BasicLayer):
         window_size: side of a window in tokens.
         drop_path: one per block.
         merge: whether the next stage halves the resolution.
-        use_checkpoint: see `SwinTransformer`.
+        activation_checkpointing: see `SwinTransformer`.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class SwinStage(BasicLayer):
         window_size: int,
         drop_path: Sequence[StochasticDepth],
         merge: bool,
-        use_checkpoint: bool,
+        activation_checkpointing: bool,
     ):
         super().__init__(
             dim=channels,
@@ -58,7 +58,7 @@ class SwinStage(BasicLayer):
             num_heads=num_heads,
             window_size=window_size,
             downsample=PatchMerging if merge else None,
-            use_checkpoint=use_checkpoint,
+            use_checkpoint=activation_checkpointing,
         )
         for block, each in zip(self.blocks, drop_path, strict=True):
             block.drop_path = each
@@ -119,8 +119,8 @@ class SwinTransformer(Backbone):
         out_features: outputs, each with a LayerNorm of its own.
         size_divisibility: images are padded to multiples of it; 0 leaves them as they are. Any
             image size works: maps are padded where patches or windows do not fill them.
-        use_checkpoint: in training, keep only the input of every block and compute the block
-            again in the backward pass.
+        activation_checkpointing: in training, keep only the input of every block and compute the
+            block again in the backward pass.
 
     Raises:
         ConfigError: if ``depths`` and ``num_heads`` differ in length, or for an unknown output.
@@ -139,7 +139,7 @@ class SwinTransformer(Backbone):
         drop_path_rate: float,
         out_features: Sequence[str] = ("stage1", "stage2", "stage3"),
         size_divisibility: int = 0,
-        use_checkpoint: bool = False,
+        activation_checkpointing: bool = False,
     ):
         super().__init__()
         if len(depths) != len(num_heads):
@@ -167,7 +167,7 @@ class SwinTransformer(Backbone):
                 window_size=window_size,
                 drop_path=drop_path[start : start + depth],
                 merge=index < len(depths) - 1,
-                use_checkpoint=use_checkpoint,
+                activation_checkpointing=activation_checkpointing,
             )
             self.layers.append(stage)
         for index, (name, width) in enumerate(channels.items()):

@@ -34,8 +34,8 @@ class VisionTransformer(Backbone):
         size_divisibility: images are padded to multiples of it.
         square_size: images are padded to a square of this side in pixels, which none may exceed;
             0: they are not. For training on squares (large-scale jitter).
-        use_checkpoint: in training, keep only the input of every block and compute the block
-            again in the backward pass.
+        activation_checkpointing: in training, keep only the input of every block and compute the
+            block again in the backward pass.
 
     Raises:
         ConfigError: if heads cannot share the width in multiples of 4 channels, a global block
@@ -56,7 +56,7 @@ class VisionTransformer(Backbone):
         pretrain_image_size: int = 512,
         size_divisibility: int = 32,
         square_size: int = 0,
-        use_checkpoint: bool = False,
+        activation_checkpointing: bool = False,
     ):
         super().__init__()
         # Two coordinates turn pairs of channels.
@@ -75,7 +75,7 @@ class VisionTransformer(Backbone):
         self.head_dim = embed_dim // num_heads
         self.patch_size = patch_size
         self.window_size = window_size
-        self.use_checkpoint = use_checkpoint
+        self.activation_checkpointing = activation_checkpointing
         self._size_divisibility = size_divisibility
         self.square_size = square_size
 
@@ -129,7 +129,7 @@ class VisionTransformer(Backbone):
         of_window = self.rotary_table(self.window_size, self.window_size, x)
         for block in self.blocks:
             rotary = of_window if block.window_size else of_map
-            if self.use_checkpoint and torch.is_grad_enabled():
+            if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, use_reentrant=False)
             else:
                 x = block(x, rotary)
