@@ -15,9 +15,11 @@ from co_detr.noise import silence_dependencies
 
 silence_dependencies()
 
+from detectron2.utils import comm
 from omegaconf import DictConfig
 
 from co_detr.engine.config import load_config
+from co_detr.engine.dry_run import dry_run
 from co_detr.engine.launch import launch, parse_arguments, report
 from co_detr.engine.own_data import adopt_class_count, check_data
 from co_detr.engine.run import run_evaluation_only, run_training
@@ -27,7 +29,12 @@ from co_detr.errors import UserError
 
 def main(cfg: DictConfig, args: argparse.Namespace) -> None:
     """Runs in every process."""
-    setup_run(cfg)
+    setup_run(cfg, write=not args.dry_run)
+    if args.dry_run:
+        measured = dry_run(cfg)
+        if comm.is_main_process():
+            print(measured.text())
+        return
     check_data(cfg, args.eval_only)
     if args.eval_only:
         run_evaluation_only(cfg, args.resume)

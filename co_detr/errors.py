@@ -37,5 +37,9 @@ class CheckpointError(UserError):
     """A checkpoint is missing, unreadable or does not fit the model."""
 
 
+class OutOfMemoryError(UserError):
+    """The memory of the GPU or of the machine does not suffice for the settings."""
+
+
 class NonFiniteError(UserError, FloatingPointError):
     """A loss, a gradient or a prediction became NaN or infinite; a step was not taken."""

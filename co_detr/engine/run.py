@@ -16,10 +16,16 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from omegaconf import DictConfig
 from torch import nn
+from torch.utils.data import DataLoader
 
 from co_detr.data.coco import align_classes, class_names
 from co_detr.engine.checkpoint import Checkpointer
 from co_detr.engine.evaluation import evaluate
+from co_detr.engine.out_of_memory import (
+    evaluation_advice,
+    explain_out_of_memory,
+    training_advice,
+)
 from co_detr.engine.own_data import align_with_checkpoint
 from co_detr.engine.trainer import StepSettings, Trainer
 from co_detr.engine.writers import build_writers
@@ -55,13 +61,8 @@ def run_training(cfg: DictConfig, resume: bool) -> dict[str, float]:
     run_evaluation = _build_evaluation(cfg)
     align_classes(cfg.data.val, class_names(cfg.data.train))
     model = build_model(cfg)
-    logger.info("%.1f M parameters", sum(p.numel() for p in model.parameters()) / 1e6)
-    cfg.optimizer.params.model = model
-    optimizer = instantiate(cfg.optimizer)
-    plan = train_loader.batch_sampler
-    logger.info(plan.text())
-    settings = _step_settings(cfg, plan.accumulation_steps)
-    trainer = Trainer(_distributed(model, cfg), train_loader, optimizer, settings)
+    trainer = build_trainer(cfg, model, train_loader, train_loader.batch_sampler.accumulation_steps)
+    logger.info(trainer.plan.text())
     output_dir = cfg.train.output_dir
     os.makedirs(output_dir, exist_ok=True)
     checkpointer = _checkpointer(model, cfg, cfg.data.train, trainer=trainer)
@@ -94,8 +95,26 @@ def run_training(cfg: DictConfig, resume: bool) -> dict[str, float]:
             else None,
         ]
     )
-    trainer.train(start_iter, max_iter)
+    with explain_out_of_memory(
+        cfg.train.device, "training", lambda: training_advice(cfg, trainer.plan)
+    ):
+        trainer.train(start_iter, max_iter)
     return metrics
+
+
+def build_trainer(
+    cfg: DictConfig, model: nn.Module, loader: DataLoader, accumulation_steps: int
+) -> Trainer:
+    """Puts optimiser, processes and settings of a step around a model.
+
+    Args:
+        loader: of micro-batches, of which `accumulation_steps` make a step.
+    """
+    logger.info("%.1f M parameters", sum(p.numel() for p in model.parameters()) / 1e6)
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    settings = _step_settings(cfg, accumulation_steps)
+    return Trainer(_distributed(model, cfg), loader, optimizer, settings)
 
 
 def run_evaluation_only(cfg: DictConfig, resume: bool) -> dict[str, float]:
@@ -121,7 +140,12 @@ def _build_evaluation(cfg: DictConfig) -> Callable[[nn.Module], dict[str, float]
     """Loads the val set now and returns model -> metrics."""
     loader = instantiate(cfg.dataloader.test)
     evaluator = instantiate(cfg.dataloader.evaluator)
-    return lambda model: evaluate(model, loader, evaluator, cfg.train.output_dir)
+
+    def run(model: nn.Module) -> dict[str, float]:
+        with explain_out_of_memory(cfg.train.device, "evaluation", lambda: evaluation_advice(cfg)):
+            return evaluate(model, loader, evaluator, cfg.train.output_dir)
+
+    return run
 
 
 def _checkpointer(

@@ -18,25 +18,27 @@ from co_detr.engine.allocator import keep_freed_memory
 logger = logging.getLogger(__name__)
 
 
-def setup_run(cfg: DictConfig) -> None:
+def setup_run(cfg: DictConfig, write: bool = True) -> None:
     """Does what Detectron2's ``default_setup`` does, but keeps the console short.
 
     On the CPU also keeps freed memory for the next step (`keep_freed_memory`).
 
     Writes to ``train.output_dir``: ``log.txt`` (all messages; ``log.txt.rank1`` and so on for
-    other processes), ``environment.txt`` and ``config.yaml`` (the complete configuration).
+    other processes), ``environment.txt`` and ``config.yaml`` (the complete configuration); nothing
+    without ``write``.
     """
     if torch.device(cfg.train.device).type == "cpu":
         keep_freed_memory()
     output_dir, rank = cfg.train.output_dir, comm.get_rank()
-    os.makedirs(output_dir, exist_ok=True)
+    if write:
+        os.makedirs(output_dir, exist_ok=True)
     for name in ("detectron2", "fvcore", "co_detr"):
-        setup_logger(output_dir, distributed_rank=rank, name=name)
+        setup_logger(output_dir if write else None, distributed_rank=rank, name=name)
     # The dataset serialiser and the checkpoint loader tell their progress at the info level.
     for name in ("detectron2.data.common", "fvcore.common.checkpoint"):
         logging.getLogger(name).setLevel(logging.WARNING)
     seed_all_rng(cfg.train.seed + rank)
-    if comm.is_main_process():
+    if write and comm.is_main_process():
         with open(os.path.join(output_dir, "environment.txt"), "w") as file:
             file.write(collect_env_info() + "\n")
         config_file = os.path.join(output_dir, "config.yaml")

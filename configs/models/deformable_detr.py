@@ -30,6 +30,7 @@ model = L(CoDETR)(
         num_points=4,
         feedforward_dim=2048,
         dropout=0.0,
+        activation_checkpointing=False,
     ),
     decoder=L(DeformableDecoder)(
         num_classes="${..num_classes}",
