@@ -34,6 +34,7 @@ from co_detr.checkpoint import (
     stored_class_names,
     unwrap,
 )
+from co_detr.checkpoint_averaged import choose_weights, has_averaged
 from co_detr.checkpoint_reading import read_checkpoint
 from co_detr.checkpoint_report import ignored_lines
 from co_detr.engine.config import load_config
@@ -63,6 +64,9 @@ def convert(options: argparse.Namespace) -> None:
     if os.path.exists(options.output) and os.path.samefile(options.input, options.output):
         raise CheckpointError(f"{options.output} would replace its own input: name another file.")
     content = read_checkpoint(options.input, options.unsafe)
+    if options.reverse and has_averaged(content):
+        print(f"{options.input}: its averaged weights (EMA) are converted, not the raw ones")
+        content = choose_weights(content, "ema", options.input)
     state = _state_dict(content, options)
     path, overrides = options.config_file, list(options.opts)
     if path is None:

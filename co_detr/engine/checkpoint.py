@@ -21,6 +21,7 @@ from co_detr.checkpoint import (
     stored_class_names,
     unwrap,
 )
+from co_detr.checkpoint_averaged import Weights, choose_weights
 from co_detr.checkpoint_classes import match_classes, remap_classes
 from co_detr.checkpoint_reading import read_checkpoint
 from co_detr.checkpoint_report import LoadReport, mismatch_error
@@ -55,6 +56,7 @@ class Checkpointer(DetectionCheckpointer):
             the class heads over by class name and refuses other differences; "reset" loads what
             fits and leaves the rest at its initial values (train.init_checkpoint_mismatch).
         unsafe: let a file run code while it is read (train.init_checkpoint_unsafe).
+        weights: which weights to load of a file that has two sets (train.init_checkpoint_weights).
         class_names: of the data, in order; saved in every checkpoint.
         checkpointables: see `DetectionCheckpointer`.
 
@@ -69,6 +71,7 @@ class Checkpointer(DetectionCheckpointer):
         *,
         mismatch: Mismatch = "error",
         unsafe: bool = False,
+        weights: Weights = "ema",
         class_names: Sequence[str] | None = None,
         **checkpointables: Any,
     ) -> None:
@@ -79,6 +82,7 @@ class Checkpointer(DetectionCheckpointer):
             )
         self.mismatch = mismatch
         self.unsafe = unsafe
+        self.weights = weights
         self.class_names = None if class_names is None else list(class_names)
         self._report = LoadReport("", 0)
 
@@ -127,7 +131,7 @@ class Checkpointer(DetectionCheckpointer):
             self._parsed_url_during_load = None  # the parent forgets it only if nothing failed
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        loaded = read_checkpoint(filename, self.unsafe)
+        loaded = choose_weights(read_checkpoint(filename, self.unsafe), self.weights, filename)
         self._report = LoadReport(os.path.basename(filename), len(self.model.state_dict()))
         state = unwrap(loaded)
         if not state or not all(isinstance(each, Tensor | np.ndarray) for each in state.values()):

@@ -22,6 +22,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 
 from co_detr.data.loader import BatchPlan
+from co_detr.engine.averaging import EmaHook, build_averaged
 from co_detr.engine.complexity import random_batch
 from co_detr.engine.memory import PeakMemory
 from co_detr.engine.out_of_memory import explain_out_of_memory, training_advice
@@ -115,8 +116,10 @@ def dry_run(cfg: DictConfig) -> DryRun:
     with explain_out_of_memory(
         cfg.train.device, "a step of the dry run", lambda: training_advice(cfg, plan)
     ):
-        trainer = build_trainer(cfg, build_model(cfg), loader, steps)
-        trainer.register_hooks([clock])
+        model = build_model(cfg)
+        trainer = build_trainer(cfg, model, loader, steps)
+        averaged = build_averaged(model, cfg)
+        trainer.register_hooks([None if averaged is None else EmaHook(averaged, model), clock])
         trainer.train(0, _WORST_STEPS + 1)
     scale = plan.accumulation_steps / steps
     peaks = comm.all_gather(PeakMemory.of(cfg.train.device))

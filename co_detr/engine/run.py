@@ -18,7 +18,9 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.utils.data import DataLoader
 
+from co_detr.checkpoint_averaged import AVERAGED
 from co_detr.data.coco import align_classes, class_names
+from co_detr.engine.averaging import EmaHook, build_averaged
 from co_detr.engine.checkpoint import Checkpointer
 from co_detr.engine.evaluation import evaluate
 from co_detr.engine.out_of_memory import (
@@ -65,18 +67,21 @@ def run_training(cfg: DictConfig, resume: bool) -> dict[str, float]:
     logger.info(trainer.plan.text())
     output_dir = cfg.train.output_dir
     os.makedirs(output_dir, exist_ok=True)
-    checkpointer = _checkpointer(model, cfg, cfg.data.train, trainer=trainer)
+    averaged = build_averaged(model, cfg)
+    states = {"trainer": trainer} | ({} if averaged is None else {AVERAGED: averaged})
+    checkpointer = _checkpointer(model, cfg, cfg.data.train, **states)
     start_iter = _initialise(checkpointer, trainer, cfg.train.init_checkpoint, resume)
+    evaluated = model if averaged is None else averaged.module
     max_iter = cfg.train.max_iter
     if start_iter >= max_iter:
         logger.info("Nothing to train: iteration %d of %d is done.", start_iter, max_iter)
-        return run_evaluation(model)
+        return run_evaluation(evaluated)
 
     metrics: dict[str, float] = {}
 
     def evaluate_and_keep() -> None:
         metrics.clear()
-        metrics.update(run_evaluation(model))
+        metrics.update(run_evaluation(evaluated))
         # Under Detectron2's names in the history: "bbox/AP50".
         named = {f"bbox/{name}": value for name, value in metrics.items()}
         get_event_storage().put_scalars(**named, smoothing_hint=False)
@@ -84,6 +89,7 @@ def run_training(cfg: DictConfig, resume: bool) -> dict[str, float]:
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
+            None if averaged is None else EmaHook(averaged, model),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             _checkpoint_hook(checkpointer, cfg) if comm.is_main_process() else None,
             hooks.EvalHook(cfg.train.eval_period, evaluate_and_keep),
@@ -157,6 +163,7 @@ def _checkpointer(
         cfg.train.output_dir,
         mismatch=cfg.train.init_checkpoint_mismatch,
         unsafe=cfg.train.init_checkpoint_unsafe,
+        weights=cfg.train.get("init_checkpoint_weights", "ema"),
         class_names=class_names(annotation_file),
         **checkpointables,
     )
@@ -191,6 +198,7 @@ def _initialise(
     elif resume:
         # What was saved by this run has to fit completely, whatever it was initialised from.
         checkpointer.mismatch = "error"
+        checkpointer.weights = "raw"  # the averaged ones are a part of their own
     else:
         logger.warning(
             "%s holds checkpoints of an earlier run, which will be replaced; --resume continues "

@@ -26,6 +26,7 @@ from co_detr.checkpoint import (
     stored_class_names,
     unwrap,
 )
+from co_detr.checkpoint_averaged import choose_weights
 from co_detr.checkpoint_reading import read_checkpoint
 from co_detr.checkpoint_report import mismatch_error
 from co_detr.engine.config import apply_overrides, load_config
@@ -71,7 +72,8 @@ def load_detector(
         config: a name of the model zoo, a config file (also the config.yaml of a run), or a
             loaded config.
         checkpoint: a file that training wrote or a released one; by default the weights released
-            for the model.
+            for the model. Of a file with averaged weights these are used, unless the config has
+            train.init_checkpoint_weights="raw".
         overrides: ``key=value`` for the config.
         unsafe: let the file run code while it is read.
 
@@ -81,7 +83,8 @@ def load_detector(
     """
     cfg = _read_config(config, overrides)
     path = _checkpoint_file(config, checkpoint)
-    content = read_checkpoint(path, unsafe)
+    weights = cfg.train.get("init_checkpoint_weights", "ema")
+    content = choose_weights(read_checkpoint(path, unsafe), weights, path)
     _require_state(content, path)
     stored = stored_class_names(content)
     num_classes = _num_classes(content) or (len(stored) if stored else None)

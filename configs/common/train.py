@@ -10,6 +10,8 @@ train = dict(
     # rows of classes with the same name; "reset": what does not fit keeps its initial values.
     init_checkpoint_mismatch="error",
     init_checkpoint_unsafe=False,  # True: let it run code; only for files of people you trust
+    # Of a file that has averaged weights, too: "ema" or "raw". --resume continues with both.
+    init_checkpoint_weights="ema",
     max_iter=90000,  # 12 epochs of COCO at total batch 16
     device="cuda" if torch.cuda.is_available() else "cpu",
     seed=0,
@@ -21,6 +23,8 @@ train = dict(
     # Images that a process computes at a time; gradients are accumulated until the step has all of
     # its images. None: its whole share at once.
     images_per_gpu=None,
+    # Average of the weights, which evaluation then uses; decay grows over warmup_iterations.
+    ema=dict(enabled=False, decay=0.9997, warmup_iterations=2000),
     ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
     checkpointer=dict(period=5000, max_to_keep=20),
     eval_period=7500,  # one epoch of COCO; 0: only at the end

@@ -9,11 +9,12 @@ from detectron2.utils.env import seed_all_rng
 from co_detr.engine.run import run_training
 
 # The large epsilon keeps AdamW from dividing rounding differences by tiny numbers.
-COMMON = ["train.max_iter=4", "optimizer.eps=1e-2"]
+COMMON = ["train.max_iter=4", "optimizer.eps=1e-2", "train.ema.enabled=true"]
 
 
 def _run(output_dir):
-    state = torch.load(output_dir / "model_final.pth")["model"]
+    checkpoint = torch.load(output_dir / "model_final.pth")
+    state = checkpoint["model"] | checkpoint["ema"]
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     losses = [line["total_loss"] for line in lines if "total_loss" in line]
     return state, losses, json.loads((output_dir / "metrics.json").read_text())

@@ -7,12 +7,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from builders import tiny_config, tiny_model
+from builders import randomise, tiny_config, tiny_model
 from PIL import Image
 from trained_run import CLASSES, SIZE
 
 import co_detr
 from co_detr.checkpoint import restore_official
+from co_detr.engine.averaging import AveragedWeights, EmaSettings
 from co_detr.engine.checkpoint import Checkpointer
 from co_detr.errors import CheckpointError, ConfigError, DataError
 from co_detr.prediction import Predictor
@@ -197,3 +198,24 @@ def test_one_broken_image_of_a_list(predictor, photos):
     (photos / "b.png").write_bytes(b"no image")
     with pytest.raises(DataError, match="b.png cannot be decoded"):
         predictor([photos / "a.png", photos / "b.png"])
+
+
+def test_averaged_weights_are_used_unless_told_otherwise(trained, tmp_path):
+    """Also without the auxiliary heads, which the predictor leaves out."""
+    averaged = AveragedWeights(trained.model, EmaSettings(enabled=True))
+    randomise(averaged.module, seed=5)
+    averaged.update_parameters(averaged.module)
+    both = tmp_path / "both.pth"
+    content = {"model": trained.model.state_dict(), "class_names": CLASSES}
+    torch.save(content | {"ema": averaged.state_dict()}, both)
+    image = np.full((60, 80, 3), 128, np.uint8)
+
+    found = Predictor(trained.config, both, device="cpu")(image)
+    torch.save(content | {"model": averaged.module.state_dict()}, tmp_path / "averaged.pth")
+    expected = Predictor(trained.config, tmp_path / "averaged.pth", device="cpu")(image)
+    assert same(found, expected)
+
+    raw = ["train.init_checkpoint_weights=raw"]
+    found = Predictor(trained.config, both, device="cpu", overrides=raw)(image)
+    expected = Predictor(trained.config, trained.checkpoint, device="cpu")(image)
+    assert same(found, expected)
