@@ -86,7 +86,8 @@ class Checkpointer(DetectionCheckpointer):
         self.class_names = None if class_names is None else list(class_names)
         self._report = LoadReport("", 0)
 
-    def save(self, name: str, **kwargs: Any) -> None:
+    def save(self, name: str, tag: bool = True, **kwargs: Any) -> None:
+        """Writes `name`.pth; without `tag`, it is not the one that a resumed run starts from."""
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict()}
@@ -99,7 +100,8 @@ class Checkpointer(DetectionCheckpointer):
         with self.path_manager.open(f"{path}.tmp", "wb") as file:
             torch.save(data, cast(IO[bytes], file))
         os.replace(f"{path}.tmp", path)
-        self.tag_last_checkpoint(os.path.basename(path))
+        if tag:
+            self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         path = os.path.join(self.save_dir, "last_checkpoint")

@@ -13,7 +13,6 @@ from detectron2.config import instantiate
 from detectron2.engine import hooks
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage
 from omegaconf import DictConfig
 from torch import nn
 from torch.utils.data import DataLoader
@@ -29,7 +28,15 @@ from co_detr.engine.out_of_memory import (
     training_advice,
 )
 from co_detr.engine.own_data import align_with_checkpoint
+from co_detr.engine.periodic_evaluation import PeriodicEvaluation
+from co_detr.engine.selection import build_selection
 from co_detr.engine.trainer import StepSettings, Trainer
+from co_detr.engine.validation_loss import (
+    LoadedValidationSet,
+    ValidationLoss,
+    ValidationLossSettings,
+    chosen_records,
+)
 from co_detr.engine.writers import build_writers
 from co_detr.errors import CheckpointError, ConfigError
 
@@ -59,9 +66,13 @@ def run_training(cfg: DictConfig, resume: bool) -> dict[str, float]:
     there is none yet; otherwise starts from `train.init_checkpoint`.
     """
     train_loader = instantiate(cfg.dataloader.train)
+    names = class_names(cfg.data.train)
+    selection = build_selection(cfg, names)
+    val_loss = ValidationLossSettings(**cfg.train.get("val_loss", {}))
+    val_set = LoadedValidationSet(cfg) if val_loss.enabled else None
     # Built first although it is used last: a wrong data.val should not end a finished training.
     run_evaluation = _build_evaluation(cfg)
-    align_classes(cfg.data.val, class_names(cfg.data.train))
+    align_classes(cfg.data.val, names)
     model = build_model(cfg)
     trainer = build_trainer(cfg, model, train_loader, train_loader.batch_sampler.accumulation_steps)
     logger.info(trainer.plan.text())
@@ -73,26 +84,34 @@ def run_training(cfg: DictConfig, resume: bool) -> dict[str, float]:
     start_iter = _initialise(checkpointer, trainer, cfg.train.init_checkpoint, resume)
     evaluated = model if averaged is None else averaged.module
     max_iter = cfg.train.max_iter
-    if start_iter >= max_iter:
+    if selection is not None and comm.is_main_process():
+        selection.history.start(resume=start_iter > 0)
+    if start_iter >= max_iter or (selection is not None and selection.exhausted(start_iter)):
         logger.info("Nothing to train: iteration %d of %d is done.", start_iter, max_iter)
         return run_evaluation(evaluated)
 
-    metrics: dict[str, float] = {}
-
-    def evaluate_and_keep() -> None:
-        metrics.clear()
-        metrics.update(run_evaluation(evaluated))
-        # Under Detectron2's names in the history: "bbox/AP50".
-        named = {f"bbox/{name}": value for name, value in metrics.items()}
-        get_event_storage().put_scalars(**named, smoothing_hint=False)
-
+    measure = None
+    if val_set is not None:
+        measure = ValidationLoss(
+            chosen_records(val_set.aligned(names), val_loss),
+            instantiate(cfg.dataloader.test.mapper),
+            trainer.settings,
+            cfg.dataloader.test.num_workers,
+        )
+    evaluation = PeriodicEvaluation(
+        trainer,
+        checkpointer,
+        run_evaluation=lambda: run_evaluation(evaluated),
+        run_validation_loss=None if measure is None else lambda: measure(evaluated),
+        selection=selection,
+    )
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
             None if averaged is None else EmaHook(averaged, model),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             _checkpoint_hook(checkpointer, cfg) if comm.is_main_process() else None,
-            hooks.EvalHook(cfg.train.eval_period, evaluate_and_keep),
+            hooks.EvalHook(cfg.train.eval_period, evaluation),
             hooks.PeriodicWriter(
                 build_writers(output_dir, start_iter, max_iter, cfg.train.log_period),
                 period=cfg.train.log_period,
@@ -105,7 +124,7 @@ def run_training(cfg: DictConfig, resume: bool) -> dict[str, float]:
         cfg.train.device, "training", lambda: training_advice(cfg, trainer.plan)
     ):
         trainer.train(start_iter, max_iter)
-    return metrics
+    return evaluation.metrics
 
 
 def build_trainer(

@@ -89,6 +89,8 @@ class Trainer(SimpleTrainer):
                     self.before_step()
                     self.run_step()
                     self.after_step()
+                    if self.iter + 1 >= self.max_iter:  # a hook may have lowered it
+                        break
             except BaseException:
                 for hook in self._hooks:
                     if isinstance(hook, hooks.PeriodicWriter):

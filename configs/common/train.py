@@ -28,5 +28,12 @@ train = dict(
     ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
     checkpointer=dict(period=5000, max_to_keep=20),
     eval_period=7500,  # one epoch of COCO; 0: only at the end
+    # Of metrics.json; its best value is kept as model_best.pth. None: no best checkpoint.
+    best_metric="AP",
+    # Ends after so many evaluations in a row in which best_metric gains no more than min_delta.
+    early_stop=dict(patience=None, min_delta=0.0),
+    # At every evaluation also the training losses on the val set, as val_loss/*; changes nothing in
+    # the training. max_images: so many, evenly spread; None: all.
+    val_loss=dict(enabled=False, max_images=None),
     log_period=20,
 )
