@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from co_detr.data.boxes import BoxChecker
 from co_detr.data.coco import dataset_name
+from co_detr.engine.class_table import class_results, format_classes, write_classes
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +64,8 @@ class BoxEvaluator(DatasetEvaluator):
 class CocoBoxEvaluator(BoxEvaluator, COCOEvaluator):
     """Detectron2's `COCOEvaluator` for box detections on a file that `load_coco` has read.
 
-    It uses the official COCO API (no compiled code), writes `coco_instances_results.json` to
-    `output_dir`, and accepts what `load_coco` accepts:
+    It uses the official COCO API (no compiled code), writes `coco_instances_results.json` and
+    `per_class_ap.csv` to `output_dir`, and accepts what `load_coco` accepts:
 
     - annotations without `iscrowd` and `area`, which default to 0 and the box area;
     - boxes that have no area inside their image, which no detection could match: left out;
@@ -111,9 +112,19 @@ class CocoBoxEvaluator(BoxEvaluator, COCOEvaluator):
     def _derive_coco_results(
         self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None
     ) -> dict[str, float]:
-        # The COCO API orders classes by their ids in the file, the metadata as the model does.
-        names = [self._coco_api.cats[key]["name"] for key in sorted(self._coco_api.cats)]
-        return super()._derive_coco_results(coco_eval, iou_type, names)
+        results = super()._derive_coco_results(coco_eval, iou_type)  # without its table of classes
+        if coco_eval is None:  # there is no detection at all
+            return results
+        order = self._metadata.thing_dataset_id_to_contiguous_id
+        classes = class_results(coco_eval, self._coco_api, order)
+        logger.info(
+            "Results by class%s:\n%s",
+            f" ({self.kind})" if self.kind else "",
+            format_classes(classes),
+        )
+        if self._output_dir:
+            write_classes(classes, self._output_dir)
+        return results | {f"AP-{each.name}": each.ap for each in classes}
 
 
 def evaluate(

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
 TOTAL_LOSS = "total_loss"
+VALIDATION_LOSS = "val_loss/total"
 _EVALUATION = (("bbox/AP", "AP", "-"), ("bbox/AP50", "AP50", "--"))
 _LINE_STYLES = ("-", "--", ":", "-.")
 
@@ -39,11 +40,11 @@ class TrainingLog:
         """Sums the losses of each part: "matching.loss_cls" and "matching.d0.loss_giou" both
         belong to "matching". Names without a dot form the part "other".
 
-        A point counts where all losses of the part were logged.
+        A point counts where all losses of the part were logged; those of the val set are others.
         """
         members: dict[str, list[Series]] = {}
         for name, series in sorted(self.series.items()):
-            if "loss" in name and name != TOTAL_LOSS:
+            if "loss" in name and "/" not in name and name != TOTAL_LOSS:
                 part = name.split(".")[0] if "." in name else "other"
                 members.setdefault(part, []).append(series)
         return {part: _sum_series(series) for part, series in members.items()}
@@ -127,6 +128,10 @@ def _plot_total(axes: Axes, logs: list[TrainingLog]) -> None:
         series = log.series[TOTAL_LOSS]
         axes.plot(series.iterations, series.values, color=f"C{index}", alpha=0.25, linewidth=1)
         _plot_smoothed(axes, series, color=f"C{index}", label=log.name)
+        if VALIDATION_LOSS in log.series:
+            on_val = log.series[VALIDATION_LOSS]
+            style = {"color": f"C{index}", "marker": "o", "linestyle": "--", "markersize": 4}
+            axes.plot(on_val.iterations, on_val.values, **style, label=f"{log.name}, val set")
     _log_scale_if_positive(axes)
     _legend_or_note(axes, "no loss was logged")
 

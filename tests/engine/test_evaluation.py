@@ -5,9 +5,12 @@ import json
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch import nn
 
-from co_detr.engine.run import run_evaluation_only, run_training
+from co_detr.data.coco import align_classes, class_names, load_coco
+from co_detr.engine.run import _build_evaluation, run_evaluation_only, run_training
 from co_detr.errors import CheckpointError, DataError
 
 
@@ -97,3 +100,81 @@ def test_a_wrong_val_set_stops_before_training(tiny_cfg, tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.json does not exist"):
         run_training(cfg, resume=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_table_of_classes(oracle_cfg, tiny_data, tmp_path, caplog):
+    """In the order of the model's classes, with numbers for classes that have boxes."""
+    caplog.set_level("INFO")
+    path = tiny_data.root / "val.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["iscrowd"] = 1
+    for each in content["annotations"]:
+        each["category_id"] = {3: 8, 7: 2}[each["category_id"]]
+    content["categories"] = [
+        {"id": 2, "name": "plate"},
+        {"id": 5, "name": "dust"},
+        {"id": 8, "name": "cell"},
+    ]
+    path.write_text(json.dumps(content))
+    train = json.loads(tiny_data.train.read_text())
+    train["categories"].append({"id": 9, "name": "dust"})
+    tiny_data.train.write_text(json.dumps(train))
+    cfg = oracle_cfg("model.num_classes=3")
+    cfg.model.num_classes = 3
+    load_coco(cfg.data.train, cfg.data.train_images)
+    cells = sum(a["category_id"] == 8 and not a["iscrowd"] for a in content["annotations"])
+    plates = sum(a["category_id"] == 2 for a in content["annotations"])
+
+    run_evaluation = _build_evaluation(cfg)
+    align_classes(cfg.data.val, class_names(cfg.data.train))
+    run_evaluation(OneClass())
+    lines = (tmp_path / "out" / "per_class_ap.csv").read_text().splitlines()
+    assert lines[0] == "class,AP,AP50,ground_truths"
+    assert [line.split(",")[0] for line in lines[1:]] == ["cell", "plate", "dust"]
+    assert lines[2] == f"plate,0.000,0.000,{plates}" and lines[3] == "dust,,,0"
+    assert lines[1].endswith(f",{cells}")
+    table = caplog.text[caplog.text.index("Results by class:") :].splitlines()
+    assert table[1].split() == ["|", "class", "|", "AP", "|", "AP50", "|", "ground_truths", "|"]
+    assert [row.split()[1] for row in table[3:6]] == ["cell", "plate", "dust"]
+
+
+class OneClass(nn.Module):
+    """Finds one thing in every image: nothing."""
+
+    def forward(self, batched_inputs):
+        found = []
+        for sample in batched_inputs:
+            result = Instances((sample["height"], sample["width"]))
+            result.pred_boxes = Boxes(torch.tensor([[0.0, 0.0, 1.0, 1.0]]))
+            result.scores = torch.ones(1)
+            result.pred_classes = torch.zeros(1, dtype=torch.long)
+            found.append({"instances": result})
+        return found
+
+
+class ShiftedOracle(Oracle):
+    """Two pixels beside the ground truth: right at IoU 0.5 and wrong at 0.95."""
+
+    def _detect(self, sample):
+        result = super()._detect(sample)
+        result["instances"].pred_boxes.tensor[:, ::2] += 2
+        return result
+
+
+def test_numbers_of_a_class_are_those_of_an_evaluation_of_it_alone(oracle_cfg, tmp_path):
+    cfg = oracle_cfg()
+    cfg.model._target_ = ShiftedOracle
+    metrics = run_evaluation_only(cfg, resume=False)
+    rows = [row.split(",") for row in (tmp_path / "out" / "per_class_ap.csv").open()]
+    assert [row[0] for row in rows] == ["class", "cell", "plate"]
+    truth = COCO(cfg.data.val)
+    found = truth.loadRes(str(tmp_path / "out" / "coco_instances_results.json"))
+    for (name, ap, ap50, number), category in zip(rows[1:], (3, 7), strict=True):
+        alone = COCOeval(truth, found, "bbox")
+        alone.params.catIds = [category]
+        alone.evaluate(), alone.accumulate(), alone.summarize()
+        assert float(ap) == pytest.approx(100 * alone.stats[0], abs=1e-3)
+        assert float(ap50) == pytest.approx(100 * alone.stats[1], abs=1e-3)
+        assert float(ap) < float(ap50)
+        assert metrics[f"AP-{name}"] == pytest.approx(float(ap), abs=1e-3)
+        assert int(number) == len(truth.getAnnIds(catIds=[category]))

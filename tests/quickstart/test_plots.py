@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
 from PIL import Image
 
 from co_detr.visualization.curves import plot_training_curves, read_log, smooth
@@ -56,6 +57,7 @@ def test_losses_are_summed_by_part(tmp_path: Path) -> None:
         "matching.d0.loss_giou": 2.0,
         "roi.loss_cls": 4.0,
         "loss_rpn": 8.0,
+        "val_loss/matching.loss_cls": 16.0,
         "lr": 1e-4,
     }
     parts = read_log(write_metrics(tmp_path / "m", [record]), "run").losses_by_part()
@@ -93,6 +95,18 @@ def test_curves_of_runs_with_different_parts(tmp_path: Path, make_run: MakeRun) 
     logs = [read_log(tmp_path / name / "metrics.jsonl", name) for name in ("k2", "k0")]
     plot_training_curves(logs, tmp_path / "new" / "curve.png")
     assert_is_picture(tmp_path / "new" / "curve.png")
+
+
+def test_the_validation_loss_is_drawn_beside_the_total_loss(tmp_path, monkeypatch) -> None:
+    records = [{"iteration": i, "total_loss": 5.0 - i, "val_loss/total": 6.0 - i} for i in range(3)]
+    log = read_log(write_metrics(tmp_path / "m", records), "run")
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    plot_training_curves([log], tmp_path / "curve.png")
+    total = plt.gcf().axes[0]
+    drawn = {line.get_label(): line.get_ydata().tolist() for line in total.get_lines()}
+    assert drawn["run, val set"] == [6.0, 5.0, 4.0]
+    monkeypatch.undo()
+    plt.close()
 
 
 def test_curves_without_evaluation_or_with_nan(tmp_path: Path) -> None:
