@@ -30,6 +30,7 @@ from co_detr.engine.out_of_memory import (
 from co_detr.engine.own_data import align_with_checkpoint
 from co_detr.engine.periodic_evaluation import PeriodicEvaluation
 from co_detr.engine.selection import build_selection
+from co_detr.engine.tracking import build_trackers, require_trackers
 from co_detr.engine.trainer import StepSettings, Trainer
 from co_detr.engine.validation_loss import (
     LoadedValidationSet,
@@ -65,6 +66,7 @@ def run_training(cfg: DictConfig, resume: bool) -> dict[str, float]:
     With `resume`, continues from the last checkpoint of `train.output_dir`, or starts anew if
     there is none yet; otherwise starts from `train.init_checkpoint`.
     """
+    require_trackers(cfg)
     train_loader = instantiate(cfg.dataloader.train)
     names = class_names(cfg.data.train)
     selection = build_selection(cfg, names)
@@ -112,12 +114,7 @@ def run_training(cfg: DictConfig, resume: bool) -> dict[str, float]:
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             _checkpoint_hook(checkpointer, cfg) if comm.is_main_process() else None,
             hooks.EvalHook(cfg.train.eval_period, evaluation),
-            hooks.PeriodicWriter(
-                build_writers(output_dir, start_iter, max_iter, cfg.train.log_period),
-                period=cfg.train.log_period,
-            )
-            if comm.is_main_process()
-            else None,
+            _writer_hook(cfg, start_iter) if comm.is_main_process() else None,
         ]
     )
     with explain_out_of_memory(
@@ -237,3 +234,10 @@ def _checkpoint_hook(checkpointer: Checkpointer, cfg: DictConfig) -> hooks.Perio
     pattern = os.path.join(cfg.train.output_dir, f"{hook.file_prefix}_{'[0-9]' * 7}.pth")
     hook.recent_checkpoints = sorted(glob.glob(pattern))
     return hook
+
+
+def _writer_hook(cfg: DictConfig, start_iter: int) -> hooks.PeriodicWriter:
+    train = cfg.train
+    writers = build_writers(train.output_dir, start_iter, train.max_iter, train.log_period)
+    writers += build_trackers(cfg, resume=start_iter > 0)
+    return hooks.PeriodicWriter(writers, period=train.log_period)

@@ -36,4 +36,7 @@ train = dict(
     # the training. max_images: so many, evenly spread; None: all.
     val_loss=dict(enabled=False, max_images=None),
     log_period=20,
+    # Experiment trackers, whose packages are not installed with this project.
+    wandb=dict(enabled=False, project="co-detr", name=None, mode=None),
+    mlflow=dict(enabled=False, experiment="co-detr", name=None, tracking_uri=None),
 )
