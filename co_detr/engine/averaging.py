@@ -64,6 +64,11 @@ class AveragedWeights(AveragedModel):
         grown = 1 - math.exp(-steps / warmup) if warmup else 1.0
         return self.settings.decay * grown
 
+    def start_from(self, model: nn.Module) -> None:
+        """To be called when the weights are loaded: without a step, the average is the model."""
+        if self.n_averaged == 0:
+            self.module.load_state_dict(model.state_dict())
+
     def update_parameters(self, model: nn.Module) -> None:
         self.multi_avg_fn = get_ema_multi_avg_fn(self.decay())
         super().update_parameters(model)

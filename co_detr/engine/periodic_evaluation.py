@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
+from torch import nn
 
 from co_detr.engine.checkpoint import Checkpointer
 from co_detr.engine.selection import ModelSelection
 from co_detr.engine.trainer import Trainer
+from co_detr.engine.validation_loss import ValidationLoss
 
 Metrics = dict[str, float]
 
@@ -19,8 +21,9 @@ class PeriodicEvaluation:
 
     Args:
         trainer, checkpointer: of the run.
-        run_evaluation: gives the metrics, in the main process.
-        run_validation_loss: gives `val_loss/*`; None: not computed.
+        model: to evaluate.
+        run_evaluation: model -> metrics in the main process, {} in others.
+        validation_loss: computes `val_loss/*`; None: it is switched off.
         selection: of the best checkpoint and the end of the training; None: neither.
 
     Attributes:
@@ -31,14 +34,16 @@ class PeriodicEvaluation:
         self,
         trainer: Trainer,
         checkpointer: Checkpointer,
-        run_evaluation: Callable[[], Metrics],
-        run_validation_loss: Callable[[], Metrics] | None,
+        model: nn.Module,
+        run_evaluation: Callable[[nn.Module], Metrics],
+        validation_loss: ValidationLoss | None,
         selection: ModelSelection | None,
     ) -> None:
         self.trainer = trainer
         self.checkpointer = checkpointer
+        self.model = model
         self.run_evaluation = run_evaluation
-        self.run_validation_loss = run_validation_loss
+        self.validation_loss = validation_loss
         self.selection = selection
         self.metrics: Metrics = {}
         self._steps = 0
@@ -49,8 +54,8 @@ class PeriodicEvaluation:
         if steps == self._steps:
             return  # the training ended early, after an evaluation of these weights
         self._steps = steps
-        self.metrics = self.run_evaluation()
-        losses = {} if self.run_validation_loss is None else self.run_validation_loss()
+        self.metrics = self.run_evaluation(self.model)
+        losses = {} if self.validation_loss is None else self.validation_loss(self.model)
         # Under Detectron2's names in the history: "bbox/AP50".
         named = {f"bbox/{name}": value for name, value in self.metrics.items()}
         get_event_storage().put_scalars(**named, **losses, smoothing_hint=False)

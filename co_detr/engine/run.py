@@ -32,12 +32,7 @@ from co_detr.engine.periodic_evaluation import PeriodicEvaluation
 from co_detr.engine.selection import build_selection
 from co_detr.engine.tracking import build_trackers, require_trackers
 from co_detr.engine.trainer import StepSettings, Trainer
-from co_detr.engine.validation_loss import (
-    LoadedValidationSet,
-    ValidationLoss,
-    ValidationLossSettings,
-    chosen_records,
-)
+from co_detr.engine.validation_loss import load_validation_set
 from co_detr.engine.writers import build_writers
 from co_detr.errors import CheckpointError, ConfigError
 
@@ -70,8 +65,7 @@ def run_training(cfg: DictConfig, resume: bool) -> dict[str, float]:
     train_loader = instantiate(cfg.dataloader.train)
     names = class_names(cfg.data.train)
     selection = build_selection(cfg, names)
-    val_loss = ValidationLossSettings(**cfg.train.get("val_loss", {}))
-    val_set = LoadedValidationSet(cfg) if val_loss.enabled else None
+    val_set = load_validation_set(cfg)
     # Built first although it is used last: a wrong data.val should not end a finished training.
     run_evaluation = _build_evaluation(cfg)
     align_classes(cfg.data.val, names)
@@ -84,6 +78,8 @@ def run_training(cfg: DictConfig, resume: bool) -> dict[str, float]:
     states = {"trainer": trainer} | ({} if averaged is None else {AVERAGED: averaged})
     checkpointer = _checkpointer(model, cfg, cfg.data.train, **states)
     start_iter = _initialise(checkpointer, trainer, cfg.train.init_checkpoint, resume)
+    if averaged is not None:
+        averaged.start_from(model)
     evaluated = model if averaged is None else averaged.module
     max_iter = cfg.train.max_iter
     if selection is not None and comm.is_main_process():
@@ -92,19 +88,12 @@ def run_training(cfg: DictConfig, resume: bool) -> dict[str, float]:
         logger.info("Nothing to train: iteration %d of %d is done.", start_iter, max_iter)
         return run_evaluation(evaluated)
 
-    measure = None
-    if val_set is not None:
-        measure = ValidationLoss(
-            chosen_records(val_set.aligned(names), val_loss),
-            instantiate(cfg.dataloader.test.mapper),
-            trainer.settings,
-            cfg.dataloader.test.num_workers,
-        )
     evaluation = PeriodicEvaluation(
         trainer,
         checkpointer,
-        run_evaluation=lambda: run_evaluation(evaluated),
-        run_validation_loss=None if measure is None else lambda: measure(evaluated),
+        evaluated,
+        run_evaluation,
+        validation_loss=None if val_set is None else val_set.build_loss(names, trainer.settings),
         selection=selection,
     )
     trainer.register_hooks(

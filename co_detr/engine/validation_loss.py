@@ -114,32 +114,34 @@ class ValidationLoss:
         return {**means, TOTAL: sum(means.values())}
 
 
-class LoadedValidationSet:
+class ValidationSet:
     """Records of data.val with the categories as its own file numbers them.
 
     Loading registers these categories, so it has to come before the evaluation is built, which
     lets `align_classes` change what is registered.
     """
 
-    def __init__(self, cfg: DictConfig) -> None:
-        self.records = instantiate(cfg.dataloader.test.dataset)
+    def __init__(self, cfg: DictConfig, max_images: int | None) -> None:
+        self.test = cfg.dataloader.test
+        records = instantiate(self.test.dataset)
+        number = min(max_images or len(records), len(records))
+        self.records = [records[index * len(records) // number] for index in range(number)]
         self.names = class_names(cfg.data.val)
 
-    def aligned(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """The records with categories numbered as in `names`, which are the model's."""
+    def build_loss(self, names: Sequence[str], settings: StepSettings) -> ValidationLoss:
+        """For a model whose classes are `names`, trained with `settings`."""
         numbers = [list(names).index(name) for name in self.names]
         for record in self.records:
             for annotation in record["annotations"]:
                 annotation["category_id"] = numbers[annotation["category_id"]]
-        return self.records
+        mapper = instantiate(self.test.mapper)
+        return ValidationLoss(self.records, mapper, settings, self.test.num_workers)
 
 
-def chosen_records(
-    records: list[dict[str, Any]], settings: ValidationLossSettings
-) -> list[dict[str, Any]]:
-    """At most `max_images` of them, evenly spread."""
-    number = min(settings.max_images or len(records), len(records))
-    return [records[index * len(records) // number] for index in range(number)]
+def load_validation_set(cfg: DictConfig) -> ValidationSet | None:
+    """What `train.val_loss` asks for; None: nothing."""
+    settings = ValidationLossSettings(**cfg.train.get("val_loss", {}))
+    return ValidationSet(cfg, settings.max_images) if settings.enabled else None
 
 
 @contextmanager

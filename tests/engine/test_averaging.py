@@ -115,6 +115,13 @@ def test_a_finished_run_evaluates_its_average(tiny_cfg, tmp_path):
     assert _detections(tmp_path / "out") == detections
 
 
+def test_a_finished_run_without_an_average_evaluates_its_weights(tiny_cfg, tmp_path):
+    _train(tiny_cfg("optimizer.lr=0.05"))
+    detections = _detections(tmp_path / "out")
+    run_training(tiny_cfg(*EMA), resume=True)
+    assert _detections(tmp_path / "out") == detections
+
+
 def test_buffers_are_copied():
     model = torch.nn.BatchNorm1d(2)
     averaged = AveragedWeights(model, EmaSettings(enabled=True, decay=0.9))
