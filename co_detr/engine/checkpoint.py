@@ -86,7 +86,7 @@ class Checkpointer(DetectionCheckpointer):
         self.class_names = None if class_names is None else list(class_names)
         self._report = LoadReport("", 0)
 
-    def save(self, name: str, tag: bool = True, **kwargs: Any) -> None:
+    def save(self, name: str, *, tag: bool = True, **kwargs: Any) -> None:
         """Writes `name`.pth; without `tag`, it is not the one that a resumed run starts from."""
         if not self.save_dir or not self.save_to_disk:
             return

@@ -1,13 +1,11 @@
 """A few training steps on made-up images, to learn what a run needs before it starts.
 
-Nothing is read but the config (and the categories of a data.train given on the command line), and
-nothing is written.
+No image is read and nothing is written.
 """
 
 from __future__ import annotations
 
 import datetime
-import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -28,8 +26,6 @@ from co_detr.engine.memory import PeakMemory
 from co_detr.engine.out_of_memory import explain_out_of_memory, training_advice
 from co_detr.engine.run import build_model, build_trainer
 from co_detr.errors import ConfigError
-
-logger = logging.getLogger(__name__)
 
 MANY_OBJECTS = 100  # per image; COCO's fullest has 93
 USUAL_OBJECTS = 8
@@ -73,11 +69,11 @@ class DryRun:
         whole = datetime.timedelta(seconds=round(self.usual_seconds * self.max_iter))
         return "\n".join(
             [
-                f"{self.plan.text()}",
+                self.plan.text(),
                 f"peak memory:  {self.peak} ({worst_height}x{worst_width}, {MANY_OBJECTS} objects "
                 "per image, optimiser step included)",
-                f"largest step: {self.worst_seconds:.3g} s",
-                f"usual step:   {self.usual_seconds:.3g} s ({height}x{width}, {USUAL_OBJECTS} "
+                f"largest step: {self.worst_seconds:.4g} s",
+                f"usual step:   {self.usual_seconds:.4g} s ({height}x{width}, {USUAL_OBJECTS} "
                 "objects per image)",
                 f"whole run:    {whole} for {self.max_iter} usual steps, without evaluations and "
                 "waiting for images",
@@ -86,7 +82,9 @@ class DryRun:
 
 
 def dry_run(cfg: DictConfig) -> DryRun:
-    """Trains for three steps; in every process that takes part in the run.
+    """Trains for three steps; to be called in every process that takes part in the run.
+
+    Of a step with more than two micro-batches two are computed, and the time is scaled.
 
     Raises:
         OutOfMemoryError: if a step does not fit.
@@ -177,6 +175,7 @@ class StepClock(HookBase):
 
     def __init__(self, device: str) -> None:
         self.on_gpu = torch.device(device).type == "cuda"
+        self.start = 0.0
         self.seconds: list[float] = []
 
     def before_step(self) -> None:

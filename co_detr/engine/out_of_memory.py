@@ -31,13 +31,13 @@ _TEST_SIZES = ("model.padding.square_size", "dataloader.test.mapper.augmentation
 
 
 @contextmanager
-def explain_out_of_memory(device: str, doing: str, advice: Callable[[], list[str]]) -> Iterator:
+def explain_out_of_memory(device: str, doing: str, advice: Callable[[], str]) -> Iterator[None]:
     """Turns a failed allocation inside the block into one sentence.
 
     Args:
         device: where the model is.
         doing: what the block does, as in "training".
-        advice: gives what to change, the best first.
+        advice: gives what to change.
 
     Raises:
         OutOfMemoryError: instead of what PyTorch or Python raise.
@@ -49,12 +49,11 @@ def explain_out_of_memory(device: str, doing: str, advice: Callable[[], list[str
             raise
         where = "the GPU" if device.startswith("cuda") else "the machine"
         raise OutOfMemoryError(
-            f"the memory of {where} ran out in {doing} (peak: {PeakMemory.of(device)}): "
-            f"{' or '.join(advice())}; --dry-run of train_net.py measures what a setting needs."
+            f"the memory of {where} ran out in {doing} (peak: {PeakMemory.of(device)}): {advice()}."
         ) from error
 
 
-def training_advice(cfg: DictConfig, plan: BatchPlan) -> list[str]:
+def training_advice(cfg: DictConfig, plan: BatchPlan) -> str:
     """Switches that save memory in training and are not on yet, the cheapest first."""
     advice = []
     share = plan.images_per_gpu
@@ -65,23 +64,25 @@ def training_advice(cfg: DictConfig, plan: BatchPlan) -> list[str]:
             "learning rate stay)"
         )
     if not cfg.train.amp.enabled:
-        advice.append("train.amp.enabled=true (bfloat16)")
-    advice += [f"{key}=true" for key in _CHECKPOINTING if OmegaConf.select(cfg, key) is False]
-    return advice + _smaller_images(cfg, _TRAIN_SIZES)
+        advice.append("set train.amp.enabled=true (bfloat16)")
+    off = [key for key in _CHECKPOINTING if OmegaConf.select(cfg, key) is False]
+    advice += [f"set {key}=true" for key in off]
+    advice.append(_smaller_images(cfg, _TRAIN_SIZES))
+    return f"{' or '.join(advice)}, and try it with --dry-run"
 
 
-def evaluation_advice(cfg: DictConfig) -> list[str]:
+def evaluation_advice(cfg: DictConfig) -> str:
     """The same for evaluation, which keeps nothing for a backward pass."""
     size = cfg.dataloader.test.get("batch_size", 1)
     advice = ["set dataloader.test.batch_size=1"] if size > 1 else []
-    return advice + _smaller_images(cfg, _TEST_SIZES)
+    return " or ".join([*advice, _smaller_images(cfg, _TEST_SIZES)])
 
 
-def _smaller_images(cfg: DictConfig, keys: tuple[str, ...]) -> list[str]:
+def _smaller_images(cfg: DictConfig, keys: tuple[str, ...]) -> str:
     for key in keys:
         if value := OmegaConf.select(cfg, key):
-            return [f"choose smaller images ({key} is {value})"]
-    return ["choose smaller images"]
+            return f"choose smaller images ({key} is {value})"
+    return "choose smaller images"
 
 
 def _is_out_of_memory(error: Exception) -> bool:

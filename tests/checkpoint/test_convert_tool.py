@@ -45,6 +45,20 @@ def test_both_ways_with_the_config_found_by_the_tensors(run, tmp_path, capsys, n
     assert torch.load(back)["meta"]["CLASSES"] == list(NAMES)
 
 
+def test_averaged_weights_go_back(run, tmp_path, capsys):
+    official = distinct("co_detr_r50")
+    run(official)
+    ours = torch.load(tmp_path / "out.pth")
+    averaged = {f"module.{key}": value for key, value in ours["model"].items()}
+    raw = {key: value * 0 for key, value in ours["model"].items()}
+    both = {"model": raw, "ema": {"n_averaged": torch.tensor(9), **averaged}}
+    torch.save(both, tmp_path / "both.pth")
+    back = tmp_path / "back.pth"
+    assert tool.main([str(tmp_path / "both.pth"), str(back), "--reverse"]) == 0
+    assert "its averaged weights (EMA) are converted" in capsys.readouterr().out
+    assert same(torch.load(back)["state_dict"], official)
+
+
 def test_the_number_of_classes_is_found(run):
     state = distinct("co_dino_r50")
     for key, value in state.items():

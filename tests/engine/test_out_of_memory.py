@@ -1,12 +1,14 @@
 """A failed allocation becomes one sentence with the switches that are not on yet."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from co_detr.data.loader import BatchPlan
 from co_detr.engine.config import load_config
+from co_detr.engine.memory import PeakMemory
 from co_detr.engine.out_of_memory import training_advice
 from co_detr.engine.run import run_evaluation_only, run_training
 from co_detr.errors import OutOfMemoryError
@@ -63,7 +65,7 @@ def test_checkpointing_is_advised_where_it_is_off(name):
         f"model.{part}.activation_checkpointing" for part in ("encoder", "backbone.bottom_up")
     ]
     cfg = load_config(str(CONFIGS / f"{name}.py"), [f"{switches[1]}=true"])
-    advice = ", ".join(training_advice(cfg, BatchPlan(100, 16, seed=0)))
+    advice = training_advice(cfg, BatchPlan(100, 16, seed=0))
     assert f"{switches[0]}=true" in advice and switches[1] not in advice
     assert ("model.padding.square_size is 1" in advice) == ("lsj" in name)
 
@@ -81,3 +83,15 @@ def test_other_errors_pass(tiny_cfg, monkeypatch):
     _fail(monkeypatch, RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes do not match"):
         run_training(tiny_cfg(), resume=False)
+
+
+def test_peak_memory_of_a_gpu_is_what_is_reserved_there(monkeypatch):
+    monkeypatch.setattr("torch.cuda.max_memory_reserved", lambda device: 3 * 2**30)
+    properties = SimpleNamespace(total_memory=8 * 2**30)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: properties)
+    assert str(PeakMemory.of("cuda:0")) == "3.00 of 8.00 GiB"
+
+
+def test_peak_memory_of_the_cpu():
+    peak = PeakMemory.of("cpu")
+    assert 2**25 < peak.used < peak.total
