@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -20,6 +21,8 @@ from co_detr.prediction.command_line import parse_arguments, run
 
 def command_line() -> int:
     options = parse_arguments()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("co_detr").setLevel(logging.INFO)  # says which weights are used
     try:
         return run(options)
     except UserError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from trained_run import CLASSES
@@ -185,12 +186,17 @@ def script(*arguments: str) -> subprocess.CompletedProcess:
 
 def test_the_script_as_a_user_runs_it(trained, photos, tmp_path):
     (photos / "b.png").write_bytes(b"no image")
+    content = torch.load(trained.checkpoint)
+    averaged = {f"module.{key}": value for key, value in content["model"].items()}
+    checkpoint = tmp_path / "with_average.pth"
+    torch.save({**content, "ema": {"n_averaged": torch.tensor(9), **averaged}}, checkpoint)
     result = script(
-        *("--config-file", trained.config, "--checkpoint", trained.checkpoint, "--device", "cpu"),
+        *("--config-file", trained.config, "--checkpoint", checkpoint, "--device", "cpu"),
         *(photos / "a.png", photos / "b.png", "--output", tmp_path / "drawn"),
     )
     assert result.returncode == 1, result.stderr
     assert "Traceback" not in result.stderr and "100%" in result.stderr
+    assert f"{checkpoint}: its averaged weights (EMA of 9 steps) are used" in result.stderr
     assert result.stderr.splitlines()[-1].startswith(f"  image {photos / 'b.png'} cannot be")
     assert pictures(tmp_path / "drawn") == ["a.jpg"]
 
