@@ -26,6 +26,7 @@ MEMBERS = [
     "deformable_detr_r50",
     "co_detr_r50_atss",
     "co_detr_r50",
+    "co_detr_small",
     "co_detr_thin_r50",
     "quickstart",
     "quickstart_co_dino",
