@@ -56,7 +56,8 @@ class Checkpointer(DetectionCheckpointer):
             the class heads over by class name and refuses other differences; "reset" loads what
             fits and leaves the rest at its initial values (train.init_checkpoint_mismatch).
         unsafe: let a file run code while it is read (train.init_checkpoint_unsafe).
-        weights: which weights to load of a file that has two sets (train.init_checkpoint_weights).
+        weights: which weights to load of a file that has two sets (train.init_checkpoint_weights);
+            None: those that training goes on from.
         class_names: of the data, in order; saved in every checkpoint.
         checkpointables: see `DetectionCheckpointer`.
 
@@ -71,7 +72,7 @@ class Checkpointer(DetectionCheckpointer):
         *,
         mismatch: Mismatch = "error",
         unsafe: bool = False,
-        weights: Weights = "ema",
+        weights: Weights | None = "ema",
         class_names: Sequence[str] | None = None,
         **checkpointables: Any,
     ) -> None:
@@ -133,7 +134,9 @@ class Checkpointer(DetectionCheckpointer):
             self._parsed_url_during_load = None  # the parent forgets it only if nothing failed
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        loaded = choose_weights(read_checkpoint(filename, self.unsafe), self.weights, filename)
+        loaded = read_checkpoint(filename, self.unsafe)
+        if self.weights is not None:
+            loaded = choose_weights(loaded, self.weights, filename)
         self._report = LoadReport(os.path.basename(filename), len(self.model.state_dict()))
         state = unwrap(loaded)
         if not state or not all(isinstance(each, Tensor | np.ndarray) for each in state.values()):

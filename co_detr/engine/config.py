@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import os
 from collections.abc import Sequence
 from dataclasses import is_dataclass
 from typing import Any
+from unittest import mock
 
+import yaml
 from detectron2.config import LazyConfig
 from detectron2.utils.registry import locate
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -48,6 +51,17 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     _check_train_node(cfg.train)
     _check_batch(cfg)
     return cfg
+
+
+def save_config(cfg: DictConfig, path: str) -> None:
+    """Writes a complete config as YAML that `load_config` reads.
+
+    Detectron2 alone would sort keys, but the order of auxiliary heads is that of the model's
+    parameters, which a saved optimiser knows by their numbers.
+    """
+    in_order = functools.partial(yaml.dump, sort_keys=False)
+    with mock.patch.object(yaml, "dump", in_order):
+        LazyConfig.save(cfg, path)
 
 
 def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> None:

@@ -203,7 +203,7 @@ def _initialise(
     elif resume:
         # What was saved by this run has to fit completely, whatever it was initialised from.
         checkpointer.mismatch = "error"
-        checkpointer.weights = "raw"  # the averaged ones are a part of their own
+        checkpointer.weights = None  # the averaged ones are loaded as well
     else:
         logger.warning(
             "%s holds checkpoints of an earlier run, which will be replaced; --resume continues "

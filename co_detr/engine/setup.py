@@ -6,7 +6,6 @@ import logging
 import os
 
 import torch
-from detectron2.config import LazyConfig
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
@@ -14,6 +13,7 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
 from co_detr.engine.allocator import keep_freed_memory
+from co_detr.engine.config import save_config
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def setup_run(cfg: DictConfig, write: bool = True) -> None:
         with open(os.path.join(output_dir, "environment.txt"), "w") as file:
             file.write(collect_env_info() + "\n")
         config_file = os.path.join(output_dir, "config.yaml")
-        LazyConfig.save(cfg, config_file)
+        save_config(cfg, config_file)
         logger.info(
             "torch %s on %s with %d threads, %d process(es); configuration: %s",
             torch.__version__,

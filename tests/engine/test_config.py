@@ -1,12 +1,16 @@
 """Overrides reach every part, and mistakes in them are explained."""
 
+from pathlib import Path
+
 import pytest
 from detectron2.config import instantiate
 
-from co_detr.engine.config import load_config
+from co_detr.engine.config import load_config, save_config
 from co_detr.engine.optim import LearningRateFactor, StepSchedule
 from co_detr.engine.run import build_model
 from co_detr.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_overrides_reach_every_part(tiny_cfg):
@@ -65,6 +69,17 @@ def test_mistaken_overrides(tiny_cfg, override, message):
 
 def test_whole_numbers_may_be_written_with_an_exponent(tiny_cfg):
     assert tiny_cfg("train.max_iter=1e3").train.max_iter == 1000
+
+
+def test_a_saved_config_keeps_the_order_of_the_heads(tmp_path):
+    """A run that is resumed from its config.yaml has its parameters in the same order."""
+    cfg = load_config(str(ROOT / "configs" / "quickstart.py"))
+    save_config(cfg, str(tmp_path / "config.yaml"))
+    again = load_config(str(tmp_path / "config.yaml"))
+    names = [
+        [name for name, _ in instantiate(each.model).named_parameters()] for each in (cfg, again)
+    ]
+    assert names[0] == names[1]
 
 
 def test_missing_and_incomplete_config_files(tmp_path):
