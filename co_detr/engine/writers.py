@@ -11,6 +11,8 @@ from importlib.util import find_spec
 import torch
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
 
+from co_detr.files import written_whole
+
 logger = logging.getLogger(__name__)
 
 
@@ -90,6 +92,5 @@ def _drop_lines_from(metrics_file: str, start_iter: int) -> None:
                 break  # a run that was killed can leave half a line at the end
             if iteration < start_iter:
                 kept.append(line)
-    with open(f"{metrics_file}.tmp", "w", encoding="utf-8") as file:
+    with written_whole(metrics_file) as file:
         file.writelines(kept)
-    os.replace(f"{metrics_file}.tmp", metrics_file)
