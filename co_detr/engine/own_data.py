@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from co_detr.data.coco import align_classes, class_names, load_coco
 from co_detr.data.coco_file import read_coco, shortened
 from co_detr.data.preflight import PreflightSettings, SplitFiles, preflight
+from co_detr.engine.joint import raise_jointly
 from co_detr.errors import DataError, UserError
 
 logger = logging.getLogger(__name__)
@@ -66,12 +67,8 @@ def check_data(cfg: DictConfig, eval_only: bool = False) -> None:
                 ", ".join(report.splits[0].class_names[:20]),
             )
         except UserError as error:
-            problem = str(error)
-    problem = comm.all_gather(problem)[0]
-    if problem is not None:
-        error = DataError(problem)
-        error.joint = True
-        raise error
+            problem = error
+    raise_jointly(problem)
 
 
 def align_with_checkpoint(cfg: DictConfig, trained: Sequence[str] | None) -> None:
