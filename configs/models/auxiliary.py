@@ -9,20 +9,21 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.modeling.proposal_generator import RPN, StandardRPNHead
+from detectron2.modeling.proposal_generator import StandardRPNHead
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead, FastRCNNOutputLayers
 
 from co_detr.modeling.auxiliary import (
     ATSSAssigner,
     ATSSHead,
     CollaborativeROIHeads,
+    CollaborativeRPN,
     ExtraLevel,
     FasterRCNNHead,
     HybridAssignmentHeads,
 )
 from co_detr.modeling.queries import PositiveQueries
 
-rpn = L(RPN)(
+rpn = L(CollaborativeRPN)(
     in_features=["p3", "p4", "p5", "p6", "p7"],
     head=L(StandardRPNHead)(in_channels="${.....encoder.embed_dim}", num_anchors=9),
     anchor_generator=L(DefaultAnchorGenerator)(

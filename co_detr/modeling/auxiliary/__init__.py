@@ -2,7 +2,11 @@
 
 from co_detr.modeling.auxiliary.assigners import ATSSAssigner
 from co_detr.modeling.auxiliary.atss import ATSSHead
-from co_detr.modeling.auxiliary.faster_rcnn import CollaborativeROIHeads, FasterRCNNHead
+from co_detr.modeling.auxiliary.faster_rcnn import (
+    CollaborativeROIHeads,
+    CollaborativeRPN,
+    FasterRCNNHead,
+)
 from co_detr.modeling.auxiliary.hybrid import AuxiliaryBranch, HybridAssignmentHeads
 from co_detr.modeling.auxiliary.pyramid import ExtraLevel
 
@@ -11,6 +15,7 @@ __all__ = [
     "ATSSHead",
     "AuxiliaryBranch",
     "CollaborativeROIHeads",
+    "CollaborativeRPN",
     "ExtraLevel",
     "FasterRCNNHead",
     "HybridAssignmentHeads",

@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
+import torch
 from detectron2.modeling.proposal_generator import RPN
+from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
 from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from co_detr.structures import AuxiliaryOutput, Candidates
+
+
+class CollaborativeRPN(RPN):
+    """``RPN`` that leaves predictions that are NaN or infinite out of its proposals.
+
+    Detectron2's raises a FloatingPointError in training, in one process only, and the others then
+    wait for its gradients. Here the loss becomes NaN or infinite, which the trainer sees in all.
+    """
+
+    def predict_proposals(
+        self,
+        anchors: list[Boxes],
+        pred_objectness_logits: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        image_sizes: list[tuple[int, int]],
+    ) -> list[Instances]:
+        with torch.no_grad():
+            return find_top_rpn_proposals(
+                self._decode_proposals(anchors, pred_anchor_deltas),
+                pred_objectness_logits,
+                image_sizes,
+                self.nms_thresh,
+                self.pre_nms_topk[self.training],
+                self.post_nms_topk[self.training],
+                self.min_box_size,
+                training=False,
+            )
 
 
 class CollaborativeROIHeads(StandardROIHeads):
@@ -26,7 +55,13 @@ class CollaborativeROIHeads(StandardROIHeads):
         query_features = pooled.mean(dim=(2, 3)).split([len(each) for each in proposals])
         for each, rows in zip(proposals, query_features, strict=True):
             each.query_features = rows
-        return self.box_predictor.losses(self.box_predictor(self.box_head(pooled)), proposals)
+        scores, deltas = self.box_predictor(self.box_head(pooled))
+        # Detectron2 asserts that boxes are ordered, which those from NaN are not. The loss has to
+        # say it instead, where the trainer sees it in all processes; the sum is 0 otherwise.
+        finite = deltas.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        losses = self.box_predictor.losses((scores, finite), proposals)
+        losses["loss_box_reg"] = losses["loss_box_reg"] + (deltas - finite).detach().sum()
+        return losses
 
 
 class FasterRCNNHead(nn.Module):
