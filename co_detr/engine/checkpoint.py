@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from typing import IO, Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
 from torch import Tensor, nn
 
 from co_detr.checkpoint import (
@@ -26,7 +27,9 @@ from co_detr.checkpoint_classes import match_classes, remap_classes
 from co_detr.checkpoint_reading import read_checkpoint
 from co_detr.checkpoint_report import LoadReport, mismatch_error
 from co_detr.engine.backbone_file import backbone_state, is_backbone
+from co_detr.engine.checkpoint_files import MARKER, has_checkpoints, last_readable_jointly
 from co_detr.errors import CheckpointError, ConfigError
+from co_detr.files import write_error_of, written_whole
 from co_detr.modeling import CoDETR
 
 logger = logging.getLogger(__name__)
@@ -41,6 +44,7 @@ class Checkpointer(DetectionCheckpointer):
 
     - `save` writes to a temporary file first: a run that is killed while it saves leaves the
       checkpoints that it wrote before, and the note of the last one, as they were.
+    - `resume_or_load` passes over a last checkpoint that is missing or damaged, with a warning.
     - `load` raises a CheckpointError if a tensor has another shape than the model's, or if one is
       missing on either side; see `mismatch` for fine-tuning on other classes. It logs what it did.
     - A file that holds only a backbone (`stem.*`, `res2.*`: Detectron2 and torchvision `.pkl`,
@@ -86,9 +90,14 @@ class Checkpointer(DetectionCheckpointer):
         self.weights = weights
         self.class_names = None if class_names is None else list(class_names)
         self._report = LoadReport("", 0)
+        self._resuming = False
 
     def save(self, name: str, *, tag: bool = True, **kwargs: Any) -> None:
-        """Writes `name`.pth; without `tag`, it is not the one that a resumed run starts from."""
+        """Writes `<name>.pth` and makes it the last checkpoint, unless `tag` is false.
+
+        Raises:
+            CheckpointError: if it cannot be written; what was there before is as it was.
+        """
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict()}
@@ -98,17 +107,46 @@ class Checkpointer(DetectionCheckpointer):
         data.update(kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
-        with self.path_manager.open(f"{path}.tmp", "wb") as file:
-            torch.save(data, cast(IO[bytes], file))
-        os.replace(f"{path}.tmp", path)
-        if tag:
-            self.tag_last_checkpoint(os.path.basename(path))
+        try:
+            with written_whole(path, "wb") as file:
+                torch.save(data, file)
+            if tag:
+                self.tag_last_checkpoint(os.path.basename(path))
+        except (OSError, RuntimeError) as error:
+            reason = write_error_of(error)
+            if reason is None:
+                raise
+            kept = self.get_checkpoint_file()
+            raise CheckpointError(
+                f"checkpoint {path} cannot be written ({reason.strerror or reason}); "
+                f"{f'the last one is still {kept}' if kept else 'there is no earlier one'}: make "
+                "room or correct the permissions, and continue with --resume."
+            ) from error
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        path = os.path.join(self.save_dir, "last_checkpoint")
-        with self.path_manager.open(f"{path}.tmp", "w") as file:
+        with written_whole(os.path.join(self.save_dir, MARKER)) as file:
             file.write(last_filename_basename)
-        os.replace(f"{path}.tmp", path)
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is something to resume, as the main process sees it."""
+        return comm.all_gather(has_checkpoints(self.save_dir))[0]
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Loads the last checkpoint that can be read, with everything in it, or the weights of
+        `path`.
+
+        Raises:
+            CheckpointError: see `load` and `last_readable`; also if the last checkpoint lacks what
+                this run has to resume, or is not to be seen by all processes.
+        """
+        if not (resume and self.has_checkpoint()):
+            return self.load(path, checkpointables=[])
+        found = last_readable_jointly(self.save_dir)
+        self._resuming = True
+        try:
+            return self.load(found)
+        finally:
+            self._resuming = False
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Loads `path` (a file or a URL known to Detectron2).
@@ -144,6 +182,12 @@ class Checkpointer(DetectionCheckpointer):
                 f"checkpoint {filename} holds no state dict, only "
                 f"{shorten([str(key) for key in loaded]) or 'nothing'}: "
                 'save the model as {"model": model.state_dict()}.'
+            )
+        absent = [key for key in self.checkpointables if self._resuming and key not in loaded]
+        if absent:
+            raise CheckpointError(
+                f"checkpoint {filename} has no {' and no '.join(absent)}, so that no training can "
+                "go on from it: start a new one with train.init_checkpoint set to it."
             )
         return loaded | {"model": dict(state), "class_names": stored_class_names(loaded)}
 
