@@ -20,6 +20,7 @@ from detectron2.data import DatasetFromList
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from co_detr.engine.stop_signals import outlive_signals
 from co_detr.errors import ConfigError
 from co_detr.seeding import locally_seeded, mix_seed
 
@@ -194,6 +195,7 @@ def build_train_loader(
         batch_sampler=plan,
         num_workers=num_workers,
         collate_fn=_keep_list,
+        worker_init_fn=outlive_signals,
     )
 
 

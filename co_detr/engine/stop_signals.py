@@ -1,0 +1,84 @@
+"""Signals that announce the end of a job: the training stops where it can go on from."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+
+# What schedulers send some time before they kill a job.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+# A scheduler may signal all processes of a job, and the launcher among them forwards it: the same
+# signal then arrives twice.
+_FORWARDED_WITHIN = 5.0
+
+
+class StopSignals:
+    """Inside the block, the first SIGTERM or SIGUSR1 is noted; a second one acts as usual.
+
+    The trainer looks at `received` once per iteration. In a thread that cannot handle signals
+    the block does nothing.
+
+    Args:
+        has_launcher: a launcher forwards signals: what arrives in the next seconds is the first.
+    """
+
+    def __init__(self, has_launcher: bool = False) -> None:
+        self.received = False
+        self._patience = _FORWARDED_WITHIN if has_launcher else 0.0
+        self._first = 0.0
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {each: signal.signal(each, self._note) for each in SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        now = time.monotonic()
+        if not self.received:
+            self.received, self._first = True, now
+            _say(f"{name}: stopping after this iteration and its checkpoint; once more: at once.")
+        elif now - self._first >= self._patience:
+            _say(f"{name} again: stopping at once; --resume continues from the last checkpoint.")
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+def outlive_signals(worker_id: int = 0) -> None:
+    """`worker_init_fn` of a DataLoader: its process heeds SIGTERM from the trainer alone.
+
+    Schedulers signal all processes of a job, but the trainer needs its loading workers to finish
+    the iteration. It ends them itself, by SIGTERM, too.
+    """
+    # Handlers are not told who sent a signal; whoever waits for it is.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    while True:
+        received = signal.sigwaitinfo(SIGNALS)
+        if received.si_signo == signal.SIGTERM and received.si_pid == trainer.pid:
+            os._exit(0)
+
+
+def _say(text: str) -> None:
+    # Not through a buffered stream, which the signal may have interrupted in a write.
+    os.write(2, f"{text}\n".encode())
