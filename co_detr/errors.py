@@ -43,3 +43,11 @@ class OutOfMemoryError(UserError):
 
 class NonFiniteError(UserError, FloatingPointError):
     """A loss, a gradient or a prediction became NaN or infinite; a step was not taken."""
+
+
+class WriteError(UserError):
+    """A file of the run cannot be written."""
+
+
+class LostProcessError(UserError):
+    """One of several processes is gone, so that the others cannot go on."""

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from detectron2.data import MetadataCatalog
@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from co_detr.data.boxes import BoxChecker
 from co_detr.data.coco import dataset_name
 from co_detr.engine.class_table import class_results, format_classes, write_classes
+from co_detr.files import written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -127,10 +128,56 @@ class CocoBoxEvaluator(BoxEvaluator, COCOEvaluator):
         return results | {f"AP-{each.name}": each.ap for each in classes}
 
 
+class EvaluationStopped(Exception):
+    """A process was asked to stop; raised in all of them."""
+
+
+class _StopCheck(DatasetEvaluator):
+    """In front of the other evaluators: stops before they bring their results together."""
+
+    def __init__(self, should_stop: Callable[[], bool]) -> None:
+        self.should_stop = should_stop
+
+    def evaluate(self) -> None:
+        if any(comm.all_gather(self.should_stop())):
+            raise EvaluationStopped
+
+
+class _Stoppable:
+    """A loader that ends early in a process that should stop."""
+
+    def __init__(self, loader: DataLoader, should_stop: Callable[[], bool]) -> None:
+        self.loader = loader
+        self.should_stop = should_stop
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        for batch in self.loader:
+            if self.should_stop():
+                return
+            yield batch
+
+
 def evaluate(
-    model: nn.Module, loader: DataLoader, evaluator: BoxEvaluator, output_dir: str
+    model: nn.Module,
+    loader: DataLoader,
+    evaluator: BoxEvaluator,
+    output_dir: str,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Runs `model` over `loader` and writes `output_dir/metrics.json`.
+
+    Args:
+        model: in any mode, which it has afterwards, too.
+        loader: of this process's share of the images.
+        evaluator: of this process's detections.
+        output_dir: for `metrics.json`.
+        should_stop: asked before every batch.
+
+    Raises:
+        EvaluationStopped: in all processes, if `should_stop` says so in one.
 
     Returns:
         AP, AP50, AP75, APs, APm, APl and AP-<class>, from 0 to 100, on the main process, where
@@ -139,7 +186,9 @@ def evaluate(
     """
     kinds = ["top_k"] if getattr(model, "compare_top_k", False) else []
     evaluators = [evaluator, *(evaluator.of_kind(kind) for kind in kinds)]
-    results = inference_on_dataset(model, loader, evaluators)
+    results = inference_on_dataset(
+        model, _Stoppable(loader, should_stop), [_StopCheck(should_stop), *evaluators]
+    )
     if not comm.is_main_process():
         return {}
     print_csv_format(results)
@@ -150,10 +199,9 @@ def evaluate(
     defined = {name: value for name, value in metrics.items() if math.isfinite(value)}
     path = os.path.join(output_dir, "metrics.json")
     os.makedirs(output_dir, exist_ok=True)
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+    with written_whole(path) as file:
         json.dump({name: defined.get(name) for name in metrics}, file, indent=2)
         file.write("\n")
-    os.replace(f"{path}.tmp", path)
     logger.info("Metrics are in %s", path)
     return defined
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -14,9 +20,15 @@ from detectron2.engine import launch as launch_processes
 from detectron2.utils import comm
 from omegaconf import DictConfig
 
-from co_detr.errors import ConfigError, UserError
+from co_detr.engine.stop_signals import SIGNALS
+from co_detr.errors import ConfigError, LostProcessError, UserError, WriteError
 
 Main = Callable[[DictConfig, argparse.Namespace], object]
+
+_INTERRUPTED = 128 + signal.SIGINT  # as shells have it
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+# What gloo, NCCL and the rendezvous say where a peer is gone.
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out")
 
 EPILOG = """
 examples:
@@ -59,7 +71,7 @@ def launch(main: Main, cfg: DictConfig, args: argparse.Namespace) -> int:
     """Runs `main(cfg, args)` in every process that `args` or `torchrun` asks for.
 
     Returns:
-        The exit code: 0, or 2 after an error that was explained in one sentence.
+        The exit code: 0, 2 after an error that was explained in one sentence, 130 after Ctrl-C.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return _run_under_torchrun(main, cfg, args)
@@ -80,27 +92,69 @@ def launch(main: Main, cfg: DictConfig, args: argparse.Namespace) -> int:
                 "ask for no more than there are."
             )
     try:
-        launch_processes(
-            _exit_guarded,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(main, cfg, args),
-        )
+        with _forwarded_signals():
+            launch_processes(
+                _exit_guarded,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(main, cfg, args),
+                timeout=_patience(cfg),
+            )
     except mp.ProcessExitedException as error:
-        return error.exit_code  # the process has said why
+        if error.signal_name is None:
+            return error.exit_code  # the process has said why
+        raise LostProcessError(
+            f"process {error.error_index} was ended by {error.signal_name} and the others were "
+            "stopped: find out what ended it (often a lack of memory), and continue with --resume."
+        ) from error
+    except KeyboardInterrupt:
+        return _INTERRUPTED  # the first process has said so
     return 0
 
 
 def guarded(main: Main, cfg: DictConfig, args: argparse.Namespace) -> int:
-    """Runs `main` and reports a `UserError`; returns the exit code."""
+    """Runs `main` and reports what ends it in one sentence; returns the exit code."""
     try:
         main(cfg, args)
     except UserError as error:
         report(error, args.debug)
         return 2
+    except KeyboardInterrupt:
+        if comm.is_main_process():
+            print("Interrupted: --resume continues from the last checkpoint.", file=sys.stderr)
+        return _INTERRUPTED
+    except (OSError, RuntimeError) as error:
+        explained = _explained(error)
+        if explained is None:
+            raise
+        report(explained, args.debug)
+        return 2
     return 0
+
+
+def _explained(error: OSError | RuntimeError) -> UserError | None:
+    """The sentence for what can happen to any program on a shared machine."""
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        name = error.filename or "a file of the run, such as metrics.jsonl,"
+        explained: UserError = WriteError(
+            f"{name} cannot be written ({error.strerror}): make room and continue with --resume; "
+            "the checkpoints written so far are intact."
+        )
+    elif comm.get_world_size() > 1 and any(sign in str(error) for sign in _LOST_PEER):
+        explained = LostProcessError(
+            f"another process of this run is gone or does not answer ({_first_line(error)}): see "
+            "what it said, and continue with --resume."
+        )
+    else:
+        return None
+    explained.__cause__ = error
+    return explained
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")
 
 
 def report(error: UserError, debug: bool) -> None:
@@ -119,12 +173,33 @@ def _exit_guarded(main: Main, cfg: DictConfig, args: argparse.Namespace) -> None
         sys.exit(code)
 
 
+@contextmanager
+def _forwarded_signals() -> Iterator[None]:
+    """Hands signals that ask for a stop on to the processes, as torchrun does."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for process in multiprocessing.active_children():
+            if process.pid is not None:
+                os.kill(process.pid, number)
+
+    before = {each: signal.signal(each, forward) for each in SIGNALS}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def _patience(cfg: DictConfig) -> timedelta:
+    return timedelta(minutes=cfg.train.process_timeout_minutes)
+
+
 def _run_under_torchrun(main: Main, cfg: DictConfig, args: argparse.Namespace) -> int:
     local_rank = int(os.environ["LOCAL_RANK"])
     on_gpu = torch.device(cfg.train.device).type == "cuda" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_patience(cfg))
     try:
         comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
         return guarded(main, cfg, args)

@@ -49,8 +49,9 @@ class PeriodicEvaluation:
         self._steps = 0
 
     def __call__(self) -> None:
-        # After the last step, the trainer's iteration is that of the step that does not come.
-        steps = min(self.trainer.iter + 1, self.trainer.max_iter)
+        storage = get_event_storage()
+        # After the last step, the iteration is that of the step that does not come.
+        steps = min(storage.iter + 1, self.trainer.max_iter)
         if steps == self._steps:
             return  # the training ended early, after an evaluation of these weights
         self._steps = steps
@@ -58,7 +59,7 @@ class PeriodicEvaluation:
         losses = {} if self.validation_loss is None else self.validation_loss(self.model)
         # Under Detectron2's names in the history: "bbox/AP50".
         named = {f"bbox/{name}": value for name, value in self.metrics.items()}
-        get_event_storage().put_scalars(**named, **losses, smoothing_hint=False)
+        storage.put_scalars(**named, **losses, smoothing_hint=False)
         if self.selection is not None:
             known = {**self.metrics, **losses} if comm.is_main_process() else {}
             self.selection.after_evaluation(steps, known, self.trainer, self.checkpointer)

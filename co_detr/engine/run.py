@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from co_detr.checkpoint_averaged import AVERAGED
 from co_detr.data.coco import align_classes, class_names
 from co_detr.engine.averaging import EmaHook, build_averaged
 from co_detr.engine.checkpoint import Checkpointer
+from co_detr.engine.checkpoint_hook import CheckpointHook
 from co_detr.engine.evaluation import evaluate
+from co_detr.engine.evaluation_hook import EvaluationHook
 from co_detr.engine.out_of_memory import (
     evaluation_advice,
     explain_out_of_memory,
@@ -30,11 +32,13 @@ from co_detr.engine.out_of_memory import (
 from co_detr.engine.own_data import align_with_checkpoint
 from co_detr.engine.periodic_evaluation import PeriodicEvaluation
 from co_detr.engine.selection import build_selection
+from co_detr.engine.stop_signals import outlive_signals
 from co_detr.engine.tracking import build_trackers, require_trackers
 from co_detr.engine.trainer import StepSettings, Trainer
 from co_detr.engine.validation_loss import load_validation_set
 from co_detr.engine.writers import build_writers
 from co_detr.errors import CheckpointError, ConfigError
+from co_detr.files import remove_incomplete
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +81,8 @@ def run_training(cfg: DictConfig, resume: bool) -> dict[str, float]:
     averaged = build_averaged(model, cfg)
     states = {"trainer": trainer} | ({} if averaged is None else {AVERAGED: averaged})
     checkpointer = _checkpointer(model, cfg, cfg.data.train, **states)
+    if comm.is_main_process() and (removed := remove_incomplete(output_dir)):
+        logger.info("Removed what an interrupted run left half written: %s", ", ".join(removed))
     start_iter = _initialise(checkpointer, trainer, cfg.train.init_checkpoint, resume)
     if averaged is not None:
         averaged.start_from(model)
@@ -92,7 +98,7 @@ def run_training(cfg: DictConfig, resume: bool) -> dict[str, float]:
         trainer,
         checkpointer,
         evaluated,
-        run_evaluation,
+        partial(run_evaluation, should_stop=trainer.asked_to_stop),
         validation_loss=None if val_set is None else val_set.build_loss(names, trainer.settings),
         selection=selection,
     )
@@ -101,15 +107,21 @@ def run_training(cfg: DictConfig, resume: bool) -> dict[str, float]:
             hooks.IterationTimer(),
             None if averaged is None else EmaHook(averaged, model),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            _checkpoint_hook(checkpointer, cfg) if comm.is_main_process() else None,
-            hooks.EvalHook(cfg.train.eval_period, evaluation),
+            EvaluationHook(cfg.train.eval_period, evaluation),
             _writer_hook(cfg, start_iter) if comm.is_main_process() else None,
+            # Last: what has a checkpoint is complete, with its evaluation and its log.
+            CheckpointHook(checkpointer, **cfg.train.checkpointer),
         ]
     )
     with explain_out_of_memory(
         cfg.train.device, "training", lambda: training_advice(cfg, trainer.plan)
     ):
         trainer.train(start_iter, max_iter)
+    if trainer.stopping:
+        logger.info(
+            "Stopped as asked; everything is in %s: the same command with --resume continues.",
+            checkpointer.get_checkpoint_file(),
+        )
     return evaluation.metrics
 
 
@@ -147,14 +159,15 @@ def run_evaluation_only(cfg: DictConfig, resume: bool) -> dict[str, float]:
     return run_evaluation(model)
 
 
-def _build_evaluation(cfg: DictConfig) -> Callable[[nn.Module], dict[str, float]]:
-    """Loads the val set now and returns model -> metrics."""
+def _build_evaluation(cfg: DictConfig) -> Callable[..., dict[str, float]]:
+    """Loads the val set now and returns `evaluate` without its arguments behind the model."""
     loader = instantiate(cfg.dataloader.test)
+    loader.worker_init_fn = outlive_signals
     evaluator = instantiate(cfg.dataloader.evaluator)
 
-    def run(model: nn.Module) -> dict[str, float]:
+    def run(model: nn.Module, **arguments: Any) -> dict[str, float]:
         with explain_out_of_memory(cfg.train.device, "evaluation", lambda: evaluation_advice(cfg)):
-            return evaluate(model, loader, evaluator, cfg.train.output_dir)
+            return evaluate(model, loader, evaluator, cfg.train.output_dir, **arguments)
 
     return run
 
@@ -182,6 +195,8 @@ def _step_settings(cfg: DictConfig, accumulation_steps: int) -> StepSettings:
         accumulation_steps=accumulation_steps,
         max_norm=cfg.train.clip_grad.max_norm,
         autocast_dtype=getattr(torch, amp.dtype) if amp.enabled else None,
+        max_skips=cfg.train.non_finite.max_skips,
+        output_dir=cfg.train.output_dir,
     )
 
 
@@ -212,17 +227,6 @@ def _initialise(
         )
     checkpointer.resume_or_load(init_checkpoint, resume=resume)
     return trainer.iter + 1 if resume else 0
-
-
-def _checkpoint_hook(checkpointer: Checkpointer, cfg: DictConfig) -> hooks.PeriodicCheckpointer:
-    settings = cfg.train.checkpointer
-    hook = hooks.PeriodicCheckpointer(
-        checkpointer, settings.period, max_to_keep=settings.max_to_keep
-    )
-    # So that a resumed run also removes the checkpoints that the interrupted run left.
-    pattern = os.path.join(cfg.train.output_dir, f"{hook.file_prefix}_{'[0-9]' * 7}.pth")
-    hook.recent_checkpoints = sorted(glob.glob(pattern))
-    return hook
 
 
 def _writer_hook(cfg: DictConfig, start_iter: int) -> hooks.PeriodicWriter:

@@ -12,12 +12,14 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 
 from co_detr.engine.checkpoint import Checkpointer
+from co_detr.engine.joint import raise_jointly
 from co_detr.engine.trainer import Trainer
 from co_detr.errors import CheckpointError, ConfigError
+from co_detr.files import written_whole
 
 logger = logging.getLogger(__name__)
 
-BEST, FINAL = "model_best", "model_final"
+BEST = "model_best"
 HISTORY_FILE = "evaluations.json"
 LOSS_PREFIX = "val_loss/"
 
@@ -89,9 +91,8 @@ class EvaluationHistory:
     def add(self, steps: int, metrics: Mapping[str, float]) -> None:
         """Notes an evaluation after so many steps; replaces an earlier one of the same steps."""
         self.metrics[steps] = dict(metrics)
-        with open(f"{self.path}.tmp", "w", encoding="utf-8") as file:
+        with written_whole(self.path) as file:
             json.dump({str(key): self.metrics[key] for key in sorted(self.metrics)}, file, indent=1)
-        os.replace(f"{self.path}.tmp", self.path)
 
     def values(self, name: str, until: int | None = None) -> list[tuple[int, float]]:
         """(steps, value) of the evaluations that have the metric, in their order."""
@@ -123,11 +124,15 @@ class ModelSelection:
         self, steps: int, metrics: Mapping[str, float], trainer: Trainer, checkpointer: Checkpointer
     ) -> None:
         """Saves if this is the best so far; lowers ``trainer.max_iter`` if it is time to end."""
+        problem = None
         if comm.is_main_process():
-            self._keep_best(steps, metrics, checkpointer)
+            try:
+                self._keep_best(steps, metrics, checkpointer)
+            except CheckpointError as error:
+                problem = error
+        raise_jointly(problem)
         if steps < trainer.max_iter and self.exhausted(steps):
             trainer.max_iter = steps
-            checkpointer.save(FINAL, iteration=steps - 1)
 
     def exhausted(self, steps: int) -> bool:
         """Whether the patience is at its end after so many steps; the same in all processes."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from co_detr.data.loader import BatchPlan
-from co_detr.errors import NonFiniteError
+from co_detr.engine.bad_step import BadStep, facts_of
+from co_detr.engine.gradient_norm import clip_gradient, gradient_norm
+from co_detr.engine.non_finite import NonFiniteGuard
+from co_detr.engine.stop_signals import StopSignals
 from co_detr.seeding import seed_everything
-
-_NUM_LISTED = 6
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class StepSettings:
         accumulation_steps: micro-batches per step.
         max_norm: limit of the gradient's L2 norm over all parameters; None: no clipping.
         autocast_dtype: of mixed precision; None: everything in float32.
+        max_skips: steps in a row that are skipped because something is NaN or infinite.
+        output_dir: where the diagnosis of what is NaN or infinite goes.
     """
 
     device: str
@@ -40,6 +44,32 @@ class StepSettings:
     accumulation_steps: int = 1
     max_norm: float | None = None
     autocast_dtype: torch.dtype | None = None
+    max_skips: int = 0
+    output_dir: str = "."
+
+
+@dataclass
+class _Micro:
+    """What the micro-batches of one iteration add up to in this process."""
+
+    batches: list[list[dict[str, Any]]] = field(default_factory=list)
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    data_time: float = 0.0  # seconds
+
+
+@dataclass(frozen=True)
+class _Joint:
+    """What all processes know after the backward pass.
+
+    Attributes:
+        losses: mean over processes of each loss term.
+        grad_norm: L2 norm before clipping.
+        stop: whether any process was asked to stop.
+    """
+
+    losses: dict[str, float]
+    grad_norm: float
+    stop: bool
 
 
 class Trainer(SimpleTrainer):
@@ -49,10 +79,17 @@ class Trainer(SimpleTrainer):
     1. per micro-batch: seed the generators from (seed, iteration, micro-batch, rank), run forward
        under autocast, add up gradients of the loss divided by the number of micro-batches, which
        for losses that are means equals one large batch;
-    2. clip the gradient, after undoing the scale that float16 needs;
-    3. average the loss terms over processes and bring them to the host, all at once;
-    4. if a loss term or the gradient is not finite, raise before the weights change;
-    5. step.
+    2. measure the gradient, after undoing the scale that float16 needs;
+    3. average the loss terms over processes, learn whether one of them was asked to stop, and
+       bring all of this to the host at once;
+    4. if a loss term or the gradient is not finite, leave the weights as they are, and after a few
+       such iterations in a row raise (`NonFiniteGuard`);
+    5. else clip the gradient and step.
+
+    Attributes:
+        stopping: after a step, whether the training ends behind this iteration because a process
+            was asked to; the same in all processes.
+        evaluation_pending: whether the evaluation behind the last iteration was cut short.
     """
 
     def __init__(
@@ -64,64 +101,86 @@ class Trainer(SimpleTrainer):
     ) -> None:
         super().__init__(model, data_loader, optimizer)
         self.settings = settings
+        self.stopping = False
+        self.evaluation_pending = False
         self.device_type = torch.device(settings.device).type
         # bfloat16 has float32's range: only float16 needs its gradients scaled.
         self.grad_scaler = torch.amp.GradScaler(
             self.device_type, enabled=settings.autocast_dtype == torch.float16
         )
+        self.guard = NonFiniteGuard(
+            model.module if isinstance(model, DistributedDataParallel) else model,
+            optimizer,
+            self.grad_scaler,
+            amp_dtype=settings.autocast_dtype,
+            output_dir=settings.output_dir,
+            max_skips=settings.max_skips,
+        )
+        self._signals = StopSignals(has_launcher=comm.get_world_size() > 1)
 
     @property
     def plan(self) -> BatchPlan:
         return self.data_loader.batch_sampler
 
-    def train(self, start_iter: int, max_iter: int) -> None:
-        """Runs iterations `start_iter` .. `max_iter - 1`.
+    def asked_to_stop(self) -> bool:
+        """Whether this process was; others may not know yet."""
+        return self._signals.received
 
-        Unlike the parent's, a failure is not logged with its traceback here (the caller decides)
-        and does not run the hooks that belong to a finished training; only writers are closed.
+    def train(self, start_iter: int, max_iter: int) -> None:
+        """Runs iterations `start_iter` .. `max_iter - 1`, or less if asked to stop by a signal.
+
+        Unlike the parent's, a failure is not logged with its traceback here (the caller decides).
+        Neither a failure nor a stop runs the hooks that belong to a finished training; only
+        writers are closed.
         """
         self.iter = self.start_iter = start_iter
         self.max_iter = max_iter
-        with EventStorage(start_iter) as self.storage:
+        with EventStorage(start_iter) as self.storage, self._signals:
             try:
                 self.before_train()
-                for self.iter in range(start_iter, max_iter):
+                end = start_iter if self.stopping else self.max_iter
+                for self.iter in range(start_iter, end):
                     self.before_step()
                     self.run_step()
                     self.after_step()
-                    if self.iter + 1 >= self.max_iter:  # a hook may have lowered it
+                    # Asked to, or a hook has lowered `max_iter`.
+                    if self.stopping or self.iter + 1 >= self.max_iter:
                         break
             except BaseException:
-                for hook in self._hooks:
-                    if isinstance(hook, hooks.PeriodicWriter):
-                        hook.after_train()
+                self._close_writers()
                 raise
-            self.iter += 1
-            self.after_train()
+            if self.stopping:
+                self._close_writers()
+            else:
+                self.iter = max(start_iter, self.max_iter)
+                self.after_train()
 
     def run_step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        losses: dict[str, Tensor] = {}
-        batches: list[list[dict[str, Any]]] = []
-        data_time = 0.0
-        for micro_step in range(self.settings.accumulation_steps):
-            start = time.perf_counter()
-            batches.append(next(self._data_loader_iter))
-            data_time += time.perf_counter() - start
-            last = micro_step == self.settings.accumulation_steps - 1
-            # After loading: starting a loader draws from torch's generator.
-            seed_everything("step", self.settings.seed, self.iter, micro_step, comm.get_rank())
-            for name, loss in self._backward(batches[-1], reduce_gradients=last).items():
-                losses[name] = losses.get(name, 0.0) + loss
+        self.guard.before_forward()
+        micro = _Micro()
+        try:
+            self._forward_and_backward(micro)
+        except FloatingPointError as error:
+            # Raised by the model before there was a loss.
+            bad = self._bad_step(micro, grad_norm=None, cause=str(error))
+            if comm.get_world_size() > 1:
+                # The others know nothing of it and wait for this process's gradients.
+                raise self.guard.failed_alone(bad) from error
+            self._skip(bad)
+            self.stopping = self._signals.received
+            return
         self.grad_scaler.unscale_(self.optimizer)
-        grad_norm = self._clip()
-        means, norm = self._to_host(losses, grad_norm)
-        # With float16, an infinite gradient is the scaler's business: it skips the step.
-        norm_matters = not self.grad_scaler.is_enabled()
-        if not all(map(_is_finite, [*means.values(), *([norm] if norm_matters else [])])):
-            self._raise_non_finite(losses, norm, batches)
-        self._log(means, norm, data_time)
-        self.grad_scaler.step(self.optimizer)
+        norm = gradient_norm(self._parameters())
+        joint = self._to_host(micro.losses, norm)
+        self.stopping = joint.stop
+        if self._is_finite(joint):
+            self.guard.passed()
+            clip_gradient(self._parameters(), self.settings.max_norm, norm)
+            self._log(joint, micro.data_time)
+            self.grad_scaler.step(self.optimizer)
+        else:
+            self._skip(self._bad_step(micro, joint.grad_norm))
         self.grad_scaler.update()
 
     def state_dict(self) -> dict[str, Any]:
@@ -129,6 +188,8 @@ class Trainer(SimpleTrainer):
         # The only hook with a state is the schedule, which is a function of the iteration.
         state.pop("hooks", None)
         state["grad_scaler"] = self.grad_scaler.state_dict()
+        state["skips_in_a_row"] = self.guard.in_a_row
+        state["evaluation_pending"] = self.evaluation_pending
         state["data"] = self.plan.state_dict()
         return state
 
@@ -136,7 +197,34 @@ class Trainer(SimpleTrainer):
         super().load_state_dict(state_dict)
         if state_dict["grad_scaler"]:  # empty when the run that saved it had no scaler
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        self.guard.in_a_row = state_dict.get("skips_in_a_row", 0)
+        self.evaluation_pending = state_dict.get("evaluation_pending", False)
         self.plan.resume(state_dict["data"], self.iter + 1)
+
+    def _forward_and_backward(self, micro: _Micro) -> None:
+        """Loads all micro-batches of this iteration and adds up what they give in `micro`.
+
+        Raises:
+            FloatingPointError: if the model does; all of the iteration's data are loaded even so.
+        """
+        steps = self.settings.accumulation_steps
+        try:
+            for micro_step in range(steps):
+                self._load(micro)
+                # After loading: starting a loader draws from torch's generator.
+                seed_everything("step", self.settings.seed, self.iter, micro_step, comm.get_rank())
+                terms = self._backward(micro.batches[-1], reduce_gradients=micro_step == steps - 1)
+                for name, loss in terms.items():
+                    micro.losses[name] = micro.losses.get(name, 0.0) + loss
+        except FloatingPointError:
+            while len(micro.batches) < steps:  # the next iteration starts with its own data
+                self._load(micro)
+            raise
+
+    def _load(self, micro: _Micro) -> None:
+        start = time.perf_counter()
+        micro.batches.append(next(self._data_loader_iter))
+        micro.data_time += time.perf_counter() - start
 
     def _backward(self, batch: list[dict[str, Any]], reduce_gradients: bool) -> dict[str, Tensor]:
         """Adds the gradients of one micro-batch; returns its share of each loss term."""
@@ -145,7 +233,7 @@ class Trainer(SimpleTrainer):
         # DDP reads no_sync at the forward pass, so the forward pass has to be inside, too.
         with self.model.no_sync() if wait else nullcontext():
             with torch.autocast(self.device_type, dtype=dtype, enabled=dtype is not None):
-                losses = self._forward(batch)
+                losses = self.model(batch)
                 total = sum(losses.values()) / self.settings.accumulation_steps
             self.grad_scaler.scale(total).backward()
         return {
@@ -153,81 +241,48 @@ class Trainer(SimpleTrainer):
             for name, loss in losses.items()
         }
 
-    def _forward(self, batch: list[dict[str, Any]]) -> dict[str, Tensor]:
-        try:
-            return self.model(batch)
-        except FloatingPointError as error:
-            # Detectron2's RPN refuses to rank boxes that are NaN, before there is a loss. Only
-            # this process knows, so the error is not joint.
-            raise self._non_finite(str(error).rstrip("."), "", _names([batch]), False) from error
+    def _parameters(self) -> list[nn.Parameter]:
+        return [each for group in self.optimizer.param_groups for each in group["params"]]
 
-    def _clip(self) -> Tensor:
-        """Clips in place; returns the norm before clipping."""
-        limit = self.settings.max_norm
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        # An infinite limit only measures.
-        return nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
-
-    def _to_host(
-        self, losses: dict[str, Tensor], grad_norm: Tensor
-    ) -> tuple[dict[str, float], float]:
-        """Mean over processes of each loss term, and the gradient norm, with one transfer."""
+    def _to_host(self, losses: dict[str, Tensor], grad_norm: Tensor) -> _Joint:
+        """Brings together what all processes have to agree on, with one transfer."""
         names = sorted(losses)
-        values = torch.stack([losses[name] for name in names] + [grad_norm.float()])
+        stop = grad_norm.new_tensor(float(self._signals.received), dtype=torch.float32)
+        values = torch.stack([losses[name] for name in names] + [grad_norm.float(), stop])
         if comm.get_world_size() > 1:
-            # NaN and infinity survive the sum, so every process learns of them and they all stop.
+            # NaN and infinity survive the sum, so that every process learns of them.
             dist.all_reduce(values)
             values /= comm.get_world_size()
-        *means, norm = values.tolist()
-        return dict(zip(names, means, strict=True)), norm
+        *means, norm, stop_share = values.tolist()
+        return _Joint(dict(zip(names, means, strict=True)), norm, stop_share > 0)
 
-    def _log(self, means: dict[str, float], grad_norm: float, data_time: float) -> None:
-        storage = get_event_storage()
-        storage.put_scalars(
-            total_loss=sum(means.values()), grad_norm=grad_norm, data_time=data_time, **means
+    def _is_finite(self, joint: _Joint) -> bool:
+        # With float16, an infinite gradient is the scaler's business: it skips the step and lowers
+        # the scale. What is infinite without any scale left is so by itself.
+        scaler = self.grad_scaler
+        scaled = scaler.is_enabled() and scaler.get_scale() > 1
+        return all(map(math.isfinite, joint.losses.values())) and (
+            scaled or math.isfinite(joint.grad_norm)
         )
 
-    def _raise_non_finite(
-        self, losses: dict[str, Tensor], norm: float, batches: list[list[dict[str, Any]]]
-    ) -> None:
-        bad = {name: float(loss) for name, loss in losses.items() if not torch.isfinite(loss)}
-        images = _names(batches)
-        gathered = comm.all_gather((bad, images))
-        terms = {name: value for terms, _ in gathered for name, value in terms.items()}
-        if terms:
-            # Name the images of the processes where the loss went wrong.
-            images = [image for terms, images in gathered if terms for image in images]
-            what = "the loss became NaN or infinite"
-            details = ", ".join(f"{name}={value}" for name, value in _first(sorted(terms.items())))
-        else:
-            images = [image for _, images in gathered for image in images]
-            what, details = "the gradient became NaN or infinite", f"norm={norm}"
-        raise self._non_finite(what, f" ({details})", images, True)
+    def _bad_step(self, micro: _Micro, grad_norm: float | None, cause: str = "") -> BadStep:
+        losses = {name: float(loss) for name, loss in micro.losses.items()}
+        return BadStep(self.iter, losses, grad_norm, facts_of(micro.batches), cause)
 
-    def _non_finite(
-        self, what: str, details: str, images: list[str], joint: bool
-    ) -> NonFiniteError:
-        error = NonFiniteError(
-            f"{what} at iteration {self.iter}{details} on the images "
-            f"{', '.join(_first(images))}: the weights were not changed and the checkpoints "
-            "written so far are intact; check these images and their boxes, or lower optimizer.lr "
-            "or set train.amp.enabled=false, and continue with --resume."
+    def _skip(self, bad: BadStep) -> None:
+        self.guard.failed(bad)
+        get_event_storage().put_scalar("skips_in_a_row", self.guard.in_a_row)
+
+    def _log(self, joint: _Joint, data_time: float) -> None:
+        means = joint.losses
+        get_event_storage().put_scalars(
+            total_loss=sum(means.values()),
+            grad_norm=joint.grad_norm,
+            data_time=data_time,
+            **means,
         )
-        error.joint = joint
-        return error
 
-
-def _names(batches: list[list[dict[str, Any]]]) -> list[str]:
-    return [
-        f"{sample.get('file_name', '?')} (id {sample.get('image_id', '?')})"
-        for batch in batches
-        for sample in batch
-    ]
-
-
-def _is_finite(value: float) -> bool:
-    return float("-inf") < value < float("inf")
-
-
-def _first(values: list[Any]) -> list[Any]:
-    return values[:_NUM_LISTED]
+    def _close_writers(self) -> None:
+        for hook in self._hooks:
+            if isinstance(hook, hooks.PeriodicWriter):
+                hook.after_train()

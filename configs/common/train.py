@@ -25,7 +25,11 @@ train = dict(
     images_per_gpu=None,
     # Average of the weights, which evaluation then uses; decay grows over warmup_iterations.
     ema=dict(enabled=False, decay=0.9997, warmup_iterations=2000),
+    # Steps in a row that are skipped because a loss or the gradient is NaN or infinite.
+    non_finite=dict(max_skips=5),
     ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
+    # How long one process waits for another, which may be evaluating or saving, until it gives up.
+    process_timeout_minutes=30,
     checkpointer=dict(period=5000, max_to_keep=20),
     eval_period=7500,  # one epoch of COCO; 0: only at the end
     # Of metrics.json; its best value is kept as model_best.pth. None: no best checkpoint.
