@@ -167,7 +167,7 @@ def test_a_failing_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", fail)
     for name in ("model_final", "model_0000009"):
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(CheckpointError, match=rf"{name}\.pth cannot be written \(disk full\)"):
             checkpointer.save(name)
     assert (tmp_path / "model_final.pth").read_bytes() == before
     assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_final.pth")

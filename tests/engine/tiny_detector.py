@@ -1,8 +1,12 @@
 """A detector of a few hundred parameters: tests of the engine need no real one."""
 
+import os
+import signal
+
 import torch
 import torch.nn.functional as F
 from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
 from torch import nn
 
 
@@ -73,3 +77,15 @@ class NaNDetector(TinyDetector):
         if self.passes >= 3:
             losses["roi.loss_bbox"] = losses["roi.loss_bbox"] * float("nan")
         return losses
+
+
+class DyingDetector(TinyDetector):
+    """Ends the second of two processes in its third forward pass in training."""
+
+    passes = 0
+
+    def _losses(self, logits, boxes, batched_inputs):
+        self.passes += 1
+        if self.passes == 3 and comm.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super()._losses(logits, boxes, batched_inputs)

@@ -1,0 +1,124 @@
+"""train_net.py in processes of their own that can be signalled and killed.
+
+They are forked from a server that has imported everything, so that each starts at once.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CONFIG_FILE = str(HERE / "tiny_config.py")
+SECONDS = 60  # that nothing in these tests should take
+
+_SERVER = multiprocessing.get_context("forkserver")
+
+
+class TrainNet:
+    """A running train_net.py.
+
+    Args:
+        arguments: behind `--config-file`, which is the tiny one.
+        rank: of two processes, if not None; both need the same `port`.
+        port: see `free_port`.
+        prepare: runs in the process first; has to be importable.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        rank: int | None = None,
+        port: int = 0,
+        prepare: Callable[[], None] | None = None,
+    ) -> None:
+        environment = {}
+        if rank is not None:
+            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        _start_server()
+        self._said = tempfile.NamedTemporaryFile("r", prefix="train_net")
+        self._process = _SERVER.Process(
+            target=_run,
+            args=(list(arguments), environment, self._said.name, prepare),
+        )
+        self._process.start()
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.is_alive()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def output(self) -> str:
+        return Path(self._said.name).read_text()
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def wait(self) -> int:
+        """The exit code; minus the signal that ended it."""
+        self._process.join(SECONDS)
+        assert not self.is_running, f"it hangs: {self.output}"
+        return self._process.exitcode
+
+    def wait_until(self, happened: Callable[[], bool], interval: float = 0.01) -> bool:
+        """Whether it happened before the process ended."""
+        end = time.monotonic() + SECONDS
+        while not happened():
+            if not self.is_running:
+                return False
+            assert time.monotonic() < end, f"it hangs: {self.output}"
+            time.sleep(interval)
+        return True
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def _start_server() -> None:
+    before = dict(os.environ)
+    os.environ.update(PYTHONPATH=f"{ROOT}:{HERE}", OMP_NUM_THREADS="1")
+    try:
+        _SERVER.set_forkserver_preload(["train_net", __name__])
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _run(
+    arguments: list[str],
+    environment: dict[str, object],
+    output: str,
+    prepare: Callable[[], None] | None,
+) -> None:
+    said = os.open(output, os.O_WRONLY | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(said, descriptor)
+    os.environ.update({key: str(value) for key, value in environment.items()})
+    multiprocessing.set_start_method("fork", force=True)  # of its loading workers, as usual
+    sys.path.insert(0, str(HERE))  # the config imports tiny_detector
+    if prepare is not None:
+        prepare()
+    import train_net
+
+    sys.argv = ["train_net.py", "--config-file", CONFIG_FILE, *arguments]
+    sys.exit(train_net.command_line())

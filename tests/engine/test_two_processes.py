@@ -1,0 +1,136 @@
+"""Two processes stop together, end when one of them dies, and share uneven work completely."""
+
+import json
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+from detectron2.utils.env import seed_all_rng
+
+from co_detr.engine.launch import _forwarded_signals
+from co_detr.engine.run import run_evaluation_only, run_training
+from tests.engine.processes import free_port
+from tests.engine.test_distributed import COMMON, _run
+
+
+@pytest.fixture
+def two(train_process):
+    """Starts two processes that train together, as torchrun would."""
+
+    def start(*arguments, **settings):
+        port = free_port()
+        return [train_process(*arguments, rank=each, port=port, **settings) for each in (0, 1)]
+
+    return start
+
+
+def test_a_signal_at_one_of_them_stops_both(two, tmp_path):
+    ranks = two("train.max_iter=100000", "train.checkpointer.period=100000")
+    assert ranks[0].wait_until(lambda: "iter 2/" in ranks[0].output)
+    ranks[1].send(signal.SIGTERM)
+    assert [each.wait() for each in ranks] == [0, 0], [each.output for each in ranks]
+    (path,) = (tmp_path / "out").glob("model_*.pth")
+    iteration = torch.load(path)["iteration"]
+    assert path.name == f"model_{iteration:07d}.pth"
+    assert f"Stopped as asked; everything is in {path}" in ranks[0].output
+    again = two("--resume", f"train.max_iter={iteration + 3}")
+    assert [each.wait() for each in again] == [0, 0], [each.output for each in again]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").open()]
+    trained = [line["iteration"] for line in lines if "total_loss" in line]
+    assert trained == list(range(iteration + 3))
+
+
+def test_a_dying_process_ends_the_other(two):
+    ranks = two("model._target_=tiny_detector.DyingDetector")
+    assert [each.wait() for each in ranks] == [2, -signal.SIGKILL]
+    (error,) = [line for line in ranks[0].output.splitlines() if "error: " in line]
+    assert error.startswith("[rank 0] error: another process of this run is gone")
+    assert "--resume" in error and "Traceback" not in ranks[0].output
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "num-gpus"])
+def test_a_dying_process_ends_the_run(train_net, tiny_data, tmp_path, launcher):
+    if launcher == "num-gpus" and torch.cuda.is_available():
+        pytest.skip("--num-gpus starts GPU processes here")
+    arguments = [*tiny_data.overrides(tmp_path / "out")]
+    arguments.append("model._target_=tiny_detector.DyingDetector")
+    if launcher == "torchrun":
+        result = train_net(*arguments, processes=2)
+        assert result.returncode not in (0, None)
+    else:
+        result = train_net("--num-gpus", "2", *arguments)
+        assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+        assert "error: process 1 was ended by SIGKILL" in result.stderr
+
+
+def wait_for_signal(ready):
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    ready.set()
+    signal.pause()
+
+
+def test_signals_reach_the_processes_of_num_gpus():
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    child = fork.Process(target=wait_for_signal, args=(ready,), daemon=True)
+    with _forwarded_signals():
+        child.start()
+        assert ready.wait(10)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        child.join(10)
+    assert child.exitcode == -signal.SIGUSR1
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+def test_no_room_at_the_writing_process_ends_both(two, tmp_path):
+    (tmp_path / "out" / "model_0000002.pth.incomplete").mkdir(parents=True)
+    ranks = two("train.max_iter=4", prepare=keep_what_is_incomplete)
+    assert [each.wait() for each in ranks] == [2, 2], [each.output for each in ranks]
+    said = "".join(each.output for each in ranks)
+    (error,) = [line for line in said.splitlines() if "error: " in line]
+    assert "model_0000002.pth cannot be written (Is a directory)" in error
+
+
+def keep_what_is_incomplete():
+    """So that a folder stays where a checkpoint would be written."""
+    from co_detr.engine import run
+
+    run.remove_incomplete = lambda folder: []
+
+
+@pytest.mark.parametrize("number_of_images", [1, 3])
+def test_an_uneven_val_set_is_evaluated_once(two, tiny_data, tiny_cfg, tmp_path, number_of_images):
+    val = tiny_data.root / "val.json"
+    content = json.loads(val.read_text())
+    kept = content["images"][1 : 1 + number_of_images]  # the first image has no boxes
+    content["images"] = kept
+    ids = {image["id"] for image in kept}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
+    val.write_text(json.dumps(content))
+    # Five times a batch of 4 from 10 images: a batch crosses the end of the set.
+    run_training(tiny_cfg("train.max_iter=5", output="one"), resume=False)
+    ranks = two("--eval-only", f"train.init_checkpoint={tmp_path / 'one' / 'model_final.pth'}")
+    assert [each.wait() for each in ranks] == [0, 0], [each.output for each in ranks]
+    run_evaluation_only(tiny_cfg(output="one"), resume=True)
+    for name in ("coco_instances_results.json", "metrics.json"):
+        assert (tmp_path / "out" / name).read_text() == (tmp_path / "one" / name).read_text()
+    found = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
+    assert sorted({each["image_id"] for each in found}) == sorted(ids)
+    assert len(found) == 2 * number_of_images  # one of each class
+
+
+def test_a_process_without_ground_truth_learns_the_same(two, tiny_data, tiny_cfg, tmp_path):
+    content = json.loads(tiny_data.train.read_text())
+    content["annotations"] = content["annotations"][:1]
+    tiny_data.train.write_text(json.dumps(content))
+    seed_all_rng(0)
+    run_training(tiny_cfg(*COMMON, output="one"), resume=False)
+    ranks = two(*COMMON)
+    assert [each.wait() for each in ranks] == [0, 0], [each.output for each in ranks]
+    expected, expected_losses, _ = _run(tmp_path / "one")
+    actual, losses, _ = _run(tmp_path / "out")
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    for key, value in expected.items():
+        torch.testing.assert_close(actual[key], value, rtol=1e-4, atol=1e-6)
