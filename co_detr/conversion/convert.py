@@ -17,6 +17,7 @@ from co_detr.conversion.structures import Example, LabelledBox, Labels, Layout, 
 from co_detr.data.boxes import BoxChecker
 from co_detr.data.coco_file import shortened
 from co_detr.errors import DataError
+from co_detr.files import written_whole
 
 _NO_LABEL_FILE = Remark("images without a label file", "taken as images without objects")
 _CLIPPED = Remark("boxes that are partly outside their image", "clipped")
@@ -79,11 +80,10 @@ def save(split: ConvertedSplit, path: Path) -> None:
     Raises:
         DataError: if it cannot be written.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(split.content), encoding="utf-8")
-        os.replace(temporary, path)
+        with written_whole(str(path)) as file:
+            json.dump(split.content, file)
     except OSError as error:
         raise DataError(f"{path} cannot be written ({error.strerror}): name another.") from error
 

@@ -13,6 +13,8 @@ import numpy as np
 from pycocotools.coco import COCO
 from tabulate import tabulate
 
+from co_detr.files import written_whole
+
 FILE_NAME = "per_class_ap.csv"
 _HEADERS = ("class", "AP", "AP50", "ground_truths")
 
@@ -70,13 +72,12 @@ def format_classes(results: Sequence[ClassResult]) -> str:
 def write_classes(results: Sequence[ClassResult], folder: str) -> str:
     """Writes `per_class_ap.csv`, where undefined numbers are empty; returns its path."""
     path = os.path.join(folder, FILE_NAME)
-    with open(f"{path}.tmp", "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
+    with written_whole(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_HEADERS)
         for each in results:
             numbers = (_text(each.ap, ".3f"), _text(each.ap50, ".3f"), each.ground_truths)
             writer.writerow((each.name, *numbers))
-    os.replace(f"{path}.tmp", path)
     return path
 
 

@@ -26,7 +26,7 @@ from co_detr.errors import ConfigError, LostProcessError, UserError, WriteError
 Main = Callable[[DictConfig, argparse.Namespace], object]
 
 _INTERRUPTED = 128 + signal.SIGINT  # as shells have it
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 # What gloo, NCCL and the rendezvous say where a peer is gone.
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out")
 
@@ -136,11 +136,11 @@ def guarded(main: Main, cfg: DictConfig, args: argparse.Namespace) -> int:
 
 def _explained(error: OSError | RuntimeError) -> UserError | None:
     """The sentence for what can happen to any program on a shared machine."""
-    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+    if isinstance(error, OSError) and error.errno in _NOT_WRITTEN:
         name = error.filename or "a file of the run, such as metrics.jsonl,"
         explained: UserError = WriteError(
-            f"{name} cannot be written ({error.strerror}): make room and continue with --resume; "
-            "the checkpoints written so far are intact."
+            f"{name} cannot be written ({error.strerror}): make room or correct the permissions, "
+            "and continue with --resume; the checkpoints written so far are intact."
         )
     elif comm.get_world_size() > 1 and any(sign in str(error) for sign in _LOST_PEER):
         explained = LostProcessError(

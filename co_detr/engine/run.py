@@ -102,6 +102,7 @@ def run_training(cfg: DictConfig, resume: bool) -> dict[str, float]:
         validation_loss=None if val_set is None else val_set.build_loss(names, trainer.settings),
         selection=selection,
     )
+    saving = cfg.train.checkpointer
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
@@ -110,7 +111,7 @@ def run_training(cfg: DictConfig, resume: bool) -> dict[str, float]:
             EvaluationHook(cfg.train.eval_period, evaluation),
             _writer_hook(cfg, start_iter) if comm.is_main_process() else None,
             # Last: what has a checkpoint is complete, with its evaluation and its log.
-            CheckpointHook(checkpointer, **cfg.train.checkpointer),
+            CheckpointHook(checkpointer, saving.period, saving.max_to_keep),
         ]
     )
     with explain_out_of_memory(

@@ -29,6 +29,9 @@ def setup_run(cfg: DictConfig, write: bool = True) -> None:
     """
     if torch.device(cfg.train.device).type == "cpu":
         keep_freed_memory()
+    # On a full disk each line of the log would end in a traceback. The next file of more weight,
+    # metrics.jsonl or a checkpoint, stops the run with one sentence.
+    logging.raiseExceptions = False
     output_dir, rank = cfg.train.output_dir, comm.get_rank()
     if write:
         os.makedirs(output_dir, exist_ok=True)

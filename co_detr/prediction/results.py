@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
+
+from co_detr.files import written_whole
 
 
 class CocoResults:
@@ -56,6 +57,5 @@ class CocoResults:
 
     def save(self, path: Path) -> None:
         """Writes the file whole or not at all."""
-        temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text(json.dumps(self.content()), encoding="utf-8")
-        os.replace(temporary, path)
+        with written_whole(str(path)) as file:
+            json.dump(self.content(), file)
