@@ -1,5 +1,7 @@
 """A training goes on after whatever ended it, with the numbers of one that was left alone."""
 
+import argparse
+import errno
 import json
 import os
 import resource
@@ -9,8 +11,9 @@ import pytest
 import torch
 from tiny_detector import TinyDetector
 
+from co_detr.engine.launch import guarded
 from co_detr.engine.run import run_evaluation_only, run_training
-from co_detr.errors import CheckpointError
+from co_detr.errors import CheckpointError, ConfigError
 from co_detr.files import INCOMPLETE
 from tests.engine.kill_and_resume import kill_and_resume
 
@@ -287,3 +290,34 @@ def test_no_room_for_a_checkpoint(train_process, tiny_cfg, tmp_path):
     again = train_process("--resume", "model.channels=100")
     assert again.wait() == 0, again.output
     assert [iteration for iteration, _ in _losses(path)] == list(range(6))
+
+
+def test_a_full_disk_that_something_else_notices(capsys):
+    def main(cfg, args):
+        raise OSError(errno.ENOSPC, "No space left on device", "out/log.txt")
+
+    assert guarded(main, None, argparse.Namespace(debug=False)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: out/log.txt cannot be written (No space left on device)")
+
+
+def test_other_errors_keep_their_traceback():
+    def main(cfg, args):
+        raise RuntimeError("a bug: Connection closed by peer")  # there is no peer
+
+    with pytest.raises(RuntimeError):
+        guarded(main, None, argparse.Namespace(debug=False))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.checkpointer.period=0",
+        "train.checkpointer.max_to_keep=0",
+        "train.non_finite.max_skips=-1",
+    ],
+)
+def test_settings_that_make_no_sense(tiny_cfg, override):
+    key, _, value = override.partition("=")
+    with pytest.raises(ConfigError, match=f"{key}={value} must be at least"):
+        run_training(tiny_cfg(override), resume=False)
