@@ -22,7 +22,7 @@ from co_detr.checkpoint import (
     stored_class_names,
     unwrap,
 )
-from co_detr.checkpoint_averaged import Weights, choose_weights
+from co_detr.checkpoint_averaged import AVERAGED, Weights, choose_weights
 from co_detr.checkpoint_classes import match_classes, remap_classes
 from co_detr.checkpoint_reading import read_checkpoint
 from co_detr.checkpoint_report import LoadReport, mismatch_error
@@ -166,6 +166,9 @@ class Checkpointer(DetectionCheckpointer):
                 f"checkpoint {path} cannot be fetched ({error}): fetch it by other means and set "
                 'train.init_checkpoint to the file, or to "" to start from random weights.'
             ) from error
+        if not path:
+            logger.info("No checkpoint is given: the weights stay as they were initialised.")
+            return {}
         try:
             return super().load(local_path, *args, **kwargs)
         finally:
@@ -183,7 +186,9 @@ class Checkpointer(DetectionCheckpointer):
                 f"{shorten([str(key) for key in loaded]) or 'nothing'}: "
                 'save the model as {"model": model.state_dict()}.'
             )
-        absent = [key for key in self.checkpointables if self._resuming and key not in loaded]
+        # An average of the weights may begin in the course of a training.
+        needed = self.checkpointables.keys() - {AVERAGED} if self._resuming else ()
+        absent = [key for key in self.checkpointables if key in needed and key not in loaded]
         if absent:
             raise CheckpointError(
                 f"checkpoint {filename} has no {' and no '.join(absent)}, so that no training can "

@@ -121,7 +121,7 @@ def _no_constants(name):
 
 
 def test_the_diagnosis_names_all_that_is_needed(tiny_cfg, tmp_path):
-    cfg = tiny_cfg("train.non_finite.max_skips=1", "train.accumulation_steps=2")
+    cfg = tiny_cfg("train.non_finite.max_skips=1", "train.images_per_gpu=2")
     cfg.model._target_ = NaNDetector
     with pytest.raises(NonFiniteError) as caught:
         run_training(cfg, resume=False)
@@ -159,7 +159,7 @@ def test_the_next_iteration_gets_its_own_images(tiny_cfg, monkeypatch):
         seen.append([sample["image_id"] for sample in batched_inputs])
         return losses(self, logits, boxes, batched_inputs)
 
-    settings = ["train.accumulation_steps=2", "train.max_iter=3"]
+    settings = ["train.images_per_gpu=2", "train.max_iter=3"]
     monkeypatch.setattr(TinyDetector, "_losses", fail_in_iteration_1)
     run_training(tiny_cfg(*settings), resume=False)
     with_failure, seen = seen.copy(), []

@@ -19,7 +19,7 @@ def prescribe(monkeypatch):
     def make(*values):
         left = list(values)
 
-        def evaluate(model, loader, evaluator, output_dir):
+        def evaluate(model, loader, evaluator, output_dir, should_stop=None):
             value = left.pop(0)
             return {} if value is None else {"AP": value, "AP50": -value}
 
