@@ -92,8 +92,7 @@ def run_training(cfg: DictConfig, resume: bool) -> dict[str, float]:
         selection.history.start(resume=start_iter > 0)
     if start_iter >= max_iter or (selection is not None and selection.exhausted(start_iter)):
         logger.info("Nothing to train: iteration %d of %d is done.", start_iter, max_iter)
-        return run_evaluation(evaluated)
-
+        max_iter = start_iter  # what is left is the evaluation
     evaluation = PeriodicEvaluation(
         trainer,
         checkpointer,
