@@ -108,7 +108,9 @@ class MultiScaleDeformableAttention(nn.Module):
         """(B, Q, L, 2 or 4) and (B, Q, H, L, P, 2) -> locations (B, Q, H, L, P, 2)."""
         reference = reference[:, :, None, :, None, :]
         if reference.shape[-1] == 2:
-            sizes = offsets.new_tensor([(width, height) for height, width in level_shapes])
+            # Not new_tensor, which would make constants of the sizes when the model is exported.
+            sizes = [(width, height) for height, width in level_shapes]
+            sizes = torch.tensor(sizes, dtype=offsets.dtype, device=offsets.device)
             return torch.addcdiv(reference, offsets, sizes[:, None, :])
         extent = reference[..., 2:] * (0.5 / self.num_points)
         return torch.addcmul(reference[..., :2], offsets, extent)

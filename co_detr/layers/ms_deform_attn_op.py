@@ -5,10 +5,11 @@ when built with CUDA, for CUDA. This file adds what the dispatcher needs beside 
 inference, autograd formulas (twice differentiable) and the fall-back to the PyTorch reference.
 """
 
+import contextlib
 import functools
 import importlib.util
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ KERNEL_DEVICES = frozenset(
     and torch._C._dispatch_has_kernel_for_dispatch_key("co_detr::ms_deform_attn", key)
 )
 VALUE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_standard_operators = False
 
 
 def ms_deform_attn(
@@ -74,8 +77,8 @@ def ms_deform_attn(
     dtype = accumulation_dtype(value.dtype)
     sampling_locations = sampling_locations.to(dtype)
     attention_weights = attention_weights.to(dtype)
-    if device_type not in KERNEL_DEVICES:
-        if not torch.compiler.is_compiling():
+    if _standard_operators or device_type not in KERNEL_DEVICES:
+        if not (_standard_operators or torch.compiler.is_compiling()):
             _warn_about_fallback(device_type)
         return ms_deform_attn_reference(
             value, list(level_shapes), sampling_locations, attention_weights
@@ -84,6 +87,17 @@ def ms_deform_attn(
     return torch.ops.co_detr.ms_deform_attn(
         value, flat_shapes, sampling_locations, attention_weights
     )
+
+
+@contextlib.contextmanager
+def standard_operators() -> Iterator[None]:
+    """Inside, the reference is used everywhere: for graphs that shall run without this package."""
+    global _standard_operators
+    before, _standard_operators = _standard_operators, True
+    try:
+        yield
+    finally:
+        _standard_operators = before
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """Multi-scale deformable attention in plain PyTorch: always importable, differentiable twice."""
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,7 +45,10 @@ def ms_deform_attn_reference(
         return (empty_sum * 0).to(value.dtype).expand(batch, queries, heads * channels).clone()
 
     dtype = accumulation_dtype(value.dtype)
-    with torch.autocast(value.device.type, enabled=False):
+    device_type = value.device.type
+    # An exported graph would keep even a context that changes nothing.
+    enabled = torch.is_autocast_enabled(device_type)
+    with torch.autocast(device_type, enabled=False) if enabled else contextlib.nullcontext():
         locations = sampling_locations.to(dtype)
         # A point reaches a level only between -0.5/size and 1 + 0.5/size. NaN compares false.
         reaches = ((locations > -1) & (locations < 2)).all(-1)

@@ -140,9 +140,14 @@ class CoDETR(nn.Module):
 
     def encode(self, images: ImageList) -> EncoderMemory:
         """Backbone and encoder."""
-        maps = list(self.backbone(images.tensor).values())
         mask = padding_mask(images.image_sizes, images.tensor.shape, images.tensor.device)
-        return self.encoder(maps, mask, [tuple(size) for size in images.image_sizes])
+        return self.encode_pixels(images.tensor, mask, [tuple(size) for size in images.image_sizes])
+
+    def encode_pixels(
+        self, pixels: Tensor, padding_mask: Tensor, image_sizes: list[tuple[int, int]]
+    ) -> EncoderMemory:
+        """`encode` of normalised pixels ``(B, 3, H, W)`` with a mask ``(B, H, W)`` at hand."""
+        return self.encoder(list(self.backbone(pixels).values()), padding_mask, image_sizes)
 
     @torch.no_grad()
     def detect(self, images: ImageList) -> list[Instances]:
@@ -153,9 +158,13 @@ class CoDETR(nn.Module):
     def predict(self, images: ImageList) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
         """What a postprocessor reads: logits ``(B, Q, K)``, boxes ``(B, Q, 4)``, image sizes."""
         memory = self.encode(images)
+        return *self.decode(memory), memory.image_sizes
+
+    def decode(self, memory: EncoderMemory) -> tuple[Tensor, Tensor]:
+        """Logits ``(B, Q, K)`` and normalised boxes ``(B, Q, 4)`` of the last layer."""
         source = next(source for source in self.queries if not source.training_only)
         predictions = self.decoder(QuerySet.concat([source(memory)]), memory)
-        return predictions.logits[-1], predictions.boxes[-1], memory.image_sizes
+        return predictions.logits[-1], predictions.boxes[-1]
 
     def training_step(self, images: ImageList, gt_instances: list[Instances]) -> TrainingOutput:
         """One forward pass with all losses; ``forward`` returns its ``losses`` only.

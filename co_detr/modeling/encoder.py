@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from co_detr.errors import ConfigError
 from co_detr.layers import MultiScaleDeformableAttention
+from co_detr.modeling.position import cell_centres
 from co_detr.modeling.transformer_layers import FeedForward
 from co_detr.structures import EncoderMemory
 
@@ -158,8 +159,7 @@ def reference_points(level_shapes: list[tuple[int, int]], valid_ratios: Tensor) 
     """
     points = []
     for level, (height, width) in enumerate(level_shapes):
-        y = torch.arange(height, dtype=valid_ratios.dtype, device=valid_ratios.device) + 0.5
-        x = torch.arange(width, dtype=valid_ratios.dtype, device=valid_ratios.device) + 0.5
-        grid = torch.stack([x.repeat(height) / width, y.repeat_interleave(width) / height], dim=-1)
+        x, y = cell_centres(height, width, valid_ratios).unbind(-1)
+        grid = torch.stack([x / width, y / height], dim=-1)
         points.append(grid / valid_ratios[:, level, None])  # (B, H*W, 2) of the un-padded image
     return torch.cat(points, dim=1)[:, :, None] * valid_ratios[:, None]

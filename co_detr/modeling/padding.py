@@ -65,7 +65,11 @@ class BatchPadding:
         pixels, sizes = batch.tensor, batch.image_sizes
         if self.value is not None:
             padding = padding_mask(sizes, pixels.shape, pixels.device)
-            pixels = torch.where(padding[:, None], (self.value - mean) / std, pixels)
+            pixels = torch.where(padding[:, None], self.fill(mean, std), pixels)
         if not self.masked:
             sizes = [tuple(pixels.shape[-2:])] * len(images)
         return ImageList(pixels, sizes)
+
+    def fill(self, mean: Tensor, std: Tensor) -> Tensor:
+        """What stands in the padding of normalised images, ``(C, 1, 1)``."""
+        return torch.zeros_like(mean) if self.value is None else (self.value - mean) / std

@@ -44,6 +44,14 @@ class SinePosition(nn.Module):
         return torch.cat(encodings, dim=3).permute(0, 3, 1, 2)
 
 
+def cell_centres(height: int, width: int, like: Tensor) -> Tensor:
+    """``(height * width, 2)`` xy of a map's cells in cells, row by row, as ``like`` in type."""
+    y = torch.arange(height, dtype=like.dtype, device=like.device) + 0.5
+    x = torch.arange(width, dtype=like.dtype, device=like.device) + 0.5
+    # Not repeat_interleave, whose translation to ONNX fails where the size is an input.
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
+
+
 def encode_boxes(boxes: Tensor, features_per_coordinate: int) -> Tensor:
     """Codes normalised boxes ``(B, Q, 4)`` as ``(B, Q, 4 * features)``, order cx, cy, w, h."""
     return sine_features(boxes * (2 * math.pi), features_per_coordinate, 10000.0).flatten(2)

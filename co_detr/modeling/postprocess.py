@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
@@ -125,30 +127,50 @@ def soft_nms(
     return scores
 
 
-def best_pairs(
-    logits: Tensor, boxes: Tensor, image_sizes: list[tuple[int, int]], number: int
-) -> list[Instances]:
-    """The ``number`` best (query, class) pairs of each image; see `TopKPostprocessor`."""
+@dataclass(frozen=True)
+class Pairs:
+    """Chosen (query, class) pairs of a batch, best first.
+
+    Attributes:
+        boxes: ``(B, N, 4)`` normalised; scores: ``(B, N)``; labels: ``(B, N)`` int64.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+def choose_pairs(logits: Tensor, boxes: Tensor, number: int) -> Pairs:
+    """The ``number`` best pairs, or all if there are fewer; see `TopKPostprocessor`."""
     num_classes = logits.shape[-1]
     scores = logits.float().sigmoid().flatten(1)
     scores, pairs = scores.topk(min(number, scores.shape[1]), dim=1)
     queries = pairs // num_classes
     chosen = boxes.gather(1, queries[..., None].expand(-1, -1, 4))
-    if not chosen.isfinite().all():
+    return Pairs(chosen, scores, pairs % num_classes)
+
+
+def best_pairs(
+    logits: Tensor, boxes: Tensor, image_sizes: list[tuple[int, int]], number: int
+) -> list[Instances]:
+    """The ``number`` best (query, class) pairs of each image; see `TopKPostprocessor`."""
+    pairs = choose_pairs(logits, boxes, number)
+    if not pairs.boxes.isfinite().all():
         raise NonFiniteError(
             "the model predicts boxes that are NaN: its weights or the image are not finite; "
             "check train.init_checkpoint, or go back to an earlier checkpoint."
         )
     results = []
     for image, size in enumerate(image_sizes):
-        absolute = Boxes(cxcywh_to_xyxy(chosen[image]) * size_factor(size, chosen))
+        chosen = pairs.boxes[image]
+        absolute = Boxes(cxcywh_to_xyxy(chosen) * size_factor(size, chosen))
         absolute.clip(size)
         results.append(
             Instances(
                 size,
                 pred_boxes=absolute,
-                scores=scores[image],
-                pred_classes=pairs[image] % num_classes,
+                scores=pairs.scores[image],
+                pred_classes=pairs.labels[image],
             )
         )
     return results
@@ -158,8 +180,12 @@ def padding_mask(
     image_sizes: list[tuple[int, int]], padded: torch.Size, device: torch.device
 ) -> Tensor:
     """``(B, H, W)`` bool, True where a batch of shape ``(B, C, H, W)`` holds padding."""
-    heights = torch.tensor([size[0] for size in image_sizes], device=device)[:, None, None]
-    widths = torch.tensor([size[1] for size in image_sizes], device=device)[:, None, None]
-    rows = torch.arange(padded[-2], device=device)[None, :, None]
-    columns = torch.arange(padded[-1], device=device)[None, None, :]
+    return outside(torch.tensor(image_sizes, device=device), padded)
+
+
+def outside(sizes: Tensor, padded: torch.Size) -> Tensor:
+    """`padding_mask` of image sizes ``(B, 2)`` (height, width) that are a tensor."""
+    heights, widths = sizes[:, :, None, None].unbind(1)
+    rows = torch.arange(padded[-2], device=sizes.device)[None, :, None]
+    columns = torch.arange(padded[-1], device=sizes.device)[None, None, :]
     return (rows >= heights) | (columns >= widths)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
-from co_detr.modeling.position import encode_boxes
+from co_detr.modeling.position import cell_centres, encode_boxes
 from co_detr.modeling.transformer_layers import BoxHead, class_head
 from co_detr.structures import (
     EncoderMemory,
@@ -105,7 +105,7 @@ class TwoStageQueries(nn.Module):
         predictions = Predictions(class_logits[None], box_logits.sigmoid()[None])
         return QueryGroup(
             name=self.name,
-            content=self.content.weight.expand(len(best), -1, -1),
+            content=self.content.weight.expand(best.shape[0], -1, -1),
             position=self._position(reference) if self.with_position else None,
             reference=reference,
             proposals=EncoderProposals(predictions, binary=not best_class),
@@ -135,10 +135,9 @@ def propose_grid(memory: EncoderMemory) -> tuple[Tensor, Tensor]:
     grids = []
     ratios = memory.valid_ratios
     for level, (height, width) in enumerate(memory.level_shapes):
-        y = torch.arange(height, dtype=ratios.dtype, device=ratios.device) + 0.5
-        x = torch.arange(width, dtype=ratios.dtype, device=ratios.device) + 0.5
-        centre = torch.stack([x.repeat(height), y.repeat_interleave(width)], dim=-1)
-        extent = ratios[:, level] * ratios.new_tensor([width, height])  # un-padded cells
+        centre = cell_centres(height, width, ratios)
+        cells = torch.tensor([width, height], dtype=ratios.dtype, device=ratios.device)
+        extent = ratios[:, level] * cells  # un-padded cells
         centre = centre / extent[:, None]
         grids.append(torch.cat([centre, torch.full_like(centre, 0.05 * 2**level)], dim=-1))
     grid = torch.cat(grids, dim=1)
