@@ -51,3 +51,7 @@ class WriteError(UserError):
 
 class LostProcessError(UserError):
     """One of several processes is gone, so that the others cannot go on."""
+
+
+class ExportError(UserError):
+    """A model cannot be exported, or an exported file is unreadable or differs from its model."""

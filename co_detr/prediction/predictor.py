@@ -117,22 +117,8 @@ class Predictor:
         return [self.class_names[index] for index in instances.pred_classes.tolist()]
 
     def prepare(self, image: ImageSource) -> Sample:
-        """Reads and resizes an image as the evaluation's data mapper does.
-
-        Raises:
-            DataError: if it cannot be read, or is so thin that resizing leaves nothing of it.
-        """
-        rgb = read_rgb(image)
-        resized = T.AugInput(in_format(rgb, self.image_format))
-        try:
-            self._resize(resized)
-        except ValueError as error:
-            height, width = rgb.shape[:2]
-            name = f"image {image}" if isinstance(image, str | os.PathLike) else "the image"
-            raise DataError(
-                f"{name} of {width} x {height} pixels cannot be resized ({error}): cut it."
-            ) from error
-        return Sample(rgb, torch.from_numpy(np.ascontiguousarray(resized.image.transpose(2, 0, 1))))
+        """Reads and resizes an image as the evaluation's data mapper does; see `make_sample`."""
+        return make_sample(image, self._resize, self.image_format)
 
     def stream(
         self, samples: Iterable[tuple[Key, Sample]]
@@ -165,6 +151,25 @@ class Predictor:
             (key, sample, found[found.scores >= self.score_threshold])
             for (key, sample), found in zip(batch, detections, strict=True)
         ]
+
+
+def make_sample(image: ImageSource, resize: T.Augmentation, image_format: str) -> Sample:
+    """Reads an image, and resizes it in the colour order `image_format`.
+
+    Raises:
+        DataError: if it cannot be read, or is so thin that resizing leaves nothing of it.
+    """
+    rgb = read_rgb(image)
+    resized = T.AugInput(in_format(rgb, image_format))
+    try:
+        resize(resized)
+    except ValueError as error:
+        height, width = rgb.shape[:2]
+        name = f"image {image}" if isinstance(image, str | os.PathLike) else "the image"
+        raise DataError(
+            f"{name} of {width} x {height} pixels cannot be resized ({error}): cut it."
+        ) from error
+    return Sample(rgb, torch.from_numpy(np.ascontiguousarray(resized.image.transpose(2, 0, 1))))
 
 
 def _device(name: str | None) -> torch.device:

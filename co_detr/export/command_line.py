@@ -1,0 +1,176 @@
+"""The command line of tools/export.py."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from co_detr.errors import ConfigError, ExportError
+from co_detr.export.compare import BOX_TOLERANCE, SCORE_TOLERANCE, Check, check_image
+from co_detr.export.description import Description
+from co_detr.export.exporting import (
+    SUFFIXES,
+    ExportSettings,
+    export_detector,
+    square_side,
+)
+from co_detr.export.predictor import ExportedPredictor
+from co_detr.prediction.inputs import IMAGES, find_inputs
+from co_detr.prediction.loading import Detector, load_detector
+
+DESCRIPTION = """Writes a trained detector to an ONNX or torch.export file.
+
+The auxiliary part is left out. See docs/export.md for what the file takes and gives."""
+
+EPILOG = """
+examples:
+  any image size   python tools/export.py --config-file configs/co_detr_r50.py \\
+                       --checkpoint output/co_detr_r50/model_final.pth --format onnx \\
+                       --output co_detr_r50.onnx --check photos
+  one input size   python tools/export.py --config-file output/mine/config.yaml \\
+                       --checkpoint output/mine/model_final.pth --format onnx \\
+                       --output mine.onnx --image-size 800x1344
+
+exit status: 0; 2 after an error that is explained in one sentence, and if --check finds that the
+file differs from the model.
+"""
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Arguments of tools/export.py."""
+    parser = argparse.ArgumentParser(
+        prog="export.py",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="FILE", help="config file, or name in the zoo")
+    add("--checkpoint", metavar="FILE", help="weights; default: those released for the model")
+    add("--format", required=True, choices=sorted(SUFFIXES), help="of the file")
+    add("--output", required=True, type=Path, metavar="FILE", help="ends in .onnx or .pt2")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--image-size",
+        type=_image_size,
+        metavar="HxW",
+        help="one size in pixels of the network input; smaller images are padded to it",
+    )
+    size.add_argument(
+        "--dynamic",
+        action="store_true",
+        help="any image size (the default, except for models that pad to squares)",
+    )
+    add(
+        "--custom-operator",
+        action="store_true",
+        help="torch_export: keep this package's attention kernel; faster, but the file can only "
+        "be loaded where co_detr is installed",
+    )
+    add(
+        "--check",
+        nargs="+",
+        default=[],
+        metavar="IMAGE",
+        help=f"compare with PyTorch on these: within {SCORE_TOLERANCE} in scores and "
+        f"{BOX_TOLERANCE} pixels in boxes, or the exit status is 2",
+    )
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override of a config key; can be repeated",
+    )
+    add("--unsafe", action="store_true", help="let the checkpoint run code; only if you trust it")
+    add(
+        "--debug",
+        action="store_true",
+        default=os.environ.get("CO_DETR_DEBUG") == "1",
+        help="show the traceback of errors that are otherwise one sentence (CO_DETR_DEBUG=1)",
+    )
+    return parser.parse_args(argv)
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    try:
+        height, width = map(int, text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, as 800x1344") from None
+    return height, width
+
+
+def run(options: argparse.Namespace) -> None:
+    """Exports, and checks where there are images for it.
+
+    Raises:
+        UserError: if something cannot be read or exported, or the file differs from the model.
+    """
+    images = find_inputs(options.check, IMAGES, options.output) if options.check else None
+    if images is not None and images.problems:
+        raise ConfigError(" ".join(images.problems))
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    detector = load_detector(
+        options.config_file, options.checkpoint, overrides=options.set, unsafe=options.unsafe
+    )
+    side = square_side(detector.model)
+    if options.dynamic and side:
+        raise ConfigError(f"--dynamic: this model pads images to squares of {side} pixels.")
+    settings = ExportSettings(options.format, options.image_size, options.custom_operator)
+    description = export_detector(
+        detector, Path(options.config_file).name, options.output, settings
+    )
+    print(f"Wrote {options.output}, {_summary(description, options.output)}.")
+    if images is not None:
+        check(options.output, detector, images.files)
+
+
+_HEADER = (
+    f"{'image':24} {'input':>10} {'pairs':>6} {'at cut':>6} {'score':>9} {'box px':>9}  seconds"
+)
+
+
+def _summary(description: Description, path: Path) -> str:
+    size = description.image_size
+    sizes = "any image size" if size is None else f"images padded to {size[0]}x{size[1]}"
+    return f"{path.stat().st_size / 2**20:.1f} MiB, {len(description.class_names)} classes, {sizes}"
+
+
+def check(path: Path, detector: Detector, images: list[Path]) -> None:
+    """Compares the file with the model on images and prints a table.
+
+    Raises:
+        ExportError: if they differ by more than the tolerances.
+    """
+    predictor = ExportedPredictor(path)
+    image_format = detector.cfg.dataloader.test.mapper.image_format
+    print(
+        f"{'image':24} {'input':>10} {'pairs':>6} {'at cut':>6} {'score':>9} {'box px':>9}  seconds"
+    )
+    different = []
+    for image in images:
+        result = check_image(predictor, detector.model, image_format, image)
+        print(_row(image, result), flush=True)
+        if not result.difference.is_small:
+            different.append(image.name)
+    if different:
+        raise ExportError(
+            f"{path} differs from the model by more than {SCORE_TOLERANCE} in scores or "
+            f"{BOX_TOLERANCE} pixels in boxes on {len(different)} of {len(images)} images (first: "
+            f"{different[0]}): compare the rows above."
+        )
+    print(f"The file agrees with the model on {len(images)} images.")
+
+
+def _row(image: Path, check: Check) -> str:
+    found = check.difference
+    size = f"{check.input_size[0]}x{check.input_size[1]}"
+    lost = f", {found.lost} WITHOUT PARTNER" if found.lost else ""
+    return (
+        f"{image.name[:24]:24} {size:>10} {found.compared:>6} {found.at_cut:>6} "
+        f"{found.score:>9.1e} {found.box:>9.1e}  "
+        f"{check.file_seconds:.2f} (PyTorch {check.model_seconds:.2f}){lost}"
+    )
