@@ -32,8 +32,7 @@ class Description:
         class_names: in the order of the labels.
         short_edge: length in pixels that the shorter side of an image is resized to.
         max_size: upper limit of the longer side in pixels.
-        image_size: (height, width) of every input; None: any.
-        divisor: of the height and the width of an input, where they are free.
+        image_size: (height, width) of every input, one at a time; None: any, in batches, too.
         min_side: smallest height and width of an input in pixels, where they are free.
         custom_operator: whether the file needs this package to be loaded.
         soft_nms: what follows the graph; None: nothing does.
@@ -45,7 +44,6 @@ class Description:
     short_edge: int
     max_size: int
     image_size: tuple[int, int] | None = None
-    divisor: int = 1
     min_side: int = 1
     custom_operator: bool = False
     soft_nms: SoftNMS | None = None
@@ -69,9 +67,7 @@ class Description:
         """(height, width) of the input that a resized image becomes."""
         if self.image_size is not None:
             return self.image_size
-        return tuple(
-            -(-max(side, self.min_side) // self.divisor) * self.divisor for side in (height, width)
-        )
+        return max(height, self.min_side), max(width, self.min_side)
 
     def to_text(self) -> dict[str, str]:
         """Every attribute as JSON."""
@@ -84,17 +80,18 @@ class Description:
         Raises:
             ExportError: if keys are missing, or the file `path` is of another format version.
         """
+        version = text.get("format_version", "")
+        if version not in ("", str(FORMAT_VERSION)):
+            raise ExportError(
+                f"{path} has format version {version}, this version of co_detr reads "
+                f"{FORMAT_VERSION}: export the model again."
+            )
         try:
             values = {each.name: json.loads(text[each.name]) for each in fields(cls)}
         except (KeyError, ValueError) as error:
             raise ExportError(
                 f"{path} does not describe itself ({error}): export the model with tools/export.py."
             ) from error
-        if values["format_version"] != FORMAT_VERSION:
-            raise ExportError(
-                f"{path} has format version {values['format_version']}, this version of co_detr "
-                f"reads {FORMAT_VERSION}: export the model again."
-            )
         if values["image_size"] is not None:
             values["image_size"] = tuple(values["image_size"])
         if values["soft_nms"] is not None:

@@ -18,6 +18,7 @@ from co_detr.export.onnx_file import require, write_onnx
 from co_detr.export.torch_file import write_torch
 from co_detr.export.tracing import smallest_side, trace
 from co_detr.modeling import CoDETR
+from co_detr.modeling.backbones import SwinTransformer
 from co_detr.modeling.postprocess import SoftNMSPostprocessor
 from co_detr.prediction.loading import Detector
 
@@ -28,8 +29,8 @@ SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2"}
 class ExportSettings:
     """Attributes:
     format: of the file.
-    image_size: (height, width) in pixels of the network input, into which images are padded;
-        None: any size, unless the model pads to squares.
+    image_size: (height, width) in pixels of the network input, to which images are padded, one
+        at a time; None: any size and batch, or the square that the model pads to.
     custom_operator: keep this package's operator in a file of torch.export.
     """
 
@@ -55,17 +56,15 @@ def export_detector(
     _check(path, settings)
     model = detector.model
     image_size = _image_size(model, settings.image_size)
-    divisor = max(1, model.backbone.size_divisibility)
     short_edge, max_size = _test_size(detector.cfg)
     graph = DetectionGraph(model, detector.cfg.dataloader.test.mapper.image_format).eval()
-    program = trace(graph, image_size, divisor, settings.custom_operator)
+    program = trace(graph, image_size, settings.custom_operator)
     description = Description(
         config=config_name,
         class_names=detector.class_names,
         short_edge=short_edge,
         max_size=max_size,
         image_size=image_size,
-        divisor=divisor,
         min_side=smallest_side(program),
         custom_operator=settings.custom_operator,
         soft_nms=_soft_nms(model),
@@ -102,6 +101,11 @@ def _image_size(model: CoDETR, wanted: tuple[int, int] | None) -> tuple[int, int
             )
         return side, side
     divisor = max(1, model.backbone.size_divisibility)
+    if wanted is None and (divisor > 1 or isinstance(model.backbone.bottom_up, SwinTransformer)):
+        raise ConfigError(
+            "models with Swin and ViT backbones are exported for one size of the network input: "
+            "give it with --image-size, as in --image-size 800x1344."
+        )
     if wanted is not None and (min(wanted) < 1 or any(length % divisor for length in wanted)):
         raise ConfigError(
             f"the image size {wanted[0]}x{wanted[1]} must be positive and divisible by {divisor}."

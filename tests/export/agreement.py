@@ -1,0 +1,20 @@
+"""Detections as equal as two ways of computing them can be."""
+
+from detectron2.structures import Instances
+
+from co_detr.export.compare import Difference, difference
+from co_detr.export.graph import Detections
+
+
+def of(found: Instances) -> Detections:
+    fields = (found.pred_boxes.tensor, found.scores, found.pred_classes)
+    return Detections(*(field[None] for field in fields))
+
+
+def assert_same(found: Instances, expected: Instances, at_least: int = 50) -> Difference:
+    """Same image, and detections that agree much closer than `--check` asks for."""
+    assert found.image_size == expected.image_size
+    result = difference(of(expected), of(found))
+    assert result.is_small and result.compared >= at_least, result
+    assert result.score < 1e-5 and result.box < 0.01, result
+    return result

@@ -1,0 +1,63 @@
+"""A tiny detector, its checkpoint, and the files that it is exported to."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import LazyConfig, instantiate
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "modeling"))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from builders import CONFIGS, NUM_CLASSES, randomise, shrink
+from tiny_export import CLASSES, SIZE, Trained
+
+from co_detr.engine.checkpoint import Checkpointer
+from co_detr.engine.config import apply_overrides, load_config
+
+
+@pytest.fixture(scope="session")
+def train(tmp_path_factory: pytest.TempPathFactory):
+    """Makes a tiny model of an experiment; further arguments are overrides."""
+
+    def make(experiment: str, *overrides: str) -> Trained:
+        folder = tmp_path_factory.mktemp(experiment)
+        cfg = shrink(load_config(str(CONFIGS / f"{experiment}.py")))
+        cfg.model.encoder.num_layers = cfg.model.decoder.num_layers = 1
+        apply_overrides(cfg, [f"model.num_classes={NUM_CLASSES}", *SIZE, *overrides])
+        LazyConfig.save(cfg, str(folder / "config.yaml"))
+        torch.manual_seed(0)
+        model = instantiate(cfg.model)
+        randomise(model, scale=0.2)
+        Checkpointer(model, str(folder), class_names=CLASSES).save("model_final")
+        return Trained(str(folder / "config.yaml"), str(folder / "model_final.pth"))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained(train) -> Trained:
+    """Co-Deformable-DETR with both auxiliary heads."""
+    return train("co_detr_r50")
+
+
+@pytest.fixture(scope="session")
+def onnx_file(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For images of any size."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    return trained.export(tmp_path_factory.mktemp("onnx") / "tiny.onnx", "onnx")
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Images of several sizes: landscape, portrait, odd, long."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for number, (width, height) in enumerate([(80, 60), (50, 71), (97, 97), (240, 64)]):
+        pixels = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((width, height)).save(folder / f"{number}.png")
+    return sorted(folder.iterdir())

@@ -1,0 +1,107 @@
+"""ONNX files in onnxruntime give what the model gives."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from agreement import assert_same
+from PIL import Image
+from tiny_export import CLASSES
+
+from co_detr.export import ExportedPredictor
+
+pytest.importorskip("onnxscript")
+ort = pytest.importorskip("onnxruntime")
+onnx = pytest.importorskip("onnx")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_any_image_size(onnx_file, trained, photos):
+    exported, predictor = ExportedPredictor(onnx_file), trained.predictor()
+    for photo in photos:
+        assert_same(exported(photo), predictor(photo))
+    found = exported(photos)
+    assert [each.image_size for each in found] == [(60, 80), (71, 50), (97, 97), (64, 240)]
+    names = exported.names(found[0])
+    assert names == [CLASSES[label] for label in found[0].pred_classes.tolist()]
+
+
+def test_a_threshold_and_arrays(onnx_file, photos):
+    pixels = np.asarray(Image.open(photos[0]))
+    everything = ExportedPredictor(onnx_file)(pixels)
+    limit = everything.scores.median().item()
+    found = ExportedPredictor(onnx_file, score_threshold=limit)(pixels)
+    assert len(found) == int((everything.scores >= limit).sum()) < len(everything)
+
+
+def test_batches_of_padded_images(onnx_file, trained):
+    """Images of two sizes in one batch, whose padding holds rubbish."""
+    model = trained.predictor().model
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (3, 3, 100, 120), generator=generator, dtype=torch.uint8)
+    sizes = torch.tensor([[100, 90], [80, 120], [100, 120]])
+    found = ExportedPredictor(onnx_file).model(images, sizes)
+    samples = [
+        {"image": image[:, :height, :width]}
+        for image, (height, width) in zip(images, sizes.tolist(), strict=True)
+    ]
+    expected = model.detect(model.preprocess(samples))
+    for index, each in enumerate(expected):
+        assert_same(found.instances(index, each.image_size), each)
+
+
+def test_the_file_describes_itself(onnx_file):
+    description = ExportedPredictor(onnx_file).description
+    assert description.class_names == CLASSES
+    assert description.config == "tiny.py"
+    assert (description.short_edge, description.max_size) == (96, 160)
+    assert description.image_size is None and description.soft_nms is None
+    stored = {prop.key: prop.value for prop in onnx.load(onnx_file).metadata_props}
+    assert json.loads(stored["class_names"]) == CLASSES
+    assert stored["format_version"] == "1"
+
+
+def test_only_what_inference_needs_is_inside(onnx_file, trained):
+    model = onnx.load(onnx_file)
+    onnx.checker.check_model(model)
+    weights = {each.name for each in model.graph.initializer}
+    assert any("decoder" in name for name in weights)
+    assert not [name for name in weights if "auxiliary" in name]
+    assert {node.domain for node in model.graph.node} == {""}
+    needed = sum(each.nbytes for each in trained.predictor().model.state_dict().values())
+    stored = sum(len(each.raw_data) for each in model.graph.initializer)
+    assert 0.95 * needed < stored < 1.05 * needed
+    assert str(ROOT).encode() not in onnx_file.read_bytes()
+
+
+def test_squares_with_a_visible_padding_and_soft_nms(train, photos, tmp_path):
+    soft_nms = "model.postprocessor.iou_threshold=0.3"
+    trained = train("co_dino_r50_lsj_12ep", "data.image_format=BGR", soft_nms)
+    file = trained.export(tmp_path / "square.onnx", "onnx")
+    exported, predictor = ExportedPredictor(file), trained.predictor()
+    assert exported.description.image_size == (128, 128)
+    assert exported.description.soft_nms.iou_threshold == 0.3
+    for photo in photos:
+        assert_same(exported(photo), predictor(photo), at_least=10)
+    raw = exported.run(exported.prepare(photos[0]))
+    assert exported(photos[0]).scores.sum() < raw.scores.sum() - 1e-3
+
+
+def test_the_example_of_the_guide_needs_no_torch(onnx_file, photos, tmp_path):
+    guide = (ROOT / "docs" / "export.md").read_text()
+    (code,) = re.findall(r"```python\n(import json\n.*?)```", guide, flags=re.DOTALL)
+    code = code.replace("model.onnx", str(onnx_file)).replace("street.jpg", str(photos[1]))
+    code += "\nimport sys\nassert not {'torch', 'detectron2', 'co_detr'} & set(sys.modules)"
+    code += "\nnp.savez('found.npz', boxes=boxes, scores=scores, labels=labels)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=tmp_path)
+    found = np.load(tmp_path / "found.npz")
+    expected = ExportedPredictor(onnx_file)(photos[1])
+    np.testing.assert_allclose(
+        found["boxes"][: len(expected)], expected.pred_boxes.tensor, atol=1e-3
+    )

@@ -1,0 +1,101 @@
+"""Files of torch.export, and what all files share."""
+
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from tiny_export import CLASSES
+
+from co_detr.errors import ConfigError, ExportError
+from co_detr.export import ExportedPredictor
+from co_detr.export.compare import check_image
+from co_detr.layers.ms_deform_attn_op import HAS_EXTENSION
+
+FIXED = (96, 128)
+
+
+@pytest.fixture(scope="module")
+def fixed_file(trained, tmp_path_factory):
+    return trained.export(tmp_path_factory.mktemp("pt2") / "tiny.pt2", "torch_export", FIXED)
+
+
+def test_a_fixed_size_takes_any_image(fixed_file, trained, photos):
+    exported, predictor = ExportedPredictor(fixed_file), trained.predictor()
+    assert exported.description.image_size == FIXED
+    assert exported.class_names == CLASSES
+    for photo in photos:
+        check = check_image(exported, predictor.model, "RGB", photo)
+        assert check.input_size == FIXED
+        assert check.difference.is_small and check.difference.compared > 50, check.difference
+        height, width = exported(photo).image_size
+        assert (width, height) == Image.open(photo).size
+
+
+def test_images_shrink_into_a_fixed_size(fixed_file):
+    resized = ExportedPredictor(fixed_file).description.resized
+    assert resized(60, 80) == (96, 128)  # as in the evaluation
+    assert resized(80, 60) == (96, 72)  # would be 128 x 96
+    assert resized(64, 240) == (34, 128)  # would be 43 x 160
+
+
+def test_plain_torch_runs_the_file(fixed_file):
+    code = (
+        "import sys, torch; run = torch.export.load(sys.argv[1]).module();"
+        "image = torch.zeros(1, 3, 96, 128, dtype=torch.uint8);"
+        "boxes, scores, labels = run(image, torch.tensor([[96, 100]]));"
+        "assert boxes.shape == (1, 100, 4) and boxes[..., 2].max() <= 100;"
+        "assert not {'co_detr', 'detectron2'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(fixed_file)], check=True, timeout=60)
+
+
+@pytest.mark.skipif(not HAS_EXTENSION, reason="needs the compiled kernels")
+def test_the_custom_operator_gives_the_bits_of_the_model(trained, photos, tmp_path):
+    file = trained.export(tmp_path / "custom.pt2", "torch_export", FIXED, True)
+    exported, predictor = ExportedPredictor(file), trained.predictor()
+    assert exported.description.custom_operator
+    check = check_image(exported, predictor.model, "RGB", photos[0])
+    assert check.difference.score == check.difference.box == 0 == check.difference.at_cut
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("a.pt2", ("onnx",), "must end in .onnx for onnx"),
+        ("no/a.pt2", ("torch_export",), "the folder of .*a.pt2 does not exist"),
+        ("a.pt2", ("torch_export", (0, 64)), "0x64 must be positive"),
+    ],
+)
+def test_wrong_settings(trained, tmp_path, name, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        trained.export(tmp_path / name, *settings)
+
+
+def test_models_that_have_one_size(train, tmp_path):
+    with pytest.raises(ConfigError, match="on squares of 128 pixels"):
+        train("co_dino_r50_lsj_12ep").export(tmp_path / "a.pt2", "torch_export", (64, 64))
+    with pytest.raises(ConfigError, match="Swin and ViT .* give it with --image-size"):
+        train("co_deformable_detr_swin_t_12ep").export(tmp_path / "a.pt2", "torch_export")
+
+
+def test_files_that_are_no_exports(tmp_path):
+    (tmp_path / "a.pt2").write_bytes(b"nothing")
+    (tmp_path / "a.txt").write_bytes(b"nothing")
+    for name, message in [
+        ("b.onnx", "b.onnx does not exist"),
+        ("a.pt2", "a.pt2 cannot be loaded"),
+        ("a.txt", "name one that ends in .onnx or .pt2"),
+    ]:
+        with pytest.raises(ExportError, match=message):
+            ExportedPredictor(tmp_path / name)
+
+
+def test_missing_packages_are_named(trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ConfigError, match="pip install -r requirements-export.txt"):
+        trained.export(tmp_path / "a.onnx", "onnx")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    (tmp_path / "b.onnx").touch()
+    with pytest.raises(ConfigError, match="pip install -r requirements-export.txt"):
+        ExportedPredictor(tmp_path / "b.onnx")

@@ -1,0 +1,31 @@
+"""What training leaves of a tiny model, to be exported."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from co_detr.export import ExportSettings, export_detector
+from co_detr.prediction import Predictor
+from co_detr.prediction.loading import load_detector
+
+CLASSES = ["red cell", "white cell", "platelet", "dust", "bubble"]
+SIZE = [
+    "dataloader.test.mapper.augmentations.short_edge=96",
+    "dataloader.test.mapper.augmentations.max_size=160",
+]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Config and checkpoint of a model with random weights."""
+
+    config: str
+    checkpoint: str
+
+    def export(self, path: Path, *settings) -> Path:
+        export_detector(
+            load_detector(self.config, self.checkpoint), "tiny.py", path, ExportSettings(*settings)
+        )
+        return path
+
+    def predictor(self) -> Predictor:
+        return Predictor(self.config, self.checkpoint, device="cpu")
