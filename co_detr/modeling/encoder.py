@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -113,10 +112,7 @@ class DeformableEncoder(nn.Module):
                 "make model.encoder.num_levels match the levels of model.backbone."
             )
         level_shapes = [(m.shape[2], m.shape[3]) for m in maps]
-        masks = [
-            F.interpolate(padding_mask[:, None].float(), size=shape)[:, 0].bool()
-            for shape in level_shapes
-        ]
+        masks = [shrink_mask(padding_mask, *shape) for shape in level_shapes]
         # (B, C, H, W) -> (B, H*W, C), levels concatenated
         tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
         # Half precision could not number the cells of a large map.
@@ -138,6 +134,18 @@ class DeformableEncoder(nn.Module):
             else:
                 tokens = layer(tokens, *constants)
         return EncoderMemory(tokens, flat_mask, level_shapes, ratios, image_sizes)
+
+
+def shrink_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    """``(B, H, W)`` bool to a level's size, the values of ``F.interpolate``'s nearest neighbours.
+
+    In steps of its own, as ONNX divides by the inverse factor, which can round to the cell before.
+    """
+    for dim, size in ((1, height), (2, width)):
+        cells = torch.arange(size, dtype=torch.float32, device=mask.device)
+        source = cells * (torch.full_like(cells, mask.shape[dim]) / size)
+        mask = mask.index_select(dim, source.long().clamp(max=mask.shape[dim] - 1))
+    return mask
 
 
 def valid_ratio(padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
