@@ -80,23 +80,6 @@ def test_only_what_inference_needs_is_inside(onnx_file, trained):
     assert str(ROOT).encode() not in onnx_file.read_bytes()
 
 
-def test_squares_with_a_visible_padding_and_soft_nms(train, photos, tmp_path):
-    trained = train(
-        "co_dino_r50_lsj_12ep",
-        "data.image_format=BGR",
-        "model.postprocessor.iou_threshold=0.3",
-        "dataloader.test.mapper.augmentations.max_size=128",
-    )
-    file = trained.export(tmp_path / "square.onnx", "onnx")
-    exported, predictor = ExportedPredictor(file), trained.predictor()
-    assert exported.description.image_size == (128, 128)
-    assert exported.description.soft_nms.iou_threshold == 0.3
-    for photo in photos:
-        assert_same(exported(photo), predictor(photo), at_least=10)
-    raw = exported.run(exported.prepare(photos[0]))
-    assert exported(photos[0]).scores.sum() < raw.scores.sum() - 1e-3
-
-
 def test_the_example_of_the_guide_needs_no_torch(onnx_file, photos, tmp_path):
     guide = (ROOT / "docs" / "export.md").read_text()
     (code,) = re.findall(r"```python\n(import json\n.*?)```", guide, flags=re.DOTALL)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from agreement import assert_same
 from PIL import Image
 from tiny_export import CLASSES
 
@@ -57,6 +58,23 @@ def test_the_custom_operator_gives_the_bits_of_the_model(trained, photos, tmp_pa
     assert exported.description.custom_operator
     check = check_image(exported, predictor.model, "RGB", photos[0])
     assert check.difference.score == check.difference.box == 0 == check.difference.at_cut
+
+
+def test_squares_with_a_visible_padding_and_soft_nms(train, photos, tmp_path):
+    trained = train(
+        "co_dino_r50_lsj_12ep",
+        "data.image_format=BGR",
+        "model.postprocessor.iou_threshold=0.3",
+        "dataloader.test.mapper.augmentations.max_size=128",
+    )
+    file = trained.export(tmp_path / "square.pt2", "torch_export")
+    exported, predictor = ExportedPredictor(file), trained.predictor()
+    assert exported.description.image_size == (128, 128)
+    assert exported.description.soft_nms.iou_threshold == 0.3
+    for photo in photos:
+        assert_same(exported(photo), predictor(photo), at_least=10)
+    raw = exported.run(exported.prepare(photos[0]))
+    assert exported(photos[0]).scores.sum() < raw.scores.sum() - 1e-3
 
 
 @pytest.mark.parametrize(
