@@ -43,7 +43,7 @@ inputs_hash() {
     {
         printf '%s\n' "$ROOT" "$(cd "$VENV" && pwd)"
         for name in "${BUILD_SWITCHES[@]}"; do printf '%s=%s\n' "$name" "${!name:-}"; done
-        find requirements.txt requirements-dev.txt requirements-demo.txt requirements-export.txt constraints.txt setup.py pyproject.toml \
+        find requirements*.txt constraints.txt setup.py pyproject.toml \
             scripts/setup.sh scripts/detectron2.txt co_detr/layers/csrc -type f 2>/dev/null |
             LC_ALL=C sort | xargs sha256sum
     } | sha256sum | cut -d' ' -f1
