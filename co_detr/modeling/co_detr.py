@@ -10,9 +10,9 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
-from co_detr.errors import ConfigError
 from co_detr.modeling.auxiliary.hybrid import AuxiliaryBranch, HybridAssignmentHeads
 from co_detr.modeling.boxes import normalise_boxes
+from co_detr.modeling.checks import check_parts
 from co_detr.modeling.criterion import SetCriterion, average_over_processes, name_layers
 from co_detr.modeling.decoder import DeformableDecoder
 from co_detr.modeling.encoder import DeformableEncoder
@@ -36,7 +36,8 @@ class CoDETR(nn.Module):
     3. Query sources make further groups; the first one is what inference uses.
     4. All groups are decoded in one pass, blind to each other, and scored by one criterion.
 
-    In eval mode only the memory, the inference group and the decoder are computed.
+    In eval mode only the memory, the inference group and the decoder are computed, or with
+    ``evaluate_with`` the memory and one auxiliary head.
 
     Args:
         num_classes: foreground classes K; every part must agree.
@@ -47,9 +48,11 @@ class CoDETR(nn.Module):
         pixel_mean, pixel_std: per channel, in the order and range of the input images.
         padding: how images become a batch; None: to the largest size in it, masked.
         compare_top_k: in eval, also return what plain top-k makes of the same predictions.
+        evaluate_with: name of the auxiliary head that detects in eval; None: the decoder does.
 
     Raises:
-        ConfigError: if parts disagree on ``num_classes`` or no single inference source exists.
+        ConfigError: if parts disagree on ``num_classes``, no single inference source exists, or
+            ``evaluate_with`` names no auxiliary head.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class CoDETR(nn.Module):
         pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
         padding: BatchPadding | None = None,
         compare_top_k: bool = False,
+        evaluate_with: str | None = None,
     ):
         super().__init__()
         self.num_classes = num_classes
@@ -81,26 +85,10 @@ class CoDETR(nn.Module):
         self.auxiliary = auxiliary
         self.padding = padding or BatchPadding()
         self.compare_top_k = compare_top_k
+        self.evaluate_with = evaluate_with
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
-        self._check_parts()
-
-    def _check_parts(self) -> None:
-        for path, module in self.named_modules():
-            if path.startswith("backbone"):
-                continue  # an image classifier's own class count means nothing here
-            found = getattr(module, "num_classes", self.num_classes)
-            if found != self.num_classes:
-                raise ConfigError(
-                    f"model.{path} is built for {found} classes but model.num_classes is "
-                    f"{self.num_classes}; let it interpolate ${{model.num_classes}}."
-                )
-        inference_sources = [source for source in self.queries if not source.training_only]
-        if len(inference_sources) != 1:
-            raise ConfigError(
-                "model.queries needs exactly one source that is not training-only, got "
-                f"{len(inference_sources)}."
-            )
+        check_parts(self)
 
     @property
     def device(self) -> torch.device:
@@ -123,15 +111,23 @@ class CoDETR(nn.Module):
         if self.training:
             gt_instances = [each["instances"].to(self.device) for each in batched_inputs]
             return self.training_step(images, gt_instances).losses
+        detections = self._detections(images)
+        return [
+            {key: _in_output_resolution(found[index], each) for key, found in detections.items()}
+            for index, each in enumerate(batched_inputs)
+        ]
+
+    @torch.no_grad()
+    def _detections(self, images: ImageList) -> dict[str, list[Instances]]:
+        if self.evaluate_with is not None:
+            memory = self.encode(images)
+            return {"instances": self.auxiliary.inference(self.evaluate_with, images, memory)}
         predictions = self.predict(images)
         detections = {"instances": self.postprocessor(*predictions)}
         if self.compare_top_k:
             top_k = TopKPostprocessor(self.postprocessor.max_detections)
             detections["instances_top_k"] = top_k(*predictions)
-        return [
-            {key: _in_output_resolution(found[index], each) for key, found in detections.items()}
-            for index, each in enumerate(batched_inputs)
-        ]
+        return detections
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalises the images and pads them to a common size; see `BatchPadding`."""
@@ -253,8 +249,8 @@ class CoDETR(nn.Module):
             layer.compile(**options)
 
     def strip_auxiliary(self) -> None:
-        """Removes all that only training uses; detections stay the same bit for bit."""
-        self.auxiliary = None
+        """Removes all that only training uses; detections of the decoder stay bit-identical."""
+        self.auxiliary = self.evaluate_with = None
         self.queries = nn.ModuleList(s for s in self.queries if not s.training_only)
 
 

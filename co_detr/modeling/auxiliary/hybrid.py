@@ -26,7 +26,8 @@ class HybridAssignmentHeads(nn.Module):
 
     A head is any module with ``forward(images, features, gt_instances) -> AuxiliaryOutput`` and
     ``inference(images, features) -> list[Instances]``. Heads are keyword arguments: their names
-    become prefixes of losses and paths of config overrides (``model.auxiliary.atss...``).
+    become prefixes of losses and paths of config overrides (``model.auxiliary.atss...``). One that
+    is None is left out, so that an override can switch it off (``model.auxiliary.atss=null``).
 
     Args:
         pyramid: adapter from ``EncoderMemory`` to the maps that heads read.
@@ -47,19 +48,20 @@ class HybridAssignmentHeads(nn.Module):
         positive_queries: PositiveQueries | None,
         num_decoder_layers: int,
         lambda_2: float = 2.0,
-        **heads: nn.Module,
+        **heads: nn.Module | None,
     ):
         super().__init__()
-        if not heads:
+        present = {name: head for name, head in heads.items() if head is not None}
+        if not present:
             raise ConfigError(
                 "HybridAssignmentHeads needs a head; for none at all set model.auxiliary=null."
             )
         self.pyramid = pyramid
-        self.heads = nn.ModuleDict(heads)
+        self.heads = nn.ModuleDict(present)
         self.loss_weight = num_decoder_layers * lambda_2
         self.positive_queries = nn.ModuleDict()
         if positive_queries is not None:
-            for name in heads:
+            for name in present:
                 source = copy.deepcopy(positive_queries)
                 source.reset_parameters()  # a copy alone would start all heads alike
                 self.positive_queries[name] = source
