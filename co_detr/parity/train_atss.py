@@ -59,7 +59,7 @@ def _check_maps(
     for entry, rows in (
         ("cls_logits", predictions.logits),
         ("bbox_deltas", predictions.deltas),
-        ("centerness", predictions.centreness[..., None]),
+        ("centerness", predictions.quality[..., None]),
     ):
         folded = [
             level.transpose(1, 2).unflatten(2, features.shape[-2:])

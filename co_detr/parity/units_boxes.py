@@ -9,7 +9,8 @@ from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
 from detectron2.structures import Boxes
 from detectron2.structures.boxes import matched_pairwise_iou
 
-from co_detr.modeling.auxiliary.dense import centreness_target, decode_deltas
+from co_detr.modeling.auxiliary.box_codes import decode_deltas
+from co_detr.modeling.auxiliary.dense import centreness_target
 from co_detr.modeling.boxes import generalised_iou, xyxy_to_cxcywh
 from co_detr.modeling.criterion import FocalLoss, SetCriterion
 from co_detr.parity.differences import DELTA_CLAMP

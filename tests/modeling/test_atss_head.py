@@ -8,11 +8,11 @@ from torchvision.ops import generalized_box_iou
 
 from co_detr.errors import ConfigError
 from co_detr.modeling.auxiliary import ATSSAssigner, ATSSHead
+from co_detr.modeling.auxiliary.box_codes import decode_deltas
 from co_detr.modeling.auxiliary.dense import (
     DensePredictions,
     DenseTargets,
     centreness_target,
-    decode_deltas,
     inside_cells,
 )
 from tests.modeling.builders import make_instances
@@ -125,13 +125,13 @@ def test_losses_by_their_definitions():
     class_sum = (focal_sum(predictions.logits, targets.labels) * targets.inside).sum()
     assert losses["loss_cls"].item() == pytest.approx(class_sum.item() / num_positives, rel=1e-5)
 
-    boxes = head.box2box_transform.apply_deltas(predictions.deltas[0, rows], anchors[rows])
+    boxes = head.box_code.transform.apply_deltas(predictions.deltas[0, rows], anchors[rows])
     giou = generalized_box_iou(boxes, gt)[:, 0]
     expected = 2 * ((1 - giou) * centreness).sum() / max(centreness.sum().item(), 1.0)
     assert losses["loss_bbox"].item() == pytest.approx(expected.item(), rel=1e-5)
 
     entropy = F.binary_cross_entropy_with_logits(
-        predictions.centreness[0, rows], centreness, reduction="sum"
+        predictions.quality[0, rows], centreness, reduction="sum"
     )
     expected = entropy.item() / num_positives
     assert losses["loss_centreness"].item() == pytest.approx(expected, rel=1e-5)
@@ -154,7 +154,8 @@ def test_the_box_loss_is_divided_by_the_centreness_but_not_by_less_than_one():
     assert centreness.item() == pytest.approx((2 / 18 * 1 / 19) ** 0.5)
     zeros = torch.zeros(1, 1, 4)
     predictions = DensePredictions(torch.zeros(1, 1, CLASSES), zeros, torch.zeros(1, 1))
-    targets = DenseTargets(torch.tensor([[0]]), box[None], torch.tensor([[True]]))
+    zero = torch.tensor([[0]])
+    targets = DenseTargets(zero, box[None], torch.tensor([[True]]), truths=zero)
     loss = head.losses(predictions, anchor, targets)["loss_bbox"]
     expected = 2 * (1 - generalized_box_iou(anchor, box)) * centreness  # not divided by 0.077
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -165,7 +166,7 @@ def test_padding_has_no_part_in_the_losses():
     targets, anchors = make_targets(head, GTS), torch.cat(head.anchors(make_maps()))
     predictions = random_predictions()
     before = head.losses(predictions, anchors, targets)
-    for values in (predictions.logits, predictions.deltas, predictions.centreness):
+    for values in (predictions.logits, predictions.deltas, predictions.quality):
         values[~targets.inside] = 50.0
     after = head.losses(predictions, anchors, targets)
     assert {k: v.item() for k, v in before.items()} == {k: v.item() for k, v in after.items()}
@@ -193,7 +194,7 @@ def test_decoded_sizes_are_bounded_on_both_sides():
     head = make_head()
     anchor = torch.tensor([[0.0, 0.0, 16.0, 16.0]])
     extreme = torch.tensor([[0.0, 0.0, 1e4, -1e4]])
-    x1, y1, x2, y2 = decode_deltas(head.box2box_transform, extreme, anchor)[0].tolist()
+    x1, y1, x2, y2 = decode_deltas(head.box_code.transform, extreme, anchor)[0].tolist()
     assert x2 - x1 == pytest.approx(1000, rel=1e-4)
     assert y2 - y1 == pytest.approx(16 * 16 / 1000, rel=1e-4)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from detectron2.modeling.box_regression import Box2BoxTransform
 from torch import Tensor
 
 
@@ -14,23 +13,51 @@ class DenseTargets:
     """Assignment of all R anchors of B images.
 
     Attributes:
-        labels: ``(B, R)`` in [0, K]; K is background, also for anchors in the padding.
-        boxes: ``(B, R, 4)`` absolute xyxy ground truth; zeros for background.
+        labels: ``(B, R)`` in [0, K]; K is background, also for anchors in the padding; -1 for
+            anchors that are ignored.
+        boxes: ``(B, R, 4)`` absolute xyxy ground truth; zeros where there is none.
         inside: ``(B, R)`` bool, False for anchors whose cell lies in the batch padding.
+        truths: ``(B, R)`` index of the ground truth in its image, negative where there is none.
     """
 
     labels: Tensor
     boxes: Tensor
     inside: Tensor
+    truths: Tensor
+
+    @property
+    def counted(self) -> Tensor:
+        """``(B, R)`` bool: anchors that are trained, as foreground or as background."""
+        return self.inside & (self.labels >= 0)
+
+    def positive(self, num_classes: int) -> Tensor:
+        """``(B, R)`` bool: anchors with a ground truth."""
+        return (self.labels >= 0) & (self.labels < num_classes)
 
 
 @dataclass(frozen=True)
 class DensePredictions:
-    """Per anchor: class logits ``(B, R, K)``, deltas ``(B, R, 4)``, centreness ``(B, R)``."""
+    """Outputs per anchor.
+
+    Attributes:
+        logits: ``(B, R, K)`` of the classes.
+        deltas: ``(B, R, X)``, boxes in the head's box code.
+        quality: ``(B, R)`` logit of how good the box is (centreness, IoU); None where the head
+            predicts no such thing.
+    """
 
     logits: Tensor
     deltas: Tensor
-    centreness: Tensor
+    quality: Tensor | None = None
+
+    @classmethod
+    def of_levels(
+        cls, logits: list[Tensor], deltas: list[Tensor], quality: list[Tensor]
+    ) -> DensePredictions:
+        """Joins rows ``(B, R_l, ...)`` of levels, in float32 at least; ``quality`` may be empty."""
+        dtype = torch.promote_types(logits[0].dtype, torch.float32)
+        joined = torch.cat(quality, 1).squeeze(-1).to(dtype) if quality else None
+        return cls(torch.cat(logits, 1).to(dtype), torch.cat(deltas, 1).to(dtype), joined)
 
 
 def centreness_target(anchors: Tensor, boxes: Tensor) -> Tensor:
@@ -44,22 +71,9 @@ def centreness_target(anchors: Tensor, boxes: Tensor) -> Tensor:
     return ratio.prod(1).sqrt()
 
 
-def decode_deltas(transform: Box2BoxTransform, deltas: Tensor, anchors: Tensor) -> Tensor:
-    """Deltas ``(N, 4)`` of ``(N, 4)`` xyxy anchors -> absolute xyxy ``(N, 4)``.
-
-    Log sizes are clamped on both sides as in mmdet; Detectron2's transform clamps above only.
-    """
-    width, height = (
-        deltas[:, axis, None].clamp(min=-transform.scale_clamp * transform.weights[axis])
-        for axis in (2, 3)
-    )
-    deltas = torch.cat([deltas[:, :2], width, height], dim=1)
-    return transform.apply_deltas(deltas, anchors)
-
-
-def flatten_map(x: Tensor) -> Tensor:
-    """Map ``(B, X, H, W)`` -> rows ``(B, H*W, X)``."""
-    return x.flatten(2).transpose(1, 2)
+def flatten_map(x: Tensor, num_anchors: int = 1) -> Tensor:
+    """Map ``(B, A*X, H, W)`` of A anchors per cell -> rows ``(B, H*W*A, X)``."""
+    return x.unflatten(1, (num_anchors, -1)).permute(0, 3, 4, 1, 2).flatten(1, 3)
 
 
 def inside_cells(feature: Tensor, stride: int, image_size: tuple[int, int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Assignment of ground truths to dense anchors."""
+"""Adaptive training sample selection (ATSS)."""
 
 from __future__ import annotations
 

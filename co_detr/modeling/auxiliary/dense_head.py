@@ -1,0 +1,200 @@
+"""The dense head: anchors, assignment, candidates and detections, whatever network and losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.layers import batched_nms
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor, nn
+
+from co_detr.errors import ConfigError
+from co_detr.modeling.auxiliary.assigners import BACKGROUND, IGNORED
+from co_detr.modeling.auxiliary.box_codes import DeltaCode
+from co_detr.modeling.auxiliary.dense import (
+    DensePredictions,
+    DenseTargets,
+    gather_cells,
+    inside_cells,
+)
+from co_detr.structures import AuxiliaryOutput, Candidates
+
+
+class DenseHead(nn.Module):
+    """One-to-many head on all cells of a pyramid; subclasses bring the network (``predict``).
+
+    Args:
+        in_features: names of the maps, finest first; strides: their strides in pixels.
+        anchor_generator: gives every cell the same number A of anchors.
+        assigner: see `co_detr.modeling.auxiliary.assigners`.
+        box_code: see `co_detr.modeling.auxiliary.box_codes`.
+        criterion: predictions, anchors, targets and box code -> losses by name.
+        test_topk, test_nms, max_detections: used by ``inference`` only.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        in_features: Sequence[str],
+        strides: Sequence[int],
+        anchor_generator: DefaultAnchorGenerator,
+        assigner: nn.Module,
+        box_code: DeltaCode,
+        criterion: nn.Module,
+        test_topk: int = 1000,
+        test_nms: float = 0.6,
+        max_detections: int = 100,
+    ):
+        super().__init__()
+        if len(in_features) != len(strides):
+            raise ConfigError(f"{len(in_features)} in_features but {len(strides)} strides.")
+        self.num_classes = num_classes
+        self.in_features = list(in_features)
+        self.strides = list(strides)
+        self.anchor_generator = anchor_generator
+        self.num_anchors = anchor_generator.num_anchors[0]
+        self.assigner = assigner
+        self.box_code = box_code
+        self.criterion = criterion
+        self.test_topk = test_topk
+        self.test_nms = test_nms
+        self.max_detections = max_detections
+
+    def predict(self, maps: list[Tensor]) -> DensePredictions:
+        """Maps ``(B, C, H, W)`` -> predictions of all anchors, finest level first, in float32."""
+        raise NotImplementedError
+
+    def forward(
+        self, images: ImageList, features: dict[str, Tensor], gt_instances: list[Instances]
+    ) -> AuxiliaryOutput:
+        """Trains the head; every anchor is a candidate for positive queries."""
+        maps = [features[name] for name in self.in_features]
+        anchors = self.anchors(maps)
+        predictions = self.predict(maps)
+        targets = self.assign(anchors, maps, images.image_sizes, gt_instances)
+        targets = self.refine(targets, predictions, anchors)
+        losses = self.losses(predictions, torch.cat(anchors), targets)
+        return AuxiliaryOutput(losses, self._candidates(anchors, maps, targets, images))
+
+    def anchors(self, maps: list[Tensor]) -> list[Tensor]:
+        """``(R_l, 4)`` absolute xyxy per level."""
+        return [boxes.tensor for boxes in self.anchor_generator(maps)]
+
+    @torch.no_grad()
+    def assign(
+        self,
+        anchors: list[Tensor],
+        maps: list[Tensor],
+        image_sizes: list[tuple[int, int]],
+        gt_instances: list[Instances],
+    ) -> DenseTargets:
+        """Assigns all images; anchors whose cell lies in the padding never get a ground truth."""
+        found = [
+            self._assign_image(anchors, maps, size, instances)
+            for size, instances in zip(image_sizes, gt_instances, strict=True)
+        ]
+        return DenseTargets(*(torch.stack(values) for values in zip(*found, strict=True)))
+
+    def _assign_image(
+        self,
+        anchors: list[Tensor],
+        maps: list[Tensor],
+        size: tuple[int, int],
+        instances: Instances,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Labels, boxes, inside and truths of one image; see `DenseTargets`."""
+        insides = [
+            inside_cells(each, stride, size).repeat_interleave(self.num_anchors)
+            for each, stride in zip(maps, self.strides, strict=True)
+        ]
+        inside = torch.cat(insides)
+        gt_boxes = instances.gt_boxes.tensor
+        kept = [level[keep] for level, keep in zip(anchors, insides, strict=True)]
+        found = self.assigner(kept, gt_boxes)
+        assigned = found.new_full((len(inside),), BACKGROUND)
+        assigned[inside] = found
+        # One more row, so that an image without ground truth has something to index.
+        gt_classes = F.pad(instances.gt_classes, (0, 1), value=self.num_classes)
+        padded_boxes = F.pad(gt_boxes, (0, 0, 0, 1))
+        row = torch.where(assigned >= 0, assigned, len(gt_boxes))
+        labels = torch.where(assigned == IGNORED, -1, gt_classes[row])
+        return labels, padded_boxes[row], inside, assigned
+
+    def refine(
+        self, targets: DenseTargets, predictions: DensePredictions, anchors: list[Tensor]
+    ) -> DenseTargets:
+        """For heads whose assignment depends on what they predict."""
+        return targets
+
+    def losses(
+        self, predictions: DensePredictions, anchors: Tensor, targets: DenseTargets
+    ) -> dict[str, Tensor]:
+        """Losses by name, weighted; ``anchors`` are the ``(R, 4)`` of all levels."""
+        return self.criterion(predictions, anchors, targets, self.box_code)
+
+    def _candidates(
+        self, anchors: list[Tensor], maps: list[Tensor], targets: DenseTargets, images: ImageList
+    ) -> Candidates:
+        flat, labels = torch.cat(anchors), self.candidate_labels(targets)
+        instances = [
+            Instances(
+                size,
+                proposal_boxes=Boxes(flat * targets.inside[image, :, None]),
+                gt_classes=labels[image],
+                gt_boxes=Boxes(targets.boxes[image]),
+            )
+            for image, size in enumerate(images.image_sizes)
+        ]
+
+        def gather_features(image: int, indices: Tensor) -> Tensor:
+            return gather_cells(maps, image, indices // self.num_anchors)
+
+        return Candidates(instances, gather_features)
+
+    def candidate_labels(self, targets: DenseTargets) -> Tensor:
+        """``(B, R)``: anchors in the padding are no candidates at all."""
+        return torch.where(targets.inside, targets.labels, -1)
+
+    def rescore(self, scores: Tensor, quality: Tensor) -> Tensor:
+        """Final scores from class scores and predicted quality, ``(n,)`` each, both in [0, 1]."""
+        return scores * quality
+
+    def inference(self, images: ImageList, features: dict[str, Tensor]) -> list[Instances]:
+        """Detections with absolute ``pred_boxes``, ``scores`` and ``pred_classes``.
+
+        Each level keeps its ``test_topk`` best (anchor, class) pairs by class score; the final
+        score takes the predicted quality of the box into account.
+        """
+        maps = [features[name] for name in self.in_features]
+        levels = self.anchors(maps)
+        anchors, predictions = torch.cat(levels), self.predict(maps)
+        detections = []
+        for image, size in enumerate(images.image_sizes):
+            scores = predictions.logits[image].sigmoid()
+            pairs = self._best_pairs(scores, [len(level) for level in levels])
+            index, classes = pairs // self.num_classes, pairs % self.num_classes
+            boxes = Boxes(self.box_code.decode(predictions.deltas[image, index], anchors[index]))
+            boxes.clip(size)
+            final = scores[index, classes]
+            if predictions.quality is not None:
+                final = self.rescore(final, predictions.quality[image, index].sigmoid())
+            keep = batched_nms(boxes.tensor, final, classes, self.test_nms)[: self.max_detections]
+            detections.append(
+                Instances(
+                    size, pred_boxes=boxes[keep], scores=final[keep], pred_classes=classes[keep]
+                )
+            )
+        return detections
+
+    def _best_pairs(self, scores: Tensor, counts: list[int]) -> Tensor:
+        """Indices into the flattened ``(R, K)``, the best ``test_topk`` of every level."""
+        kept, start = [], 0
+        for level in scores.split(counts):
+            best = level.flatten().topk(min(self.test_topk, level.numel())).indices
+            kept.append(best + start * self.num_classes)
+            start += len(level)
+        return torch.cat(kept)
