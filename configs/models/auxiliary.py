@@ -1,6 +1,7 @@
 """The auxiliary part of Co-DETR: Faster R-CNN and ATSS heads with customised positive queries.
 
-The interpolations reach the model that this node is attached to as ``model.auxiliary``.
+More heads for ``auxiliary.update(...)`` follow. The interpolations reach the model that the node is
+attached to as ``model.auxiliary``.
 """
 
 from detectron2.config import LazyCall as L
@@ -15,11 +16,24 @@ from detectron2.modeling.roi_heads import FastRCNNConvFCHead, FastRCNNOutputLaye
 from co_detr.modeling.auxiliary import (
     ATSSAssigner,
     ATSSHead,
+    CentrenessCriterion,
+    CentreSamplingAssigner,
     CollaborativeROIHeads,
     CollaborativeRPN,
+    DeltaCode,
+    DistributionCode,
+    DistributionCriterion,
     ExtraLevel,
     FasterRCNNHead,
+    FCOSHead,
     HybridAssignmentHeads,
+    IoUCriterion,
+    MaxIoUAssigner,
+    PAAAssigner,
+    PAAHead,
+    RetinaNetHead,
+    SmoothL1Criterion,
+    TowerHead,
 )
 from co_detr.modeling.queries import PositiveQueries
 
@@ -97,4 +111,43 @@ auxiliary = L(HybridAssignmentHeads)(
         strides=[8, 16, 32, 64, 128],
         assigner=L(ATSSAssigner)(topk=9),
     ),
+)
+
+retinanet = L(RetinaNetHead)(
+    num_classes="${...num_classes}",
+    embed_dim="${...encoder.embed_dim}",
+    in_features=["p3", "p4", "p5", "p6", "p7"],
+    strides=[8, 16, 32, 64, 128],
+    assigner=L(MaxIoUAssigner)(background_below=0.4, foreground_from=0.5),
+    criterion=L(SmoothL1Criterion)(class_weight=1.0, box_weight=1.0),
+)
+
+fcos = L(FCOSHead)(
+    num_classes="${...num_classes}",
+    embed_dim="${...encoder.embed_dim}",
+    in_features=["p3", "p4", "p5", "p6", "p7"],
+    strides=[8, 16, 32, 64, 128],
+    assigner=L(CentreSamplingAssigner)(radius=1.5),
+    criterion=L(CentrenessCriterion)(class_weight=1.0, box_weight=1.0, quality_weight=1.0),
+)
+
+paa = L(PAAHead)(
+    num_classes="${...num_classes}",
+    embed_dim="${...encoder.embed_dim}",
+    in_features=["p3", "p4", "p5", "p6", "p7"],
+    strides=[8, 16, 32, 64, 128],
+    assigner=L(PAAAssigner)(candidate_iou=0.1, topk=9),
+    box_code=L(DeltaCode)(weights=(10.0, 10.0, 5.0, 5.0)),
+    criterion=L(IoUCriterion)(class_weight=1.0, box_weight=1.3, quality_weight=0.5),
+)
+
+gfl = L(TowerHead)(
+    num_classes="${...num_classes}",
+    embed_dim="${...encoder.embed_dim}",
+    in_features=["p3", "p4", "p5", "p6", "p7"],
+    strides=[8, 16, 32, 64, 128],
+    anchor_scale=8.0,
+    assigner=L(ATSSAssigner)(topk=9),
+    box_code=L(DistributionCode)(max_distance=16, anchor_scale="${..anchor_scale}"),
+    criterion=L(DistributionCriterion)(class_weight=1.0, box_weight=2.0, distribution_weight=0.25),
 )

@@ -6,6 +6,14 @@ from co_detr.modeling.resnet import resnet_stages
 
 LEVELS = ["p3", "p4", "p5", "p6"]  # three of the encoder and the extra one of the heads
 STRIDES = [8, 16, 32, 64]
+# Anchors and ranges at half the usual scale.
+DENSE_HEADS = {
+    "atss": {"anchor_scale": 4.0, "num_groups": 16},
+    "retinanet": {"anchor_scale": 2.0},
+    "fcos": {"num_groups": 16},
+    "paa": {"anchor_scale": 4.0, "num_groups": 16},
+    "gfl": {"anchor_scale": 4.0, "num_groups": 16},
+}
 
 
 def make_small(model):
@@ -26,7 +34,11 @@ def make_small(model):
     auxiliary = model.auxiliary
     auxiliary.pyramid.update(finest=3, num_groups=16)
     auxiliary.positive_queries.max_queries = 60
-    auxiliary.atss.update(in_features=LEVELS, strides=STRIDES, anchor_scale=4.0, num_groups=16)
+    for name, settings in DENSE_HEADS.items():
+        if name in auxiliary:
+            auxiliary[name].update(in_features=LEVELS, strides=STRIDES, **settings)
+    if "fcos" in auxiliary:
+        auxiliary.fcos.assigner.reach = 4.0
     rpn, roi_heads = auxiliary.roi.rpn, auxiliary.roi.roi_heads
     rpn.in_features = LEVELS
     # Anchors at half the usual scale.

@@ -22,7 +22,20 @@ from co_detr.structures import Candidates, EncoderMemory
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("*.py"))
-BY_HEADS = {0: "deformable_detr_r50", 1: "co_detr_r50_atss", 2: "co_detr_r50"}
+BY_HEADS = {
+    0: "deformable_detr_r50",
+    1: "co_detr_r50_atss",
+    2: "co_detr_r50",
+    6: "co_detr_r50_k6",
+}
+# Settings of the dense heads at test size.
+DENSE_HEADS = {
+    "atss": {"anchor_scale": 4.0, "num_groups": 8},
+    "retinanet": {"anchor_scale": 2.0},
+    "fcos": {"num_groups": 8},
+    "paa": {"anchor_scale": 4.0, "num_groups": 8},
+    "gfl": {"anchor_scale": 4.0, "num_groups": 8},
+}
 NUM_CLASSES = 5
 NUM_QUERIES = 20
 
@@ -45,7 +58,9 @@ def shrink(cfg: DictConfig) -> DictConfig:
         return cfg
     auxiliary.pyramid.num_groups = 8
     auxiliary.positive_queries.max_queries = 30
-    auxiliary.atss.update(anchor_scale=4.0, num_groups=8)
+    for name, settings in DENSE_HEADS.items():
+        if name in auxiliary:
+            auxiliary[name].update(settings)
     if "roi" in auxiliary:
         rpn, roi_heads = auxiliary.roi.rpn, auxiliary.roi.roi_heads
         strides = rpn.anchor_generator.strides

@@ -6,35 +6,7 @@ import pytest
 import torch
 
 from co_detr.modeling.auxiliary import ATSSAssigner
-from tests.modeling.builders import random_boxes
-
-IMAGE = (128, 160)
-
-
-def grid_anchors(scale=4.0, strides=(8, 16, 32), image=IMAGE):
-    """One square anchor of side `scale * stride` per cell."""
-    levels = []
-    for stride in strides:
-        centres = [
-            (column * stride, row * stride)
-            for row in range(math.ceil(image[0] / stride))
-            for column in range(math.ceil(image[1] / stride))
-        ]
-        half = scale * stride / 2
-        levels.append(torch.tensor([[x - half, y - half, x + half, y + half] for x, y in centres]))
-    return levels
-
-
-def iou(first, second):
-    width = min(first[2], second[2]) - max(first[0], second[0])
-    height = min(first[3], second[3]) - max(first[1], second[1])
-    overlap = max(width, 0.0) * max(height, 0.0)
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
-    return overlap / (sum(areas) - overlap)
-
-
-def centre(box):
-    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+from tests.modeling.dense_cases import centre, grid_anchors, iou, make_gts
 
 
 def naive_assign(levels, gt_boxes, topk):
@@ -58,29 +30,14 @@ def naive_assign(levels, gt_boxes, topk):
         for i, overlap in zip(candidates, overlaps, strict=True):
             x, y = centre(anchors[i])
             inside = min(x - gt[0], y - gt[1], gt[2] - x, gt[3] - y) > 0.01
-            if abs(overlap - threshold) < 1e-6:
+            if inside and abs(overlap - threshold) < 1e-6:
                 uncertain.add(i)
             if inside and overlap >= threshold and overlap > best_overlap[i]:
                 best_overlap[i], assigned[i] = overlap, index
     return torch.tensor(assigned), uncertain
 
 
-def make_gts(kind, seed):
-    generator = torch.Generator().manual_seed(seed)
-    if kind == "none":
-        return torch.zeros(0, 4)
-    if kind == "tiny":
-        low = torch.rand(6, 2, generator=generator) * 100
-        return torch.cat([low, low + 0.5 + torch.rand(6, 2, generator=generator) * 3], 1)
-    boxes = random_boxes(8, IMAGE, generator)
-    if kind == "overlapping":  # all within a few pixels of each other
-        boxes = boxes[:1] + torch.rand(8, 4, generator=generator) * 6
-    if kind == "duplicates":
-        boxes = boxes[:4].repeat(2, 1)
-    return boxes
-
-
-@pytest.mark.parametrize("kind", ["random", "none", "tiny", "overlapping", "duplicates"])
+@pytest.mark.parametrize("kind", ["random", "none", "tiny", "overlapping", "duplicates", "outside"])
 @pytest.mark.parametrize("seed", range(3))
 def test_equals_the_loop(kind, seed):
     levels = grid_anchors()

@@ -7,6 +7,7 @@ from torch import nn
 
 from co_detr.engine.config import load_config
 from co_detr.modeling import TopKPostprocessor
+from co_detr.modeling.auxiliary import DenseHead
 from tests.modeling.builders import (
     CONFIGS,
     EXPERIMENTS,
@@ -20,15 +21,23 @@ from tests.modeling.builders import (
     train_step,
 )
 
-HEADS = {"deformable_detr_r50": [], "co_detr_r50_atss": ["atss"]}  # all others: roi and atss
+ALL_HEADS = ["roi", "atss", "retinanet", "fcos", "paa", "gfl"]
+HEADS = {  # all others: roi and atss
+    "deformable_detr_r50": [],
+    "co_detr_r50_atss": ["atss"],
+    "co_detr_r50_k6": ALL_HEADS,
+    "quickstart_k6": ALL_HEADS,
+}
 # One experiment of every family; the others differ from one of these in numbers only.
 MEMBERS = [
     "deformable_detr_r50",
     "co_detr_r50_atss",
     "co_detr_r50",
     "co_detr_small",
+    "co_detr_r50_k6",
     "co_detr_thin_r50",
     "quickstart",
+    "quickstart_k6",
     "quickstart_co_dino",
     "co_deformable_detr_swin_t_12ep",
     "co_dino_r50",
@@ -67,8 +76,10 @@ def test_full_size_model(name):
         strides = [shape.stride for shape in levels.values()]
         strides.append(2 * strides[-1])
         atss = model.auxiliary.heads.atss
-        assert atss.strides == strides
-        assert atss.in_features[:-1] == list(levels)
+        for head in model.auxiliary.heads.values():
+            if isinstance(head, DenseHead):
+                assert head.strides == strides
+                assert head.in_features[:-1] == list(levels)
         assert model.auxiliary.loss_weight == 2.0 * model.decoder.num_layers
     if "roi" in heads_of(model):
         roi = model.auxiliary.heads.roi
@@ -125,8 +136,8 @@ def test_one_step_and_one_detection(name):
     assert_complete(model, train_step(model, batch))
     optimizer.step()
     still = [key for key, value in model.named_parameters() if torch.equal(value, before[key])]
-    # ATSS has a scale per level, and none learns where no anchor is positive.
-    assert not [key for key in still if "atss.scales." not in key]
+    # Dense heads have a scale per level, and none learns where no anchor is positive.
+    assert not [key for key in still if ".scales." not in key]
     for found, sample in zip(detect(model, batch), batch, strict=True):
         assert found.image_size == (sample["height"], sample["width"])
         if isinstance(model.postprocessor, TopKPostprocessor):

@@ -34,6 +34,23 @@ def test_ordinary_batch(heads):
     assert prefixes == {*groups, *("atss", "roi")[:heads]}
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("num_gts", [(3, 2), (0, 0), (0, 3), (60, 1)])
+def test_six_heads(num_gts, half):
+    model = tiny_model(6)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+        losses = train_step(model, make_batch(num_gts=num_gts))
+    assert_complete(model, losses)
+    assert all(value.dtype == torch.float32 for value in losses.values())
+    assert {name.split(".")[0] for name in losses} == {
+        "matching",
+        *model.auxiliary.heads,
+        *(f"{name}_queries" for name in model.auxiliary.heads),
+    }
+    for name in ("retinanet.loss_bbox", "fcos.loss_centreness", "paa.loss_iou", "gfl.loss_dfl"):
+        assert (losses[name] > 0) == any(num_gts), name
+
+
 @pytest.mark.parametrize("padding", ["negatives", "mask"])
 def test_no_ground_truth_in_the_batch(padding):
     model = model_with_padding(padding)
@@ -63,9 +80,9 @@ def test_one_empty_image_of_two(padding, num_gts):
     assert losses["matching.loss_bbox"] > 0 and losses["atss_queries.loss_giou"] > 0
 
 
-@pytest.mark.parametrize("padding", ["negatives", "mask"])
-def test_boxes_of_one_pixel(padding):
-    model = model_with_padding(padding)
+@pytest.mark.parametrize(("padding", "heads"), [("negatives", 2), ("mask", 2), ("negatives", 6)])
+def test_boxes_of_one_pixel(padding, heads):
+    model = model_with_padding(padding, heads)
     batch = make_batch()
     corners = torch.tensor([[0.0, 0.0], [40.0, 33.0], [111.0, 79.0]])
     for sample in batch:
@@ -88,8 +105,9 @@ def test_more_ground_truths_than_queries():
     assert matched.tolist() == [[NUM_QUERIES, 2]] * model.decoder.num_layers
 
 
-def test_overlapping_duplicates():
-    model = tiny_model(2)
+@pytest.mark.parametrize("heads", [2, 6])
+def test_overlapping_duplicates(heads):
+    model = tiny_model(heads)
     batch = make_batch()
     for sample in batch:
         instances = sample["instances"]
@@ -99,11 +117,12 @@ def test_overlapping_duplicates():
     assert_complete(model, train_step(model, batch))
 
 
+@pytest.mark.parametrize("heads", [2, 6])
 @pytest.mark.parametrize(
     "sizes", [((97, 131), (65, 89)), ((71, 73),), ((66, 201), (129, 67), (64, 64))]
 )
-def test_odd_image_sizes(sizes):
-    model = tiny_model(2)
+def test_odd_image_sizes(sizes, heads):
+    model = tiny_model(heads)
     batch = make_batch(sizes, num_gts=[2] * len(sizes))
     assert_complete(model, train_step(model, batch))
     for found, size in zip(detect(model, batch), sizes, strict=True):

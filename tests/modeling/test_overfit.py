@@ -4,7 +4,7 @@ import torch
 from detectron2.config import instantiate
 
 from co_detr.engine.evaluation import evaluate
-from co_detr.engine.run import run_training
+from co_detr.engine.run import run_evaluation_only, run_training
 from tests.modeling.builders import tiny_config
 
 RECIPE = [
@@ -31,3 +31,21 @@ def test_four_images_are_learnt_by_heart(rectangles):
         model.evaluate_with = name
         found = evaluate(model, loader, evaluator, cfg.train.output_dir)
         assert found["AP"] > 90, name
+
+
+def test_each_dense_head_learns_them_and_can_be_evaluated(rectangles):
+    """Heads alone: the decoder is as small as it gets and hears nothing of them."""
+    overrides = [
+        "train.max_iter=80",
+        "model.decoder.num_layers=1",
+        "model.auxiliary.positive_queries=null",
+        "model.auxiliary.roi=null",
+        "model.auxiliary.atss=null",  # both are part of the test above
+    ]
+    cfg = tiny_config(6, [*rectangles, *RECIPE, *overrides])
+    torch.manual_seed(0)
+    run_training(cfg, resume=False)
+    cfg.train.init_checkpoint = f"{cfg.train.output_dir}/model_final.pth"
+    for name in ("retinanet", "fcos", "paa", "gfl"):
+        cfg.model.evaluate_with = name
+        assert run_evaluation_only(cfg, resume=False)["AP"] > 80, name

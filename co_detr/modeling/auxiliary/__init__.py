@@ -1,22 +1,54 @@
 """One-to-many heads that supervise the encoder; none of this runs at test time."""
 
-from co_detr.modeling.auxiliary.assigners import ATSSAssigner
+from co_detr.modeling.auxiliary.assigners import (
+    ATSSAssigner,
+    CentreSamplingAssigner,
+    MaxIoUAssigner,
+    PAAAssigner,
+)
 from co_detr.modeling.auxiliary.atss import ATSSHead
+from co_detr.modeling.auxiliary.box_codes import DeltaCode, DistanceCode, DistributionCode
+from co_detr.modeling.auxiliary.dense_criteria import (
+    CentrenessCriterion,
+    DistributionCriterion,
+    IoUCriterion,
+    SmoothL1Criterion,
+)
+from co_detr.modeling.auxiliary.dense_head import DenseHead
 from co_detr.modeling.auxiliary.faster_rcnn import (
     CollaborativeROIHeads,
     CollaborativeRPN,
     FasterRCNNHead,
 )
+from co_detr.modeling.auxiliary.fcos import FCOSHead
 from co_detr.modeling.auxiliary.hybrid import AuxiliaryBranch, HybridAssignmentHeads
+from co_detr.modeling.auxiliary.paa import PAAHead
 from co_detr.modeling.auxiliary.pyramid import ExtraLevel
+from co_detr.modeling.auxiliary.retinanet import RetinaNetHead
+from co_detr.modeling.auxiliary.towers import TowerHead
 
 __all__ = [
     "ATSSAssigner",
     "ATSSHead",
     "AuxiliaryBranch",
+    "CentreSamplingAssigner",
+    "CentrenessCriterion",
     "CollaborativeROIHeads",
     "CollaborativeRPN",
+    "DeltaCode",
+    "DenseHead",
+    "DistanceCode",
+    "DistributionCode",
+    "DistributionCriterion",
     "ExtraLevel",
+    "FCOSHead",
     "FasterRCNNHead",
     "HybridAssignmentHeads",
+    "IoUCriterion",
+    "MaxIoUAssigner",
+    "PAAAssigner",
+    "PAAHead",
+    "RetinaNetHead",
+    "SmoothL1Criterion",
+    "TowerHead",
 ]

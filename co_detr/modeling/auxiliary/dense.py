@@ -50,14 +50,43 @@ class DensePredictions:
     deltas: Tensor
     quality: Tensor | None = None
 
+    @property
+    def num_classes(self) -> int:
+        return self.logits.shape[-1]
+
     @classmethod
     def of_levels(
-        cls, logits: list[Tensor], deltas: list[Tensor], quality: list[Tensor]
+        cls, logits: list[Tensor], deltas: list[Tensor], quality: list[Tensor] = ()
     ) -> DensePredictions:
-        """Joins rows ``(B, R_l, ...)`` of levels, in float32 at least; ``quality`` may be empty."""
+        """Joins rows ``(B, R_l, ...)`` of levels, in float32 at least."""
         dtype = torch.promote_types(logits[0].dtype, torch.float32)
         joined = torch.cat(quality, 1).squeeze(-1).to(dtype) if quality else None
         return cls(torch.cat(logits, 1).to(dtype), torch.cat(deltas, 1).to(dtype), joined)
+
+
+@dataclass(frozen=True)
+class Positives:
+    """The P anchors of a batch that have a ground truth.
+
+    Attributes:
+        image, index: ``(P,)`` where they are in the ``(B, R)`` of predictions.
+        anchors, boxes: ``(P, 4)`` absolute xyxy, the anchors and their ground truths.
+        number: how many they are, each image counting at least one.
+    """
+
+    image: Tensor
+    index: Tensor
+    anchors: Tensor
+    boxes: Tensor
+    number: Tensor
+
+    @classmethod
+    def of(cls, targets: DenseTargets, anchors: Tensor, num_classes: int) -> Positives:
+        """Finds them; ``anchors`` are the ``(R, 4)`` of all levels."""
+        mask = targets.positive(num_classes)
+        image, index = mask.nonzero(as_tuple=True)
+        number = mask.sum(1).clamp(min=1).sum()
+        return cls(image, index, anchors[index], targets.boxes[image, index], number)
 
 
 def centreness_target(anchors: Tensor, boxes: Tensor) -> Tensor:

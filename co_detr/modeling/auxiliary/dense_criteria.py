@@ -1,53 +1,25 @@
 """Losses of dense heads, each with the weights and normalisers of its paper.
 
 The number of positives that losses are divided by counts at least one for each image. All
-normalisers are averaged over processes.
+normalisers are averaged over processes. ``has_quality`` says whether the head has to predict the
+quality of its boxes.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from co_detr.modeling.auxiliary.box_codes import DeltaCode
-from co_detr.modeling.auxiliary.dense import DensePredictions, DenseTargets, centreness_target
-from co_detr.modeling.boxes import generalised_iou
-from co_detr.modeling.criterion import EPS, FocalLoss, average_over_processes
-
-
-@dataclass(frozen=True)
-class Positives:
-    """The P anchors of a batch that have a ground truth.
-
-    Attributes:
-        image, index: ``(P,)`` where they are in the ``(B, R)`` of predictions.
-        anchors, boxes: ``(P, 4)`` absolute xyxy, the anchors and their ground truths.
-        number: scalar, each image counting at least one.
-    """
-
-    image: Tensor
-    index: Tensor
-    anchors: Tensor
-    boxes: Tensor
-    number: Tensor
-
-    @classmethod
-    def of(cls, targets: DenseTargets, anchors: Tensor, num_classes: int) -> Positives:
-        mask = targets.positive(num_classes)
-        image, index = mask.nonzero(as_tuple=True)
-        number = mask.sum(1).clamp(min=1).sum()
-        return cls(image, index, anchors[index], targets.boxes[image, index], number)
-
-
-def class_loss(
-    loss: nn.Module, logits: Tensor, targets: DenseTargets, quality: Tensor | None = None
-) -> Tensor:
-    """Sum of ``loss`` over anchors that are trained."""
-    labels = torch.where(targets.labels < 0, logits.shape[-1], targets.labels)
-    return (loss(logits, labels, quality) * targets.counted).sum()
+from co_detr.modeling.auxiliary.box_codes import BoxCode
+from co_detr.modeling.auxiliary.dense import (
+    DensePredictions,
+    DenseTargets,
+    Positives,
+    centreness_target,
+)
+from co_detr.modeling.boxes import generalised_iou, iou
+from co_detr.modeling.criterion import EPS, FocalLoss, QualityFocalLoss, average_over_processes
 
 
 class CentrenessCriterion(nn.Module):
@@ -79,10 +51,10 @@ class CentrenessCriterion(nn.Module):
         predictions: DensePredictions,
         anchors: Tensor,
         targets: DenseTargets,
-        box_code: DeltaCode,
+        box_code: BoxCode,
     ) -> dict[str, Tensor]:
         """Losses by name, weighted; ``anchors`` are the ``(R, 4)`` of all levels."""
-        found = Positives.of(targets, anchors, predictions.logits.shape[-1])
+        found = Positives.of(targets, anchors, predictions.num_classes)
         decoded = box_code.decode(predictions.deltas[found.image, found.index], found.anchors)
         quality = self.quality(found, decoded.detach()).to(predictions.quality.dtype)
         counts = torch.stack([found.number.to(quality.dtype), quality.sum()])
@@ -91,7 +63,7 @@ class CentrenessCriterion(nn.Module):
         quality_loss = F.binary_cross_entropy_with_logits(
             predictions.quality[found.image, found.index], quality, reduction="sum"
         )
-        class_sum = class_loss(self.classification, predictions.logits, targets)
+        class_sum = _class_sum(self.classification, predictions.logits, targets)
         return {
             "loss_cls": self.class_weight * class_sum / (num_positives + EPS),
             "loss_bbox": self.box_weight
@@ -99,3 +71,147 @@ class CentrenessCriterion(nn.Module):
             / quality_sum.clamp(min=1),
             self.quality_name: self.quality_weight * quality_loss / (num_positives + EPS),
         }
+
+
+class IoUCriterion(CentrenessCriterion):
+    """As `CentrenessCriterion`, with the IoU of the predicted box in place of the centreness.
+
+    Source: PAA (ECCV 2020), section 3.2 and 4.
+    """
+
+    quality_name = "loss_iou"
+
+    def __init__(
+        self, class_weight: float = 1.0, box_weight: float = 1.3, quality_weight: float = 0.5
+    ):
+        super().__init__(class_weight, box_weight, quality_weight)
+
+    def quality(self, found: Positives, decoded: Tensor) -> Tensor:
+        return iou(decoded, found.boxes)
+
+    @torch.no_grad()
+    def costs(
+        self,
+        predictions: DensePredictions,
+        anchors: Tensor,
+        targets: DenseTargets,
+        box_code: BoxCode,
+    ) -> Tensor:
+        """``(P,)`` classification and box loss of every anchor that has a ground truth."""
+        found = Positives.of(targets, anchors, predictions.num_classes)
+        decoded = box_code.decode(predictions.deltas[found.image, found.index], found.anchors)
+        classes = self.classification(
+            predictions.logits[found.image, found.index], targets.labels[found.image, found.index]
+        )
+        boxes = 1 - generalised_iou(decoded, found.boxes)
+        return self.class_weight * classes + self.box_weight * boxes
+
+
+class SmoothL1Criterion(nn.Module):
+    """Focal loss and smooth L1 loss of the box code, both divided by the number of positives.
+
+    Source: RetinaNet (ICCV 2017), section 4; ``beta`` is Detectron2's.
+    """
+
+    has_quality = False
+
+    def __init__(self, class_weight: float = 1.0, box_weight: float = 1.0, beta: float = 0.1):
+        super().__init__()
+        self.class_weight = class_weight
+        self.box_weight = box_weight
+        self.beta = beta
+        self.classification = FocalLoss()
+
+    def forward(
+        self,
+        predictions: DensePredictions,
+        anchors: Tensor,
+        targets: DenseTargets,
+        box_code: BoxCode,
+    ) -> dict[str, Tensor]:
+        """Losses by name, weighted; ``anchors`` are the ``(R, 4)`` of all levels."""
+        found = Positives.of(targets, anchors, predictions.num_classes)
+        deltas = predictions.deltas[found.image, found.index]
+        goals = box_code.encode(found.boxes, found.anchors).to(deltas.dtype)
+        num_positives = average_over_processes(found.number.to(deltas.dtype))
+        class_sum = _class_sum(self.classification, predictions.logits, targets)
+        box_sum = F.smooth_l1_loss(deltas, goals, reduction="sum", beta=self.beta)
+        return {
+            "loss_cls": self.class_weight * class_sum / (num_positives + EPS),
+            "loss_bbox": self.box_weight * box_sum / (num_positives + EPS),
+        }
+
+
+class DistributionCriterion(nn.Module):
+    """Quality focal loss, GIoU loss and distribution focal loss, for `DistributionCode`.
+
+    The class target is the IoU of the predicted box. Both box losses are weighted by the best class
+    score of the anchor and divided by the sum of these weights, at least 1.
+    Source: Li et al., "Generalized Focal Loss", NeurIPS 2020, equations 5 to 8.
+    """
+
+    has_quality = False
+
+    def __init__(
+        self, class_weight: float = 1.0, box_weight: float = 2.0, distribution_weight: float = 0.25
+    ):
+        super().__init__()
+        self.class_weight = class_weight
+        self.box_weight = box_weight
+        self.distribution_weight = distribution_weight
+        self.classification = QualityFocalLoss(beta=2.0)
+
+    def forward(
+        self,
+        predictions: DensePredictions,
+        anchors: Tensor,
+        targets: DenseTargets,
+        box_code: BoxCode,
+    ) -> dict[str, Tensor]:
+        """Losses by name, weighted; ``anchors`` are the ``(R, 4)`` of all levels."""
+        logits = predictions.logits
+        found = Positives.of(targets, anchors, predictions.num_classes)
+        outputs = predictions.deltas[found.image, found.index]  # (P, 4 * bins)
+        decoded = box_code.decode(outputs, found.anchors)
+        quality = logits.new_zeros(logits.shape[:2])
+        quality[found.image, found.index] = iou(decoded.detach(), found.boxes).to(logits.dtype)
+        weights = logits[found.image, found.index].detach().sigmoid().amax(-1)
+        counts = torch.stack([found.number.to(weights.dtype), weights.sum()])
+        num_positives, weight_sum = average_over_processes(counts)
+        overlap = generalised_iou(decoded, found.boxes)
+        distances = box_code.encode(found.boxes, found.anchors)
+        by_side = distribution_focal_loss(outputs.unflatten(1, (4, -1)), distances)
+        class_sum = _class_sum(self.classification, logits, targets, quality)
+        return {
+            "loss_cls": self.class_weight * class_sum / (num_positives + EPS),
+            "loss_bbox": self.box_weight
+            * ((1 - overlap) * weights).sum()
+            / weight_sum.clamp(min=1),
+            "loss_dfl": self.distribution_weight
+            * (by_side.mean(-1) * weights).sum()
+            / weight_sum.clamp(min=1),
+        }
+
+
+def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:
+    """Cross-entropies of the two bins beside a distance, weighted by how near each is.
+
+    Args:
+        logits: ``(..., N)`` of the distances 0, 1, ... N - 1.
+        distances: ``(...)``; those that no two bins enclose are moved to the nearest ones.
+    """
+    last = logits.shape[-1] - 1
+    distances = distances.clamp(0, last).to(logits.dtype)
+    left = distances.floor().clamp(max=last - 1)
+    log_shares = logits.log_softmax(-1)
+    beside = torch.stack([left, left + 1], dim=-1).long()
+    nearness = torch.stack([left + 1 - distances, distances - left], dim=-1)
+    return -(log_shares.gather(-1, beside) * nearness).sum(-1)
+
+
+def _class_sum(
+    loss: nn.Module, logits: Tensor, targets: DenseTargets, quality: Tensor | None = None
+) -> Tensor:
+    """Sum of ``loss`` over the anchors that are trained."""
+    labels = torch.where(targets.labels < 0, logits.shape[-1], targets.labels)
+    return (loss(logits, labels, quality) * targets.counted).sum()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
 from co_detr.modeling.auxiliary.assigners import BACKGROUND, IGNORED
-from co_detr.modeling.auxiliary.box_codes import DeltaCode
+from co_detr.modeling.auxiliary.box_codes import BoxCode
 from co_detr.modeling.auxiliary.dense import (
     DensePredictions,
     DenseTargets,
@@ -43,7 +43,7 @@ class DenseHead(nn.Module):
         strides: Sequence[int],
         anchor_generator: DefaultAnchorGenerator,
         assigner: nn.Module,
-        box_code: DeltaCode,
+        box_code: BoxCode,
         criterion: nn.Module,
         test_topk: int = 1000,
         test_nms: float = 0.6,

@@ -11,7 +11,7 @@ from detectron2.layers import Conv2d
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from torch import Tensor, nn
 
-from co_detr.modeling.auxiliary.box_codes import DeltaCode
+from co_detr.modeling.auxiliary.box_codes import BoxCode
 from co_detr.modeling.auxiliary.dense import DensePredictions, flatten_map
 from co_detr.modeling.auxiliary.dense_head import DenseHead
 
@@ -33,7 +33,7 @@ class TowerHead(DenseHead):
         in_features: Sequence[str] = ("p3", "p4", "p5", "p6", "p7"),
         strides: Sequence[int] = (8, 16, 32, 64, 128),
         assigner: nn.Module,
-        box_code: DeltaCode,
+        box_code: BoxCode,
         criterion: nn.Module,
         anchor_scale: float = 8.0,
         num_convs: int = 1,

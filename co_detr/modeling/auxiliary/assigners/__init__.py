@@ -5,8 +5,16 @@ truths ``(G, 4)``. It gives ``(R,)`` int64: the index of the ground truth, or BA
 """
 
 from co_detr.modeling.auxiliary.assigners.atss import ATSSAssigner
+from co_detr.modeling.auxiliary.assigners.centre_sampling import CentreSamplingAssigner
+from co_detr.modeling.auxiliary.assigners.labels import BACKGROUND, IGNORED
+from co_detr.modeling.auxiliary.assigners.max_iou import MaxIoUAssigner
+from co_detr.modeling.auxiliary.assigners.paa import PAAAssigner
 
-BACKGROUND = -1
-IGNORED = -2
-
-__all__ = ["BACKGROUND", "IGNORED", "ATSSAssigner"]
+__all__ = [
+    "BACKGROUND",
+    "IGNORED",
+    "ATSSAssigner",
+    "CentreSamplingAssigner",
+    "MaxIoUAssigner",
+    "PAAAssigner",
+]

@@ -1,0 +1,57 @@
+"""Assignment by the largest overlap (RetinaNet, RPN)."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.modeling.matcher import Matcher
+from detectron2.structures import Boxes, pairwise_iou
+from torch import Tensor, nn
+
+from co_detr.modeling.auxiliary.assigners.labels import BACKGROUND, IGNORED
+
+
+class MaxIoUAssigner(nn.Module):
+    """Every anchor belongs to the ground truth that it overlaps most.
+
+    1. It is positive from an IoU of ``foreground_from`` on, background below ``background_below``
+       and ignored in between (Detectron2's ``Matcher``).
+    2. The anchors that overlap a ground truth most, of all anchors, are positive at any IoU above
+       0. As in Detectron2 they keep the ground truth that they overlap most themselves.
+
+    The (ground truths x anchors) IoU matrix is never whole: ``max_pairs`` entries at a time are
+    computed, twice. Source: RetinaNet (ICCV 2017) section 4; Faster R-CNN section 3.1.2 for step 2.
+    """
+
+    def __init__(
+        self,
+        background_below: float = 0.4,
+        foreground_from: float = 0.5,
+        max_pairs: int = 1 << 22,
+    ):
+        super().__init__()
+        self.matcher = Matcher([background_below, foreground_from], [0, -1, 1])
+        self.max_pairs = max_pairs
+
+    @torch.no_grad()
+    def forward(self, anchors: list[Tensor], gt_boxes: Tensor) -> Tensor:
+        """Assigns one image; see the package for arguments and result."""
+        flat, truths = torch.cat(anchors), Boxes(gt_boxes)
+        assigned = flat.new_full((len(flat),), BACKGROUND, dtype=torch.long)
+        if len(gt_boxes) == 0 or len(flat) == 0:
+            return assigned
+        parts = [Boxes(some) for some in flat.split(max(1, self.max_pairs // len(gt_boxes)))]
+        matches, labels, best = [], [], []
+        for some in parts:
+            overlaps = pairwise_iou(truths, some)  # (G, n)
+            match, label = self.matcher(overlaps)
+            matches.append(match)
+            labels.append(label)
+            best.append(overlaps.amax(1))
+        best = torch.stack(best).amax(0)[:, None]
+        is_best = [
+            ((overlaps == best) & (best > 0)).any(0)
+            for overlaps in (pairwise_iou(truths, some) for some in parts)
+        ]
+        matches, labels = torch.cat(matches), torch.cat(labels)
+        assigned[labels == -1] = IGNORED
+        return torch.where((labels == 1) | torch.cat(is_best), matches, assigned)

@@ -1,0 +1,9 @@
+"""`quickstart.py` with all auxiliary heads (K = 6)."""
+
+from .co_detr_r50_k6 import model
+from .models.small import make_small
+from .quickstart import data, dataloader, lr_multiplier, optimizer, train
+
+model.num_classes = 10
+make_small(model)
+train.output_dir = "output/quickstart_k6"
