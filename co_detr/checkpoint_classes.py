@@ -19,14 +19,22 @@ class _ClassTensor:
         pattern: matches its names.
         width: rows per class.
         background: whether a row for the background comes last.
+        repeated: whether the rows of all classes come again for every anchor of a cell.
     """
 
     pattern: re.Pattern[str]
     width: int = 1
     background: bool = False
+    repeated: bool = False
 
     def rows(self, classes: int) -> int:
+        """Rows for all classes, once."""
         return self.width * classes + int(self.background)
+
+    def repeats(self, number: int, classes: int) -> int:
+        """How often ``number`` rows have all classes; 0 if they do not."""
+        repeats, rest = divmod(number, self.rows(classes))
+        return 0 if rest or (repeats > 1 and not self.repeated) else repeats
 
 
 _CLASS_TENSORS = (
@@ -34,6 +42,9 @@ _CLASS_TENSORS = (
     _ClassTensor(re.compile(r"queries\.\d+\.class_head\.(weight|bias)")),
     _ClassTensor(re.compile(r"queries\.\d+\.label_embedding\.weight")),
     _ClassTensor(re.compile(r"auxiliary\.heads\.\w+\.class_logits\.(weight|bias)")),
+    _ClassTensor(
+        re.compile(r"auxiliary\.heads\.\w+\.network\.cls_score\.(weight|bias)"), repeated=True
+    ),
     _ClassTensor(re.compile(r".*\.box_predictor\.cls_score\.(weight|bias)"), background=True),
     # With one box for all classes, the four rows are no class's and fit as they are.
     _ClassTensor(re.compile(r".*\.box_predictor\.bbox_pred\.(weight|bias)"), width=4),
@@ -97,12 +108,15 @@ def remap_classes(state: dict[str, Tensor], model: nn.Module, classes: ClassMap)
         if kind is None or key not in state:
             continue
         old = state[key]
-        expected = (kind.rows(classes.num_theirs), kind.rows(classes.num_ours))
-        if (len(old), len(own)) != expected or old.shape[1:] != own.shape[1:]:
+        repeats = kind.repeats(len(own), classes.num_ours)
+        if not repeats or repeats != kind.repeats(len(old), classes.num_theirs):
+            continue
+        if old.shape[1:] != own.shape[1:]:
             continue
         sources, targets = _rows(kind, classes, by_position=_is_objectness(key, model))
         new = own.clone()
-        new[targets] = old[sources].to(new)
+        for theirs, ours in zip(old.chunk(repeats), new.chunk(repeats), strict=True):
+            ours[targets] = theirs[sources].to(ours)
         state[key] = new
         classes.tensors.append(key)
 

@@ -25,6 +25,7 @@ COUNTERS = "counters of batch norms, which are frozen here"
 # mmdet's EMA hook swaps the two sets before it saves, so that the plain names hold the average.
 EMA_COPIES = "the second set of weights of mmdet's EMA hook"
 RATIOS = 3  # aspect ratios of RPN anchors
+RELEASED_HEADS = ("roi", "atss")  # weights of others exist in our own files only
 
 
 def table(model: CoDETR) -> list[TableRow]:
@@ -132,7 +133,7 @@ def _branch_rows(num_layers: int) -> Iterable[TableRow]:
 def _auxiliary_rows(model: CoDETR, keys: Iterable[str]) -> Iterable[TableRow]:
     yield Row("query_head.downsample.0.{leaf}", "auxiliary.pyramid.conv.{leaf}")
     yield Row("query_head.downsample.1.{leaf}", "auxiliary.pyramid.conv.norm.{leaf}")
-    names = list(model.auxiliary.heads)
+    names = [name for name in model.auxiliary.heads if name in RELEASED_HEADS]
     embeddings = tuple(f"auxiliary.positive_queries.{name}.head_embedding" for name in names)
     yield SplitRow(f"{TRANSFORMER}.head_pos_embed.weight", embeddings)
     for number, name in enumerate(names):

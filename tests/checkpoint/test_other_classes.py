@@ -71,6 +71,32 @@ def test_an_official_file_with_other_classes(source, tmp_path):
     assert_by_name(*load(path), source)
 
 
+def test_rows_come_again_for_every_anchor(tmp_path):
+    """RetinaNet has nine anchors per cell, FCOS one."""
+    models = [tiny_model(6, [f"model.num_classes={n}"], seed=n) for n in (4, 3)]
+    source, fresh = (model.state_dict() for model in models)
+    path = saved(models[0], tmp_path / "m.pth", class_names=THEIRS)
+    fresh = {key: value.clone() for key, value in fresh.items()}
+    Checkpointer(models[1], mismatch="by_name", class_names=OURS).load(path)
+    loaded = models[1].state_dict()
+    for name, anchors in (("retinanet", 9), ("fcos", 1), ("gfl", None)):
+        head = f"auxiliary.heads.{name}"
+        key = f"{head}.network.cls_score.weight" if anchors else f"{head}.class_logits.weight"
+        old, new, own = (state[key].chunk(anchors or 1) for state in (source, loaded, fresh))
+        for theirs, ours, initial in zip(old, new, own, strict=True):
+            assert torch.equal(ours[[0, 2]], theirs[[2, 0]])  # cat, person
+            assert torch.equal(ours[1], initial[1])  # zebra
+
+
+def test_a_released_file_in_a_model_with_more_heads(source, tmp_path):
+    official = restore_official(source.state_dict(), source).state_dict
+    torch.save({"state_dict": official}, tmp_path / "m.pth")
+    model = tiny_model(6, [f"model.num_classes={len(THEIRS)}"])
+    Checkpointer(model, mismatch="reset").load(str(tmp_path / "m.pth"))
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in source.state_dict().items())
+
+
 def queries_with_labels(classes):
     queries = torch.nn.Module()
     queries.label_embedding = torch.nn.Embedding(classes, 2)

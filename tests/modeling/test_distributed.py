@@ -33,9 +33,9 @@ def two_processes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", NUM_GTS)
-@pytest.mark.parametrize("heads", [0, 1])
+@pytest.mark.parametrize("heads", [0, 1, 6])
 def test_two_gloo_processes_equal_one(two_processes, heads, case):
-    """K = 0, and K = 1 with ATSS and masked padding.
+    """K = 0, K = 1 with ATSS, K = 4 with RetinaNet, FCOS, PAA and GFL; masked padding.
 
     The Faster R-CNN head is not part of this: Detectron2 samples anchors and proposals of an
     image at random, with draws that depend on what the process drew before, so that a process
