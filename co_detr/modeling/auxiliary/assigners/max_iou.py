@@ -18,15 +18,15 @@ class MaxIoUAssigner(nn.Module):
     2. The anchors that overlap a ground truth most, of all anchors, are positive at any IoU above
        0. As in Detectron2 they keep the ground truth that they overlap most themselves.
 
-    The (ground truths x anchors) IoU matrix is never whole: ``max_pairs`` entries at a time are
-    computed, twice. Source: RetinaNet (ICCV 2017) section 4; Faster R-CNN section 3.1.2 for step 2.
+    The (ground truths x anchors) IoU matrix is never whole: ``max_pairs`` entries are computed at a
+    time. Source: RetinaNet (ICCV 2017) section 4; Faster R-CNN section 3.1.2 for step 2.
     """
 
     def __init__(
         self,
         background_below: float = 0.4,
         foreground_from: float = 0.5,
-        max_pairs: int = 1 << 22,
+        max_pairs: int = 1 << 20,
     ):
         super().__init__()
         self.matcher = Matcher([background_below, foreground_from], [0, -1, 1])
@@ -39,19 +39,21 @@ class MaxIoUAssigner(nn.Module):
         assigned = flat.new_full((len(flat),), BACKGROUND, dtype=torch.long)
         if len(gt_boxes) == 0 or len(flat) == 0:
             return assigned
-        parts = [Boxes(some) for some in flat.split(max(1, self.max_pairs // len(gt_boxes)))]
-        matches, labels, best = [], [], []
-        for some in parts:
-            overlaps = pairwise_iou(truths, some)  # (G, n)
-            match, label = self.matcher(overlaps)
-            matches.append(match)
-            labels.append(label)
-            best.append(overlaps.amax(1))
-        best = torch.stack(best).amax(0)[:, None]
-        is_best = [
-            ((overlaps == best) & (best > 0)).any(0)
-            for overlaps in (pairwise_iou(truths, some) for some in parts)
-        ]
-        matches, labels = torch.cat(matches), torch.cat(labels)
-        assigned[labels == -1] = IGNORED
-        return torch.where((labels == 1) | torch.cat(is_best), matches, assigned)
+        size = max(1, self.max_pairs // len(gt_boxes))
+        parts = list(zip(flat.split(size), assigned.split(size), strict=True))
+        bests = flat.new_empty(len(parts), len(gt_boxes), dtype=torch.float32)
+        matches = torch.empty_like(assigned)
+        for (some, result), best, match in zip(parts, bests, matches.split(size), strict=True):
+            overlaps = pairwise_iou(truths, Boxes(some))  # (G, n)
+            best.copy_(overlaps.amax(1))
+            found, label = self.matcher(overlaps)
+            match.copy_(found)
+            result.copy_(
+                torch.where(label == 1, found, torch.where(label == 0, BACKGROUND, IGNORED))
+            )
+        best = bests.amax(0)  # (G,)
+        for (some, result), own_best, match in zip(parts, bests, matches.split(size), strict=True):
+            here = (own_best == best) & (best > 0)  # few: most have their best anchors elsewhere
+            is_best = (pairwise_iou(truths[here], Boxes(some)) == best[here, None]).any(0)
+            result.copy_(torch.where(is_best, match, result))
+        return assigned

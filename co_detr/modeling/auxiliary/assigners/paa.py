@@ -24,7 +24,7 @@ class PAAAssigner(nn.Module):
     first Gaussian explains none of them better.
     """
 
-    def __init__(self, candidate_iou: float = 0.1, topk: int = 9, max_pairs: int = 1 << 22):
+    def __init__(self, candidate_iou: float = 0.1, topk: int = 9, max_pairs: int = 1 << 20):
         super().__init__()
         self.topk = topk
         self.candidates = MaxIoUAssigner(candidate_iou, candidate_iou, max_pairs)
