@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torch import nn
+
+from tests.modeling.builders import randomise, tiny_model
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 40), "blue": (50, 50, 230)}
 
@@ -46,3 +49,11 @@ def rectangles(tmp_path: Path) -> list[str]:
         "dataloader.train.mapper.augmentations.flip_probability=0.0",
         "dataloader.test.mapper.augmentations.short_edge=128",
     ]
+
+
+@pytest.fixture(scope="session")
+def heads() -> nn.ModuleDict:
+    """Six auxiliary heads by name, with random weights."""
+    model = tiny_model(6)
+    randomise(model)
+    return model.auxiliary.heads

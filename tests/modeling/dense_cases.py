@@ -1,12 +1,18 @@
-"""Anchors, ground truths and plain arithmetic for the tests of assigners."""
+"""Anchors, ground truths and plain arithmetic for the tests of assigners and dense heads."""
 
 import math
 
 import torch
 
-from tests.modeling.builders import random_boxes
+from tests.modeling.builders import make_instances, random_boxes
 
 IMAGE = (128, 160)
+SIZES = [(96, 128), (64, 80)]  # the second one is padded
+BOXES = torch.tensor([[10.0, 13.0, 47.0, 58.0], [60.0, 20.0, 118.0, 90.0]])
+GTS = [
+    make_instances(BOXES, torch.tensor([2, 0]), SIZES[0]),
+    make_instances(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), SIZES[1]),
+]
 
 
 def grid_anchors(scale=4.0, strides=(8, 16, 32), image=IMAGE):
@@ -52,3 +58,19 @@ def make_gts(kind, seed):
         boxes[:4] -= boxes[:4, :2].repeat(1, 2) + 10
         boxes[4:] += 1000
     return boxes
+
+
+def make_maps(head, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(2, 32, -(-96 // stride), -(-128 // stride)) for stride in head.strides]
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def run_dense_head(head, gts=GTS):
+    """Anchors ``(R, 4)``, predictions and final targets."""
+    maps = make_maps(head)
+    anchors = head.anchors(maps)
+    with torch.no_grad():
+        predictions = head.predict(maps)
+    targets = head.assign(anchors, maps, SIZES, gts)
+    return torch.cat(anchors), predictions, head.refine(targets, predictions, anchors)
