@@ -140,13 +140,14 @@ def _plot_parts(axes: Axes, logs: list[TrainingLog]) -> None:
     axes.set_title("losses by part")
     parts_of_logs = [log.losses_by_part() for log in logs]
     names = sorted({name for parts in parts_of_logs for name in parts})
+    colours = plt.get_cmap("tab10" if len(names) <= 10 else "tab20").colors
     for index, (log, parts) in enumerate(zip(logs, parts_of_logs, strict=True)):
         suffix = f" ({log.name})" if len(logs) > 1 else ""
         for name, series in parts.items():
             _plot_smoothed(
                 axes,
                 series,
-                color=f"C{names.index(name)}",
+                color=colours[names.index(name) % len(colours)],
                 linestyle=_LINE_STYLES[index % len(_LINE_STYLES)],
                 label=name + suffix,
             )

@@ -35,9 +35,8 @@ class CentreSamplingAssigner(nn.Module):
     def forward(self, anchors: list[Tensor], gt_boxes: Tensor) -> Tensor:
         """Assigns one image; see the package for arguments and result."""
         if len(gt_boxes) == 0:
-            return torch.cat(
-                [level.new_full(level.shape[:1], BACKGROUND) for level in anchors]
-            ).long()
+            flat = torch.cat(anchors)
+            return flat.new_full((len(flat),), BACKGROUND, dtype=torch.long)
         assigned = []
         for number, level in enumerate(anchors):
             first, last = number == 0, number == len(anchors) - 1
@@ -48,10 +47,8 @@ class CentreSamplingAssigner(nn.Module):
 
     def _assign(self, anchors: Tensor, gt_boxes: Tensor, lower: float, upper: float) -> Tensor:
         """Points ``(n, 4)`` of one level, its range in strides -> ``(n,)``."""
-        points, stride = (
-            (anchors[:, None, :2] + anchors[:, None, 2:]) / 2,
-            anchors[:, 2:3] - anchors[:, :1],
-        )
+        points = (anchors[:, None, :2] + anchors[:, None, 2:]) / 2
+        stride = anchors[:, 2:3] - anchors[:, :1]
         low, high = points - gt_boxes[:, :2], gt_boxes[:, 2:] - points  # (n, G, 2)
         inside = torch.minimum(low, high).amin(-1) > 0
         central = (low - high).abs().amax(-1) / 2 < self.radius * stride
