@@ -14,6 +14,8 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     if hasattr(nn.utils, "get_total_norm"):
         return nn.utils.get_total_norm(gradients)
     # torch before 2.6
+    if not gradients:
+        return torch.zeros(())
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
 
 

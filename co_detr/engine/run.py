@@ -32,9 +32,10 @@ from co_detr.engine.out_of_memory import (
 from co_detr.engine.own_data import align_with_checkpoint
 from co_detr.engine.periodic_evaluation import PeriodicEvaluation
 from co_detr.engine.selection import build_selection
+from co_detr.engine.step import StepSettings
 from co_detr.engine.stop_signals import outlive_signals
 from co_detr.engine.tracking import build_trackers, require_trackers
-from co_detr.engine.trainer import StepSettings, Trainer
+from co_detr.engine.trainer import Trainer
 from co_detr.engine.validation_loss import load_validation_set
 from co_detr.engine.writers import build_writers
 from co_detr.errors import CheckpointError, ConfigError

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,55 +20,9 @@ from co_detr.data.loader import BatchPlan
 from co_detr.engine.bad_step import BadStep, facts_of
 from co_detr.engine.gradient_norm import clip_gradient, gradient_norm
 from co_detr.engine.non_finite import NonFiniteGuard
+from co_detr.engine.step import JointResult, MicroBatches, StepSettings
 from co_detr.engine.stop_signals import StopSignals
 from co_detr.seeding import seed_everything
-
-
-@dataclass(frozen=True)
-class StepSettings:
-    """How one optimiser step is made.
-
-    Attributes:
-        device: where the model is ("cpu", "cuda", ..).
-        seed: of the model's own randomness (sampling, dropout).
-        accumulation_steps: micro-batches per step.
-        max_norm: limit of the gradient's L2 norm over all parameters; None: no clipping.
-        autocast_dtype: of mixed precision; None: everything in float32.
-        max_skips: steps in a row that are skipped because something is NaN or infinite.
-        output_dir: where the diagnosis of what is NaN or infinite goes.
-    """
-
-    device: str
-    seed: int
-    accumulation_steps: int = 1
-    max_norm: float | None = None
-    autocast_dtype: torch.dtype | None = None
-    max_skips: int = 0
-    output_dir: str = "."
-
-
-@dataclass
-class _Micro:
-    """What the micro-batches of one iteration add up to in this process."""
-
-    batches: list[list[dict[str, Any]]] = field(default_factory=list)
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    data_time: float = 0.0  # seconds
-
-
-@dataclass(frozen=True)
-class _Joint:
-    """What all processes know after the backward pass.
-
-    Attributes:
-        losses: mean over processes of each loss term.
-        grad_norm: L2 norm before clipping.
-        stop: whether any process was asked to stop.
-    """
-
-    losses: dict[str, float]
-    grad_norm: float
-    stop: bool
 
 
 class Trainer(SimpleTrainer):
@@ -158,7 +111,7 @@ class Trainer(SimpleTrainer):
     def run_step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         self.guard.before_forward()
-        micro = _Micro()
+        micro = MicroBatches()
         try:
             self._forward_and_backward(micro)
         except FloatingPointError as error:
@@ -201,7 +154,7 @@ class Trainer(SimpleTrainer):
         self.evaluation_pending = state_dict.get("evaluation_pending", False)
         self.plan.resume(state_dict["data"], self.iter + 1)
 
-    def _forward_and_backward(self, micro: _Micro) -> None:
+    def _forward_and_backward(self, micro: MicroBatches) -> None:
         """Loads all micro-batches of this iteration and adds up what they give in `micro`.
 
         Raises:
@@ -221,7 +174,7 @@ class Trainer(SimpleTrainer):
                 self._load(micro)
             raise
 
-    def _load(self, micro: _Micro) -> None:
+    def _load(self, micro: MicroBatches) -> None:
         start = time.perf_counter()
         micro.batches.append(next(self._data_loader_iter))
         micro.data_time += time.perf_counter() - start
@@ -244,7 +197,7 @@ class Trainer(SimpleTrainer):
     def _parameters(self) -> list[nn.Parameter]:
         return [each for group in self.optimizer.param_groups for each in group["params"]]
 
-    def _to_host(self, losses: dict[str, Tensor], grad_norm: Tensor) -> _Joint:
+    def _to_host(self, losses: dict[str, Tensor], grad_norm: Tensor) -> JointResult:
         """Brings together what all processes have to agree on, with one transfer."""
         names = sorted(losses)
         stop = grad_norm.new_tensor(float(self._signals.received), dtype=torch.float32)
@@ -254,9 +207,9 @@ class Trainer(SimpleTrainer):
             dist.all_reduce(values)
             values /= comm.get_world_size()
         *means, norm, stop_share = values.tolist()
-        return _Joint(dict(zip(names, means, strict=True)), norm, stop_share > 0)
+        return JointResult(dict(zip(names, means, strict=True)), norm, stop_share > 0)
 
-    def _is_finite(self, joint: _Joint) -> bool:
+    def _is_finite(self, joint: JointResult) -> bool:
         # With float16, an infinite gradient is the scaler's business: it skips the step and lowers
         # the scale. What is infinite without any scale left is so by itself.
         scaler = self.grad_scaler
@@ -265,7 +218,7 @@ class Trainer(SimpleTrainer):
             scaled or math.isfinite(joint.grad_norm)
         )
 
-    def _bad_step(self, micro: _Micro, grad_norm: float | None, cause: str = "") -> BadStep:
+    def _bad_step(self, micro: MicroBatches, grad_norm: float | None, cause: str = "") -> BadStep:
         losses = {name: float(loss) for name, loss in micro.losses.items()}
         return BadStep(self.iter, losses, grad_norm, facts_of(micro.batches), cause)
 
@@ -273,7 +226,7 @@ class Trainer(SimpleTrainer):
         self.guard.failed(bad)
         get_event_storage().put_scalar("skips_in_a_row", self.guard.in_a_row)
 
-    def _log(self, joint: _Joint, data_time: float) -> None:
+    def _log(self, joint: JointResult, data_time: float) -> None:
         means = joint.losses
         get_event_storage().put_scalars(
             total_loss=sum(means.values()),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -24,6 +25,12 @@ class DenseTargets:
     boxes: Tensor
     inside: Tensor
     truths: Tensor
+
+    @classmethod
+    def stack(cls, images: Sequence[DenseTargets]) -> DenseTargets:
+        """A batch of images, whose tensors are without B."""
+        names = [each.name for each in fields(cls)]
+        return cls(*(torch.stack([getattr(one, name) for one in images]) for name in names))
 
     @property
     def counted(self) -> Tensor:
@@ -79,6 +86,10 @@ class Positives:
     anchors: Tensor
     boxes: Tensor
     number: Tensor
+
+    def pick(self, values: Tensor) -> Tensor:
+        """The P rows of ``(B, R, ...)``."""
+        return values[self.image, self.index]
 
     @classmethod
     def of(cls, targets: DenseTargets, anchors: Tensor, num_classes: int) -> Positives:

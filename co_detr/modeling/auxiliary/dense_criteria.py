@@ -55,20 +55,18 @@ class CentrenessCriterion(nn.Module):
     ) -> dict[str, Tensor]:
         """Losses by name, weighted; ``anchors`` are the ``(R, 4)`` of all levels."""
         found = Positives.of(targets, anchors, predictions.num_classes)
-        decoded = box_code.decode(predictions.deltas[found.image, found.index], found.anchors)
+        decoded = box_code.decode(found.pick(predictions.deltas), found.anchors)
         quality = self.quality(found, decoded.detach()).to(predictions.quality.dtype)
         counts = torch.stack([found.number.to(quality.dtype), quality.sum()])
         num_positives, quality_sum = average_over_processes(counts)
         overlap = generalised_iou(decoded, found.boxes)
         quality_loss = F.binary_cross_entropy_with_logits(
-            predictions.quality[found.image, found.index], quality, reduction="sum"
+            found.pick(predictions.quality), quality, reduction="sum"
         )
         class_sum = _class_sum(self.classification, predictions.logits, targets)
         return {
             "loss_cls": self.class_weight * class_sum / (num_positives + EPS),
-            "loss_bbox": self.box_weight
-            * ((1 - overlap) * quality).sum()
-            / quality_sum.clamp(min=1),
+            "loss_bbox": self.box_weight * _weighted_mean(1 - overlap, quality, quality_sum),
             self.quality_name: self.quality_weight * quality_loss / (num_positives + EPS),
         }
 
@@ -99,10 +97,8 @@ class IoUCriterion(CentrenessCriterion):
     ) -> Tensor:
         """``(P,)`` classification and box loss of every anchor that has a ground truth."""
         found = Positives.of(targets, anchors, predictions.num_classes)
-        decoded = box_code.decode(predictions.deltas[found.image, found.index], found.anchors)
-        classes = self.classification(
-            predictions.logits[found.image, found.index], targets.labels[found.image, found.index]
-        )
+        decoded = box_code.decode(found.pick(predictions.deltas), found.anchors)
+        classes = self.classification(found.pick(predictions.logits), found.pick(targets.labels))
         boxes = 1 - generalised_iou(decoded, found.boxes)
         return self.class_weight * classes + self.box_weight * boxes
 
@@ -131,7 +127,7 @@ class SmoothL1Criterion(nn.Module):
     ) -> dict[str, Tensor]:
         """Losses by name, weighted; ``anchors`` are the ``(R, 4)`` of all levels."""
         found = Positives.of(targets, anchors, predictions.num_classes)
-        deltas = predictions.deltas[found.image, found.index]
+        deltas = found.pick(predictions.deltas)
         goals = box_code.encode(found.boxes, found.anchors).to(deltas.dtype)
         num_positives = average_over_processes(found.number.to(deltas.dtype))
         class_sum = _class_sum(self.classification, predictions.logits, targets)
@@ -171,11 +167,11 @@ class DistributionCriterion(nn.Module):
         """Losses by name, weighted; ``anchors`` are the ``(R, 4)`` of all levels."""
         logits = predictions.logits
         found = Positives.of(targets, anchors, predictions.num_classes)
-        outputs = predictions.deltas[found.image, found.index]  # (P, 4 * bins)
+        outputs = found.pick(predictions.deltas)  # (P, 4 * bins)
         decoded = box_code.decode(outputs, found.anchors)
         quality = logits.new_zeros(logits.shape[:2])
         quality[found.image, found.index] = iou(decoded.detach(), found.boxes).to(logits.dtype)
-        weights = logits[found.image, found.index].detach().sigmoid().amax(-1)
+        weights = found.pick(logits).detach().sigmoid().amax(-1)
         counts = torch.stack([found.number.to(weights.dtype), weights.sum()])
         num_positives, weight_sum = average_over_processes(counts)
         overlap = generalised_iou(decoded, found.boxes)
@@ -184,12 +180,9 @@ class DistributionCriterion(nn.Module):
         class_sum = _class_sum(self.classification, logits, targets, quality)
         return {
             "loss_cls": self.class_weight * class_sum / (num_positives + EPS),
-            "loss_bbox": self.box_weight
-            * ((1 - overlap) * weights).sum()
-            / weight_sum.clamp(min=1),
+            "loss_bbox": self.box_weight * _weighted_mean(1 - overlap, weights, weight_sum),
             "loss_dfl": self.distribution_weight
-            * (by_side.mean(-1) * weights).sum()
-            / weight_sum.clamp(min=1),
+            * _weighted_mean(by_side.mean(-1), weights, weight_sum),
         }
 
 
@@ -207,6 +200,11 @@ def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:
     beside = torch.stack([left, left + 1], dim=-1).long()
     nearness = torch.stack([left + 1 - distances, distances - left], dim=-1)
     return -(log_shares.gather(-1, beside) * nearness).sum(-1)
+
+
+def _weighted_mean(losses: Tensor, weights: Tensor, weight_sum: Tensor) -> Tensor:
+    """``weight_sum`` is the one averaged over processes; it counts at least 1."""
+    return (losses * weights).sum() / weight_sum.clamp(min=1)
 
 
 def _class_sum(

@@ -93,11 +93,12 @@ class DenseHead(nn.Module):
         gt_instances: list[Instances],
     ) -> DenseTargets:
         """Assigns all images; anchors whose cell lies in the padding never get a ground truth."""
-        found = [
-            self._assign_image(anchors, maps, size, instances)
-            for size, instances in zip(image_sizes, gt_instances, strict=True)
-        ]
-        return DenseTargets(*(torch.stack(values) for values in zip(*found, strict=True)))
+        return DenseTargets.stack(
+            [
+                self._assign_image(anchors, maps, size, instances)
+                for size, instances in zip(image_sizes, gt_instances, strict=True)
+            ]
+        )
 
     def _assign_image(
         self,
@@ -105,8 +106,8 @@ class DenseHead(nn.Module):
         maps: list[Tensor],
         size: tuple[int, int],
         instances: Instances,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Labels, boxes, inside and truths of one image; see `DenseTargets`."""
+    ) -> DenseTargets:
+        """Of one image, tensors without B."""
         insides = [
             inside_cells(each, stride, size).repeat_interleave(self.num_anchors)
             for each, stride in zip(maps, self.strides, strict=True)
@@ -122,7 +123,7 @@ class DenseHead(nn.Module):
         padded_boxes = F.pad(gt_boxes, (0, 0, 0, 1))
         row = torch.where(assigned >= 0, assigned, len(gt_boxes))
         labels = torch.where(assigned == IGNORED, -1, gt_classes[row])
-        return labels, padded_boxes[row], inside, assigned
+        return DenseTargets(labels, padded_boxes[row], inside, truths=assigned)
 
     def refine(
         self, targets: DenseTargets, predictions: DensePredictions, anchors: list[Tensor]
