@@ -14,18 +14,12 @@ from co_detr.noise import silence_dependencies
 silence_dependencies()
 
 from co_detr.demo.command_line import parse_arguments, run
-from co_detr.engine.launch import report
-from co_detr.errors import UserError
+from co_detr.errors import exit_code
 
 
 def command_line() -> int:
     options = parse_arguments()
-    try:
-        run(options)
-    except UserError as error:
-        report(error, options.debug)
-        return 2
-    return 0
+    return exit_code(lambda: run(options), options.debug)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ from co_detr.noise import silence_dependencies
 
 silence_dependencies()
 
-from co_detr.engine.launch import report
-from co_detr.errors import UserError
+from co_detr.errors import exit_code
 from co_detr.prediction.command_line import parse_arguments, run
 
 
@@ -23,11 +22,7 @@ def command_line() -> int:
     options = parse_arguments()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("co_detr").setLevel(logging.INFO)  # says which weights are used
-    try:
-        return run(options)
-    except UserError as error:
-        report(error, options.debug)
-        return 2
+    return exit_code(lambda: run(options), options.debug)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ prints that sentence and exits with code 2, without a traceback.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 
 class UserError(ValueError):
     """Base of all errors that are explained in one sentence."""
@@ -55,3 +58,22 @@ class LostProcessError(UserError):
 
 class ExportError(UserError):
     """A model cannot be exported, or an exported file is unreadable or differs from its model."""
+
+
+def exit_code(run: Callable[[], int | None], debug: bool = False) -> int:
+    """Runs a tool of one process and prints the sentence of its `UserError` to stderr.
+
+    Args:
+        run: does the work; returns the exit code, or None for 0.
+        debug: let the error through, so that its traceback shows.
+
+    Returns:
+        What `run` does, or 2 after a `UserError`.
+    """
+    try:
+        return run() or 0
+    except UserError as error:
+        if debug:
+            raise
+        print(f"error: {error.sentence}", file=sys.stderr, flush=True)
+        return 2

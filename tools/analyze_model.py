@@ -26,17 +26,12 @@ from tabulate import tabulate
 
 from co_detr.engine.complexity import Complexity, PartCost, analyze, random_batch
 from co_detr.engine.config import load_config
-from co_detr.errors import UserError
+from co_detr.errors import exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    try:
-        run(options)
-    except UserError as error:
-        print(f"error: {error.sentence}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> None:

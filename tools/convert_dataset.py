@@ -13,16 +13,12 @@ from co_detr.noise import silence_dependencies
 silence_dependencies()
 
 from co_detr.conversion.command_line import parse_arguments, run
-from co_detr.errors import UserError
+from co_detr.errors import exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        run(parse_arguments(argv))
-    except UserError as error:
-        print(f"error: {error.sentence}", file=sys.stderr)
-        return 2
-    return 0
+    options = parse_arguments(argv)
+    return exit_code(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from co_detr.checkpoint_averaged import choose_weights, has_averaged
 from co_detr.checkpoint_reading import read_checkpoint
 from co_detr.checkpoint_report import ignored_lines
 from co_detr.engine.config import load_config
-from co_detr.errors import CheckpointError, UserError
+from co_detr.errors import CheckpointError, exit_code
 from co_detr.model_zoo.choose import choose_config, empty_model
 from co_detr.model_zoo.configs import config_file
 from co_detr.model_zoo.files import existing_checkpoint
@@ -46,12 +46,7 @@ from co_detr.model_zoo.files import existing_checkpoint
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
-    try:
-        convert(options)
-    except UserError as error:
-        print(f"error: {error.sentence}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: convert(options))
 
 
 def convert(options: argparse.Namespace) -> None:

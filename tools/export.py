@@ -15,19 +15,13 @@ silence_dependencies()
 
 from collections.abc import Sequence
 
-from co_detr.engine.launch import report
-from co_detr.errors import UserError
+from co_detr.errors import exit_code
 from co_detr.export.command_line import parse_arguments, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    try:
-        run(options)
-    except UserError as error:
-        report(error, options.debug)
-        return 2
-    return 0
+    return exit_code(lambda: run(options), options.debug)
 
 
 if __name__ == "__main__":

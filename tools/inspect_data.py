@@ -26,7 +26,7 @@ from detectron2.config import instantiate
 from co_detr.data.coco import class_names
 from co_detr.engine.config import load_config
 from co_detr.engine.own_data import adopt_class_count, check_data
-from co_detr.errors import UserError
+from co_detr.errors import exit_code
 from co_detr.visualization.samples import Sample, plot_samples, sample_of
 
 
@@ -57,14 +57,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("co_detr").setLevel(logging.INFO)
-    try:
-        samples, names = first_samples(args)
-    except UserError as error:
-        print(f"error: {error.sentence}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Checks the data and draws samples of it."""
+    samples, names = first_samples(args)
     plot_samples(samples, names, args.output)
     print(f"{len(samples)} training samples are drawn in {args.output}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 
 from co_detr.errors import ConfigError
-from co_detr.prediction.command_line import add_model_arguments
+from co_detr.prediction.command_line import add_device_argument, add_model_arguments
 from co_detr.prediction.predictor import Predictor
 
 LOCAL_HOST = "127.0.0.1"
@@ -32,6 +32,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_arguments(parser)
+    add_device_argument(parser)
     add = parser.add_argument
     add("--score", type=float, default=0.3, help="where the slider starts (default: 0.3)")
     add("--port", type=int, default=7860, help="port of the page (default: 7860)")

@@ -21,6 +21,7 @@ from detectron2.utils.events import EventWriter, get_event_storage
 from omegaconf import DictConfig, OmegaConf
 
 from co_detr.errors import ConfigError
+from co_detr.files import written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class RunFile:
 
     def keep(self, run_id: str) -> None:
         self.run_id = run_id
-        with open(self.path, "w", encoding="utf-8") as file:
+        with written_whole(self.path) as file:
             file.write(f"{run_id}\n")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from co_detr.export.exporting import (
     square_side,
 )
 from co_detr.export.predictor import ExportedPredictor
+from co_detr.prediction.command_line import add_model_arguments
 from co_detr.prediction.inputs import IMAGES, find_inputs
 from co_detr.prediction.loading import Detector, load_detector
 
@@ -47,9 +47,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_model_arguments(parser)
     add = parser.add_argument
-    add("--config-file", required=True, metavar="FILE", help="config file, or name in the zoo")
-    add("--checkpoint", metavar="FILE", help="weights; default: those released for the model")
     add("--format", required=True, choices=sorted(SUFFIXES), help="of the file")
     add("--output", required=True, type=Path, metavar="FILE", help="ends in .onnx or .pt2")
     size = parser.add_mutually_exclusive_group()
@@ -77,20 +76,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="IMAGE",
         help=f"compare with PyTorch on these: within {SCORE_TOLERANCE} in scores and "
         f"{BOX_TOLERANCE} pixels in boxes, or the exit status is 2",
-    )
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override of a config key; can be repeated",
-    )
-    add("--unsafe", action="store_true", help="let the checkpoint run code; only if you trust it")
-    add(
-        "--debug",
-        action="store_true",
-        default=os.environ.get("CO_DETR_DEBUG") == "1",
-        help="show the traceback of errors that are otherwise one sentence (CO_DETR_DEBUG=1)",
     )
     return parser.parse_args(argv)
 
@@ -147,9 +132,7 @@ def check(path: Path, detector: Detector, images: list[Path]) -> None:
     """
     predictor = ExportedPredictor(path)
     image_format = detector.cfg.dataloader.test.mapper.image_format
-    print(
-        f"{'image':24} {'input':>10} {'pairs':>6} {'at cut':>6} {'score':>9} {'box px':>9}  seconds"
-    )
+    print(_HEADER)
     different = []
     for image in images:
         result = check_image(predictor, detector.model, image_format, image)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.export import ExportedProgram
 from co_detr.errors import ConfigError, ExportError
 from co_detr.export.description import Description
 from co_detr.export.graph import INPUTS, OUTPUTS, Detections
+from co_detr.files import written_whole
 
 OPSET = 20  # the lowest whose GridSample has no successor that onnxruntime runs
 
@@ -57,9 +57,9 @@ def write_onnx(program: ExportedProgram, description: Description, path: Path) -
         node.metadata_props.clear()  # stack traces, with the paths of this machine
     model.metadata_props.update(description.to_text())
     model.producer_name = "co_detr"
-    temporary = path.with_name(f"{path.name}.tmp")
-    ir.save(model, temporary)
-    os.replace(temporary, path)
+    content = ir.to_proto(model).SerializeToString()
+    with written_whole(str(path), "wb") as file:
+        file.write(content)
 
 
 class OnnxModel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from torch.export import ExportedProgram
 from co_detr.errors import ExportError
 from co_detr.export.description import Description
 from co_detr.export.graph import Detections
+from co_detr.files import written_whole
 
 _DESCRIPTION = "co_detr.json"
 
@@ -21,10 +21,9 @@ def write_torch(program: ExportedProgram, description: Description, path: Path) 
     """Writes a traced graph whole or not at all."""
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it names the paths of this machine
-    temporary = path.with_name(f"{path.stem}.tmp.pt2")
     extra = {_DESCRIPTION: json.dumps(description.to_text())}
-    torch.export.save(program, temporary, extra_files=extra)
-    os.replace(temporary, path)
+    with written_whole(str(path), "wb") as file:
+        torch.export.save(program, file, extra_files=extra)
 
 
 class TorchModel:

@@ -38,6 +38,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_arguments(parser)
+    add_device_argument(parser)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="file, folder (with subfolders) or pattern")
     add("--output", required=True, metavar="DIR", help="folder for pictures and predictions.json")
@@ -48,11 +49,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what says which model runs where, and `--debug`."""
+    """Adds what says which model it is, and `--debug`."""
     add = parser.add_argument
     add("--config-file", required=True, metavar="FILE", help="config file, or name in the zoo")
     add("--checkpoint", metavar="FILE", help="weights; default: those released for the model")
-    add("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     add(
         "--set",
         action="append",
@@ -67,6 +67,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get("CO_DETR_DEBUG") == "1",
         help="show the traceback of errors that are otherwise one sentence (CO_DETR_DEBUG=1)",
     )
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds where the model runs."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
 
 
 def run(options: argparse.Namespace) -> int:
