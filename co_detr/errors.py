@@ -60,6 +60,11 @@ class ExportError(UserError):
     """A model cannot be exported, or an exported file is unreadable or differs from its model."""
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says, to be quoted in a sentence; else the name of its class."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def exit_code(run: Callable[[], int | None], debug: bool = False) -> int:
     """Runs a tool of one process and prints the sentence of its `UserError` to stderr.
 

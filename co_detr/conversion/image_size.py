@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from co_detr.errors import DataError
+from co_detr.errors import DataError, first_line
 from co_detr.prediction.images import upright
 
 _ORIENTATION = 274  # EXIF tag
@@ -55,5 +55,6 @@ def read_size(path: Path) -> ImageSize:
             orientation = 1 if turned is image else image.getexif()[_ORIENTATION]
             return ImageSize(turned.width, turned.height, orientation)
     except Exception as error:  # a damaged file can make a decoder raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"image {path} cannot be read ({reason}): replace or remove it.") from error
+        raise DataError(
+            f"image {path} cannot be read ({first_line(error)}): replace or remove it."
+        ) from error

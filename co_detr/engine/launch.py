@@ -21,7 +21,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 
 from co_detr.engine.stop_signals import SIGNALS
-from co_detr.errors import ConfigError, LostProcessError, UserError, WriteError
+from co_detr.errors import ConfigError, LostProcessError, UserError, WriteError, first_line
 
 Main = Callable[[DictConfig, argparse.Namespace], object]
 
@@ -144,17 +144,13 @@ def _explained(error: OSError | RuntimeError) -> UserError | None:
         )
     elif comm.get_world_size() > 1 and any(sign in str(error) for sign in _LOST_PEER):
         explained = LostProcessError(
-            f"another process of this run is gone or does not answer ({_first_line(error)}): see "
+            f"another process of this run is gone or does not answer ({first_line(error)}): see "
             "what it said, and continue with --resume."
         )
     else:
         return None
     explained.__cause__ = error
     return explained
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")
 
 
 def report(error: UserError, debug: bool) -> None:

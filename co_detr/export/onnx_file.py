@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from co_detr.errors import ConfigError, ExportError
+from co_detr.errors import ConfigError, ExportError, first_line
 from co_detr.export.description import Description
 from co_detr.export.graph import INPUTS, OUTPUTS, Detections
 from co_detr.files import written_whole
@@ -82,7 +82,7 @@ class OnnxModel:
             self._session = runtime.InferenceSession(str(path), providers=list(providers))
         except Exception as error:  # onnxruntime has no common base for its errors
             raise ExportError(
-                f"{path} cannot be loaded ({str(error).splitlines()[0]}): export the model again."
+                f"{path} cannot be loaded ({first_line(error)}): export the model again."
             ) from error
         text = self._session.get_modelmeta().custom_metadata_map
         self.description = Description.from_text(text, str(path))

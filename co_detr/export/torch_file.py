@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from co_detr.errors import ExportError
+from co_detr.errors import ExportError, first_line
 from co_detr.export.description import Description
 from co_detr.export.graph import Detections
 from co_detr.files import written_whole
@@ -42,9 +42,8 @@ class TorchModel:
             program = torch.export.load(path, extra_files=extra)
             text = json.loads(extra[_DESCRIPTION] or "{}")
         except Exception as error:  # a damaged archive can raise anything
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ExportError(
-                f"{path} cannot be loaded ({reason}): export the model again."
+                f"{path} cannot be loaded ({first_line(error)}): export the model again."
             ) from error
         self.description = Description.from_text(text, str(path))
         self._run = program.module()

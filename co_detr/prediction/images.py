@@ -12,7 +12,7 @@ from detectron2.data.detection_utils import (
 )
 from PIL import Image
 
-from co_detr.errors import DataError
+from co_detr.errors import DataError, first_line
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 
@@ -44,7 +44,7 @@ def read_rgb(source: ImageSource) -> np.ndarray:
     except FileNotFoundError as error:
         raise DataError(f"{name} does not exist: correct the path.") from error
     except Exception as error:  # a damaged file can make a decoder raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise DataError(f"{name} cannot be decoded ({reason}): replace the file.") from error
     raise DataError(
         f"a {type(source).__name__} is not an image: pass a path, a PIL image, an array of uint8, "
