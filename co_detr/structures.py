@@ -116,10 +116,11 @@ class QueryGroup:
         content: ``(B, Q, C)`` content queries.
         position: ``(B, Q, C)`` positional queries; None where the decoder derives them from the
             reference boxes.
-        reference: ``(B, Q, 4)`` normalised reference boxes, detached.
+        reference: ``(B, Q, 4)`` normalised reference boxes, detached; or ``(B, Q, 2)`` points.
         valid: ``(B, Q)`` bool, False for slots that only fill up the batch; None: all valid.
         targets: assigned targets, or None for Hungarian matching.
         proposals: encoder proposals that share the group's ground truth.
+        truth_repeats: how many queries every ground truth is matched to.
         loss_weight: factor of every loss of the group.
         num_blocks: number of equal parts that do not see each other.
         sees: names of other groups that this one attends to.
@@ -132,6 +133,7 @@ class QueryGroup:
     valid: Tensor | None = None
     targets: AssignedTargets | None = None
     proposals: EncoderProposals | None = None
+    truth_repeats: int = 1
     loss_weight: float = 1.0
     num_blocks: int = 1
     sees: tuple[str, ...] = ()
@@ -146,7 +148,7 @@ class QuerySet:
     """All groups of a step as one batch of queries for a single decoder pass.
 
     Attributes:
-        content, position: ``(B, Q, C)``, position may be None; reference: ``(B, Q, 4)``.
+        content, position: ``(B, Q, C)``, position may be None; reference: ``(B, Q, 4 or 2)``.
         attend_mask: ``(Q, Q)`` or ``(B, 1, Q, Q)`` bool, True = may attend (the convention of
             ``scaled_dot_product_attention``); None when nothing has to be hidden.
         sizes: number of queries of each group, in order.
@@ -163,7 +165,8 @@ class QuerySet:
         """Joins groups along the query axis; no query sees what its group does not let it see.
 
         Raises:
-            ConfigError: if two groups share a name, or only some have positional queries.
+            ConfigError: if two groups share a name, only some have positional queries, or some
+                have points and some boxes as references.
         """
         names = [group.name for group in groups]
         shared = [name for name in names if names.count(name) > 1]
@@ -179,6 +182,12 @@ class QuerySet:
             raise ConfigError(
                 f"query group {without} has no positional queries but others have: use sources of "
                 "one kind in model.queries and model.auxiliary.positive_queries."
+            )
+        if len({group.reference.shape[-1] for group in groups}) > 1:
+            points = next(group.name for group in groups if group.reference.shape[-1] == 2)
+            raise ConfigError(
+                f"query group {points} has reference points but others have boxes: customised "
+                "positive queries and denoising need model.queries of boxes (TwoStageQueries)."
             )
         return cls(
             content=torch.cat([group.content for group in groups], dim=1),

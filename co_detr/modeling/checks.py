@@ -6,15 +6,25 @@ from torch import nn
 
 from co_detr.errors import ConfigError
 
+OF_DECODER = ("assigner", "criterion", "postprocessor")
+
 
 def check_parts(model: nn.Module) -> None:
     """Looks over a complete ``CoDETR``.
 
     Raises:
-        ConfigError: if parts disagree on ``num_classes``, no single inference source exists, or
-            ``evaluate_with`` cannot be done.
+        ConfigError: if parts disagree on ``num_classes``, no single inference source exists,
+            ``evaluate_with`` cannot be done, or the decoder is left out by half.
     """
     _check_class_counts(model)
+    if model.decoder is None:
+        _check_without_decoder(model)
+        return
+    missing = [name for name in OF_DECODER if getattr(model, name) is None]
+    if missing:
+        raise ConfigError(
+            f"model.{missing[0]} is null but model.decoder is not: set it, or the decoder to null."
+        )
     inference_sources = [source for source in model.queries if not source.training_only]
     if len(inference_sources) != 1:
         raise ConfigError(
@@ -35,6 +45,24 @@ def _check_class_counts(model: nn.Module) -> None:
                 f"model.{path} is built for {found} classes but model.num_classes is "
                 f"{model.num_classes}; let it interpolate ${{model.num_classes}}."
             )
+
+
+def _check_without_decoder(model: nn.Module) -> None:
+    if len(model.queries):
+        raise ConfigError("model.decoder is null: set model.queries=[], nothing would decode them.")
+    for name in OF_DECODER:
+        if getattr(model, name) is not None:
+            raise ConfigError(f"model.decoder is null: set model.{name}=null, too.")
+    if model.auxiliary is not None and len(model.auxiliary.positive_queries):
+        raise ConfigError(
+            "model.decoder is null: set model.auxiliary.positive_queries=null, nothing would "
+            "decode them."
+        )
+    if model.evaluate_with is None:
+        raise ConfigError(
+            "model.decoder is null: name the auxiliary head that detects in model.evaluate_with."
+        )
+    _check_evaluated_head(model)
 
 
 def _check_evaluated_head(model: nn.Module) -> None:

@@ -10,15 +10,18 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
+from co_detr.errors import ConfigError
 from co_detr.modeling.auxiliary.hybrid import AuxiliaryBranch, HybridAssignmentHeads
 from co_detr.modeling.boxes import normalise_boxes
 from co_detr.modeling.checks import check_parts
-from co_detr.modeling.criterion import SetCriterion, average_over_processes, name_layers
+from co_detr.modeling.criterion import SetCriterion
 from co_detr.modeling.decoder import DeformableDecoder
 from co_detr.modeling.encoder import DeformableEncoder
-from co_detr.modeling.matching import HungarianAssigner, MatchingProblem
+from co_detr.modeling.matching import HungarianAssigner
 from co_detr.modeling.padding import BatchPadding
 from co_detr.modeling.postprocess import TopKPostprocessor, padding_mask
+from co_detr.modeling.queries.source import QuerySource
+from co_detr.modeling.supervision import Assignment, assign_targets, score_groups
 from co_detr.structures import (
     EncoderMemory,
     GroundTruth,
@@ -39,11 +42,15 @@ class CoDETR(nn.Module):
     In eval mode only the memory, the inference group and the decoder are computed, or with
     ``evaluate_with`` the memory and one auxiliary head.
 
+    Without a decoder (all of ``decoder``, ``assigner``, ``criterion``, ``postprocessor`` None, no
+    ``queries``) the auxiliary heads are all there is: a dense detector on the same encoder, which
+    the paper's introduction compares with.
+
     Args:
         num_classes: foreground classes K; every part must agree.
         backbone: Detectron2 backbone whose outputs all have the encoder's width, finest first.
         encoder, decoder, assigner, criterion, postprocessor: see their classes.
-        queries: query sources; exactly one must not be ``training_only``.
+        queries: query sources; with a decoder, exactly one must not be ``training_only``.
         auxiliary: the auxiliary heads, or None for the plain DETR.
         pixel_mean, pixel_std: per channel, in the order and range of the input images.
         padding: how images become a batch; None: to the largest size in it, masked.
@@ -51,8 +58,8 @@ class CoDETR(nn.Module):
         evaluate_with: name of the auxiliary head that detects in eval; None: the decoder does.
 
     Raises:
-        ConfigError: if parts disagree on ``num_classes``, no single inference source exists, or
-            ``evaluate_with`` names no auxiliary head.
+        ConfigError: if parts disagree on ``num_classes``, no single inference source exists,
+            ``evaluate_with`` names no auxiliary head, or only some of the decoder's parts are None.
     """
 
     def __init__(
@@ -61,11 +68,11 @@ class CoDETR(nn.Module):
         num_classes: int,
         backbone: Backbone,
         encoder: DeformableEncoder,
-        decoder: DeformableDecoder,
-        queries: Sequence[nn.Module],
-        assigner: HungarianAssigner,
-        criterion: SetCriterion,
-        postprocessor: TopKPostprocessor,
+        decoder: DeformableDecoder | None,
+        queries: Sequence[QuerySource],
+        assigner: HungarianAssigner | None,
+        criterion: SetCriterion | None,
+        postprocessor: TopKPostprocessor | None,
         auxiliary: HybridAssignmentHeads | None = None,
         pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
         pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
@@ -186,58 +193,32 @@ class CoDETR(nn.Module):
             )
             for each in gt_instances
         ]
-        groups = [source(memory, truth) for source in self.queries]
+        groups = [
+            group for source in self.queries for group in source.training_groups(memory, truth)
+        ]
         branch = AuxiliaryBranch({}, [])
         if self.auxiliary is not None:
             branch = self.auxiliary(images, memory, gt_instances)
         groups = groups + branch.groups
-        query_set = QuerySet.concat(groups)
-        predictions = query_set.split(self.decoder(query_set, memory))
-
-        proposals = {group.name: group.proposals for group in groups if group.proposals}
-        targets, proposal_targets = self._assign(groups, predictions, truth)
-        scored = [
-            (group.name, group.loss_weight, predicted, assigned)
-            for group, predicted, assigned in zip(groups, predictions, targets, strict=True)
-        ] + [
-            (f"{name}.enc", 1.0, proposals[name].predictions, assigned)
-            for name, assigned in proposal_targets.items()
-        ]
-        # One reduction over processes for the normalisers of all groups.
-        counts = [self.criterion.count_positives(assigned) for *_, assigned in scored]
-        counts = average_over_processes(torch.cat(counts)).split([len(c) for c in counts])
-        losses: dict[str, Tensor] = {}
-        for (name, weight, predicted, assigned), count in zip(scored, counts, strict=True):
-            terms = self.criterion(predicted, assigned, memory.image_sizes, count)
-            terms = {key: value * weight for key, value in terms.items()}
-            losses.update(name_layers(name, terms))
+        predictions, assignment, losses = [], Assignment([], {}), {}
+        if self.decoder is not None:
+            query_set = QuerySet.concat(groups)
+            predictions = query_set.split(self.decoder(query_set, memory))
+            assignment = assign_targets(groups, predictions, truth, self.assigner, self.num_classes)
+            losses = score_groups(
+                groups, predictions, assignment, memory.image_sizes, self.criterion
+            )
         for name, output in branch.outputs.items():
             losses.update({f"{name}.{key}": value for key, value in output.losses.items()})
         return TrainingOutput(
-            losses, memory, groups, predictions, targets, proposal_targets, branch.outputs
+            losses,
+            memory,
+            groups,
+            predictions,
+            assignment.groups,
+            assignment.proposals,
+            branch.outputs,
         )
-
-    def _assign(self, groups, predictions, truth):
-        """Matches, in one go, all groups and encoder proposals that have no targets yet."""
-        as_object = [
-            GroundTruth(torch.zeros_like(each.labels), each.boxes, each.image_size)
-            for each in truth
-        ]
-        problems = {}
-        for index, (group, predicted) in enumerate(zip(groups, predictions, strict=True)):
-            if group.targets is None:
-                problems[index] = MatchingProblem(predicted, truth, self.num_classes)
-            if group.proposals is not None:
-                labels = as_object if group.proposals.binary else truth
-                problems[group.name] = MatchingProblem(
-                    group.proposals.predictions, labels, self.num_classes
-                )
-        solved = dict(zip(problems, self.assigner(list(problems.values())), strict=True))
-        targets = [
-            solved[index] if group.targets is None else group.targets
-            for index, group in enumerate(groups)
-        ]
-        return targets, {name: value for name, value in solved.items() if isinstance(name, str)}
 
     def compile_layers(self, **options) -> None:
         """Compiles every encoder and decoder layer in place with ``torch.compile(**options)``.
@@ -245,13 +226,25 @@ class CoDETR(nn.Module):
         Parameter names stay as they are. Layers and not the whole: matching, sampling of
         proposals and image sizes that change with every batch would break the graph.
         """
-        for layer in [*self.encoder.layers, *self.decoder.layers]:
+        decoder_layers = [] if self.decoder is None else self.decoder.layers
+        for layer in [*self.encoder.layers, *decoder_layers]:
             layer.compile(**options)
 
     def strip_auxiliary(self) -> None:
-        """Removes all that only training uses; detections of the decoder stay bit-identical."""
+        """Removes all that only training uses; detections of the decoder stay bit-identical.
+
+        Raises:
+            ConfigError: without a decoder nothing would be left.
+        """
+        if self.decoder is None:
+            raise ConfigError(
+                "model.decoder is null: this model detects with its auxiliary head "
+                f"{self.evaluate_with}, which cannot be stripped."
+            )
         self.auxiliary = self.evaluate_with = None
         self.queries = nn.ModuleList(s for s in self.queries if not s.training_only)
+        for source in self.queries:
+            source.strip()
 
 
 def _in_output_resolution(found: Instances, sample: dict) -> Instances:

@@ -46,7 +46,7 @@ class DeformableDecoderLayer(nn.Module):
         memory: EncoderMemory,
         attend_mask: Tensor | None,
     ) -> Tensor:
-        """``content, position (B, Q, C)``, ``reference (B, Q, L, 4)`` -> ``(B, Q, C)``."""
+        """``content, position (B, Q, C)``, ``reference (B, Q, L, 4 or 2)`` -> ``(B, Q, C)``."""
         attended = self.self_attention(content, position, attend_mask)
         content = self.self_attention_norm(content + self.dropout(attended))
         attended = self.cross_attention(
@@ -74,6 +74,10 @@ class DeformableDecoder(nn.Module):
             layer's references (DAB-DETR, DINO).
         normalise_output: classes and boxes are read from the layer-normed output of a layer,
             while the references are refined from its output as it is (DINO).
+        refine_boxes: False: all layers keep the references of the queries, and share one class
+            and one box head (Deformable-DETR without its two additions).
+        from_points: the references of the queries are points. The first boxes then have about
+            0.12 of the image's size.
     """
 
     def __init__(
@@ -91,6 +95,8 @@ class DeformableDecoder(nn.Module):
         eps: float = 1e-5,
         query_position: nn.Module | None = None,
         normalise_output: bool = False,
+        refine_boxes: bool = True,
+        from_points: bool = False,
     ):
         super().__init__()
         self.num_classes = num_classes
@@ -98,6 +104,8 @@ class DeformableDecoder(nn.Module):
         self.output_norm = nn.LayerNorm(embed_dim) if normalise_output else None
         self.look_forward_twice = look_forward_twice
         self.eps = eps
+        self.refine_boxes = refine_boxes
+        self.from_points = from_points
         self.layers = nn.ModuleList(
             [
                 DeformableDecoderLayer(
@@ -111,10 +119,15 @@ class DeformableDecoder(nn.Module):
                 for _ in range(num_layers)
             ]
         )
-        self.class_heads = nn.ModuleList(
-            [class_head(embed_dim, num_classes) for _ in range(num_layers)]
-        )
-        self.box_heads = nn.ModuleList([BoxHead(embed_dim) for _ in range(num_layers)])
+        num_heads_built = num_layers if refine_boxes else 1
+        class_heads = [class_head(embed_dim, num_classes) for _ in range(num_heads_built)]
+        box_heads = [BoxHead(embed_dim) for _ in range(num_heads_built)]
+        if from_points:
+            nn.init.constant_(box_heads[0].layers[-1].bias[2:], -2.0)
+        if not refine_boxes:
+            class_heads, box_heads = class_heads * num_layers, box_heads * num_layers
+        self.class_heads = nn.ModuleList(class_heads)
+        self.box_heads = nn.ModuleList(box_heads)
 
     @property
     def num_layers(self) -> int:
@@ -127,12 +140,13 @@ class DeformableDecoder(nn.Module):
             logits ``(D, B, Q, K)`` and normalised boxes ``(D, B, Q, 4)`` of all D layers.
 
         Raises:
-            ConfigError: if both or neither of the queries and ``query_position`` give positions.
+            ConfigError: if both or neither of the queries and ``query_position`` give positions,
+                or references are points where boxes are expected or the other way round.
         """
         self._check(queries)
         logits, boxes = [], []
         content, position = queries.content, queries.position
-        reference = queries.reference  # detached: what the next layer attends around
+        reference = queries.reference  # what the next layer attends around
         base = reference  # what the next prediction starts from
         level_scale = torch.cat([memory.valid_ratios] * 2, dim=-1)[:, None]  # (B, 1, L, 4)
         for layer, to_logits, to_deltas in zip(
@@ -144,7 +158,7 @@ class DeformableDecoder(nn.Module):
             content = layer(
                 content,
                 position,
-                reference[:, :, None] * level_scale,
+                reference[:, :, None] * level_scale[..., : reference.shape[-1]],
                 memory,
                 queries.attend_mask,
             )
@@ -154,13 +168,28 @@ class DeformableDecoder(nn.Module):
                 output = self.output_norm(content)
                 deltas = to_deltas(output)
             logits.append(to_logits(output))
-            boxes.append((deltas + inverse_sigmoid(base, self.eps)).sigmoid())
-            refined = (refinement + inverse_sigmoid(reference, self.eps)).sigmoid()
-            reference = refined.detach()
-            base = refined if self.look_forward_twice else reference
+            boxes.append(self._moved(base, deltas))
+            if self.refine_boxes:
+                refined = self._moved(reference, refinement)
+                reference = refined.detach()
+                base = refined if self.look_forward_twice else reference
         return Predictions(torch.stack(logits), torch.stack(boxes))
 
+    def _moved(self, reference: Tensor, deltas: Tensor) -> Tensor:
+        """References ``(B, Q, 4)`` or ``(B, Q, 2)`` moved by ``(B, Q, 4)`` in logit space."""
+        logits = inverse_sigmoid(reference, self.eps)
+        if reference.shape[-1] == 2:
+            logits = F.pad(logits, (0, 2))
+        return (deltas + logits).sigmoid()
+
     def _check(self, queries: QuerySet) -> None:
+        width = 2 if self.from_points else 4
+        if queries.reference.shape[-1] != width:
+            raise ConfigError(
+                f"model.decoder.from_points={self.from_points} needs {width} numbers per reference "
+                f"but the query sources give {queries.reference.shape[-1]}: points go with "
+                "LearnedQueries alone, boxes with all other sources."
+            )
         if (queries.position is None) == (self.query_position is None):
             state = "no" if queries.position is None else "also"
             raise ConfigError(

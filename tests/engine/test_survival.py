@@ -184,7 +184,7 @@ def test_the_second_signal_stops_at_once(train_process):
 def test_ctrl_c_is_one_sentence(train_process, tmp_path):
     process = _train_long(train_process)
     process.send(signal.SIGINT)
-    assert process.wait() == 130
+    assert process.wait() == 130, process.output
     assert "Interrupted: --resume continues" in process.output
     assert "Traceback" not in process.output
     assert (tmp_path / "out" / "last_checkpoint").exists()

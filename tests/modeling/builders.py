@@ -38,6 +38,7 @@ DENSE_HEADS = {
 }
 NUM_CLASSES = 5
 NUM_QUERIES = 20
+NUM_EXTRA = 45  # of hybrid matching
 
 
 def shrink(cfg: DictConfig) -> DictConfig:
@@ -47,17 +48,21 @@ def shrink(cfg: DictConfig) -> DictConfig:
     if "padding" in model:
         model.padding.square_size = 128
     model.encoder.update(embed_dim=32, num_heads=4, num_layers=2, num_points=2, feedforward_dim=48)
-    model.decoder.num_layers = 2
-    model.queries[0].num_queries = NUM_QUERIES
-    for denoising in model.queries[1:]:
-        denoising.num_queries = 30
+    if model.decoder is not None:
+        model.decoder.num_layers = 2
+        model.queries[0].num_queries = NUM_QUERIES
+        for further in model.queries[1:]:
+            further.num_queries = 30
+        if "num_extra" in model.queries[0]:
+            model.queries[0].num_extra = NUM_EXTRA
     cfg.train.update(device="cpu", init_checkpoint="")
     cfg.dataloader.train.num_workers = cfg.dataloader.test.num_workers = 0
     auxiliary = model.auxiliary
     if auxiliary is None:
         return cfg
     auxiliary.pyramid.num_groups = 8
-    auxiliary.positive_queries.max_queries = 30
+    if auxiliary.positive_queries is not None:
+        auxiliary.positive_queries.max_queries = 30
     for name, settings in DENSE_HEADS.items():
         if name in auxiliary:
             auxiliary[name].update(settings)

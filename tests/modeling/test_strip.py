@@ -17,14 +17,14 @@ from tests.modeling.builders import (
 )
 
 
-class TrainingOnlyQueries(TwoStageQueries):
-    training_only = True
-
-
 def with_training_queries(model):
     """Puts a second, training-only source in front of the one of inference."""
-    extra = TrainingOnlyQueries(
-        num_queries=7, num_classes=NUM_CLASSES, embed_dim=32, name="one_to_many"
+    extra = TwoStageQueries(
+        num_queries=7,
+        num_classes=NUM_CLASSES,
+        embed_dim=32,
+        name="one_to_many",
+        training_only=True,
     )
     model.queries = nn.ModuleList([extra, *model.queries])
     return model

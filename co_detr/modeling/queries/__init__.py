@@ -1,7 +1,17 @@
-"""Query sources: each makes one ``QueryGroup`` for the decoder."""
+"""Query sources: each makes query groups for the decoder."""
 
 from co_detr.modeling.queries.denoising import DenoisingQueries
+from co_detr.modeling.queries.hybrid_matching import HybridMatchingQueries
+from co_detr.modeling.queries.learned import LearnedQueries
 from co_detr.modeling.queries.positive import PositiveQueries
+from co_detr.modeling.queries.source import QuerySource
 from co_detr.modeling.queries.two_stage import TwoStageQueries
 
-__all__ = ["DenoisingQueries", "PositiveQueries", "TwoStageQueries"]
+__all__ = [
+    "DenoisingQueries",
+    "HybridMatchingQueries",
+    "LearnedQueries",
+    "PositiveQueries",
+    "QuerySource",
+    "TwoStageQueries",
+]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from co_detr.modeling.boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
+from co_detr.modeling.queries.source import QuerySource
 from co_detr.structures import AssignedTargets, EncoderMemory, GroundTruth, QueryGroup
 
 
@@ -28,7 +29,7 @@ class NoiseDraws:
     shifts: Tensor
 
 
-class DenoisingQueries(nn.Module):
+class DenoisingQueries(QuerySource):
     """Groups of noised ground truths; each block has positives and harder negatives.
 
     1. With G the most ground truths of an image, there are ``num_queries // G`` blocks (at

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
 from co_detr.modeling.position import cell_centres, encode_boxes
+from co_detr.modeling.queries.source import QuerySource
 from co_detr.modeling.transformer_layers import BoxHead, class_head
 from co_detr.structures import (
     EncoderMemory,
@@ -19,7 +21,21 @@ from co_detr.structures import (
 )
 
 
-class TwoStageQueries(nn.Module):
+@dataclass(frozen=True)
+class RankedProposals:
+    """What every token proposes, class logits ``(B, S, K)`` and box logits ``(B, S, 4)``, and the
+    indices ``(B, N)`` of the best tokens, best first."""
+
+    class_logits: Tensor
+    box_logits: Tensor
+    best: Tensor
+
+    def references(self, start: int, stop: int) -> Tensor:
+        """Boxes ``(B, stop - start, 4)`` of some ranks, detached."""
+        return _gather_rows(self.box_logits, self.best[:, start:stop]).detach().sigmoid()
+
+
+class TwoStageQueries(QuerySource):
     """Top-scoring encoder proposals with learned content (mixed query selection).
 
     1. Every token proposes a box: a grid prior plus a predicted offset.
@@ -34,9 +50,11 @@ class TwoStageQueries(nn.Module):
             tokens are trained with every label set to 0 (Deformable-DETR); "best_class": by the
             largest logit, and only the chosen tokens are trained, with true labels (DINO).
         with_position: False leaves the positional queries to the decoder (DINO).
+        training_only: for further groups with weights of their own beside the one of inference
+            (Group-DETR).
     """
 
-    training_only = False
+    _lowered = "num_queries"  # where an image is too small for that many
 
     def __init__(
         self,
@@ -47,12 +65,14 @@ class TwoStageQueries(nn.Module):
         ranking: Literal["first_class", "best_class"] = "first_class",
         with_position: bool = True,
         name: str = "matching",
+        training_only: bool = False,
     ):
         super().__init__()
         if ranking not in ("first_class", "best_class"):
             raise ConfigError(f'ranking must be "first_class" or "best_class", got {ranking!r}.')
         self.ranking = ranking
         self.with_position = with_position
+        self.training_only = training_only
         self.name = name
         self.num_queries = num_queries
         self.num_classes = num_classes
@@ -84,12 +104,15 @@ class TwoStageQueries(nn.Module):
         Raises:
             ConfigError: if the image batch has fewer tokens than ``num_queries``.
         """
+        return self._matched_group(self._rank(memory, self.num_queries))
+
+    def _rank(self, memory: EncoderMemory, count: int) -> RankedProposals:
         num_tokens = memory.tokens.shape[1]
-        if num_tokens < self.num_queries:
+        if num_tokens < count:
             raise ConfigError(
-                f"{self.num_queries} queries need as many encoder tokens, but an input of "
+                f"{count} queries need as many encoder tokens, but an input of "
                 f"{memory.image_sizes} pixels gives {num_tokens}: lower "
-                "model.queries.0.num_queries or feed larger images."
+                f"model.queries.0.{self._lowered} or feed larger images."
             )
         output_memory, grid_logits = propose_grid(memory)
         output_memory = self.memory_norm(self.memory_proj(output_memory))
@@ -97,15 +120,19 @@ class TwoStageQueries(nn.Module):
         box_logits = self.box_head(output_memory) + grid_logits
         best_class = self.ranking == "best_class"
         scores = class_logits.amax(-1) if best_class else class_logits[..., 0]
-        best = scores.topk(self.num_queries, dim=1).indices
-        chosen = _gather_rows(box_logits, best)
-        reference = chosen.detach().sigmoid()
+        return RankedProposals(class_logits, box_logits, scores.topk(count, dim=1).indices)
+
+    def _matched_group(self, ranked: RankedProposals) -> QueryGroup:
+        class_logits, box_logits = ranked.class_logits, ranked.box_logits
+        best_class = self.ranking == "best_class"
         if best_class:
-            class_logits, box_logits = _gather_rows(class_logits, best), chosen
+            chosen = ranked.best[:, : self.num_queries]
+            class_logits, box_logits = (_gather_rows(x, chosen) for x in (class_logits, box_logits))
         predictions = Predictions(class_logits[None], box_logits.sigmoid()[None])
+        reference = ranked.references(0, self.num_queries)
         return QueryGroup(
             name=self.name,
-            content=self.content.weight.expand(best.shape[0], -1, -1),
+            content=self.content.weight.expand(len(reference), -1, -1),
             position=self._position(reference) if self.with_position else None,
             reference=reference,
             proposals=EncoderProposals(predictions, binary=not best_class),

@@ -1,0 +1,31 @@
+"""What every query source has in common."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from co_detr.structures import EncoderMemory, GroundTruth, QueryGroup
+
+
+class QuerySource(nn.Module):
+    """Makes query groups for the decoder from the encoder memory.
+
+    A model has one source that inference uses; the others are ``training_only``.
+    """
+
+    training_only = False
+
+    def forward(
+        self, memory: EncoderMemory, ground_truth: list[GroundTruth] | None = None
+    ) -> QueryGroup:
+        """The group of this source, or the one of inference where training has more."""
+        raise NotImplementedError
+
+    def training_groups(
+        self, memory: EncoderMemory, ground_truth: list[GroundTruth]
+    ) -> list[QueryGroup]:
+        """All groups of a training step."""
+        return [self(memory, ground_truth)]
+
+    def strip(self) -> None:
+        """Removes what only ``training_groups`` uses."""

@@ -1,0 +1,7 @@
+"""ATSS on the deformable encoder in place of the decoder, ResNet-50."""
+
+from ..co_detr_r50 import data, dataloader, lr_multiplier, model, optimizer, train
+from ..models.baselines import head_on_encoder
+
+head_on_encoder(model, "atss")
+train.output_dir = "output/atss_on_encoder_r50"

@@ -1,0 +1,9 @@
+"""Deformable-DETR, single-stage, at the size of `co_detr_small.py`."""
+
+from ..co_detr_small import data, dataloader, lr_multiplier, model, optimizer, train
+from ..models.baselines import single_stage
+
+model.auxiliary = None
+single_stage(model)
+optimizer.params.lr_factor_func.parts = ["sampling_offsets", "reference_points"]
+train.output_dir = "output/deformable_detr_single_stage_small"
