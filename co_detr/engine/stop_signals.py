@@ -20,15 +20,21 @@ _FORWARDED_WITHIN = 5.0
 class StopSignals:
     """Inside the block, the first SIGTERM or SIGUSR1 is noted; a second one acts as usual.
 
-    The trainer looks at `received` once per iteration. In a thread that cannot handle signals
-    the block does nothing.
+    Ctrl-C raises `KeyboardInterrupt` as ever, but cannot get lost: where it strikes in a callback,
+    Python prints and forgets it, and a library that is writing a file makes another error of it.
+    The trainer looks at `received` and `interrupted` once per iteration. In a thread that cannot
+    handle signals the block does nothing.
 
     Args:
         has_launcher: a launcher forwards signals: what arrives in the next seconds is the first.
+
+    Raises:
+        KeyboardInterrupt: at the end of the block, whatever ended it, if Ctrl-C was pressed.
     """
 
     def __init__(self, has_launcher: bool = False) -> None:
         self.received = False
+        self.interrupted = False
         self._patience = _FORWARDED_WITHIN if has_launcher else 0.0
         self._first = 0.0
         self._before: dict[signal.Signals, object] = {}
@@ -36,6 +42,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             self._before = {each: signal.signal(each, self._note) for each in SIGNALS}
+            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(
@@ -46,6 +53,12 @@ class StopSignals:
     ) -> None:
         for each, handler in self._before.items():
             signal.signal(each, handler)
+        if self.interrupted and not isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.interrupted = True
+        raise KeyboardInterrupt
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name

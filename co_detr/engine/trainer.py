@@ -96,6 +96,8 @@ class Trainer(SimpleTrainer):
                     self.before_step()
                     self.run_step()
                     self.after_step()
+                    if self._signals.interrupted:
+                        raise KeyboardInterrupt  # again: whoever got it has swallowed it
                     # Asked to, or a hook has lowered `max_iter`.
                     if self.stopping or self.iter + 1 >= self.max_iter:
                         break

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+import time
 
 import pytest
 import torch
@@ -188,6 +189,61 @@ def test_ctrl_c_is_one_sentence(train_process, tmp_path):
     assert "Interrupted: --resume continues" in process.output
     assert "Traceback" not in process.output
     assert (tmp_path / "out" / "last_checkpoint").exists()
+
+
+def swallow_ctrl_c_in_the_step():
+    """Makes the third step of training press Ctrl-C where Python can only forget it."""
+    from tiny_detector import TinyDetector
+
+    class Presses:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(100):  # the handler runs between two of these
+                pass
+
+    losses, calls = TinyDetector._losses, []
+
+    def press(self, *arguments):
+        calls.append(None)
+        if len(calls) == 3:
+            Presses()
+        return losses(self, *arguments)
+
+    TinyDetector._losses = press
+
+
+def turn_ctrl_c_into_another_error():
+    """Makes the third step of training fail as a writer of files does that is interrupted."""
+    from tiny_detector import TinyDetector
+
+    losses, calls = TinyDetector._losses, []
+
+    def press(self, *arguments):
+        calls.append(None)
+        if len(calls) == 3:
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(10)
+            finally:
+                raise RuntimeError("unexpected position")
+        return losses(self, *arguments)
+
+    TinyDetector._losses = press
+
+
+@pytest.mark.parametrize(
+    ("press", "sign"),
+    [
+        (swallow_ctrl_c_in_the_step, "Exception ignored in"),
+        (turn_ctrl_c_into_another_error, ""),
+    ],
+)
+def test_ctrl_c_is_not_lost(train_process, press, sign):
+    process = train_process(EVERY_ITERATION, "train.max_iter=100000", prepare=press)
+    assert process.wait() == 130, process.output
+    assert "Interrupted: --resume continues" in process.output
+    assert sign in process.output and "unexpected position" not in process.output
+    assert "iter 5/" not in process.output
 
 
 def _damage(path, how):
