@@ -17,6 +17,7 @@ from detectron2.structures import BoxMode
 
 from co_detr.data.boxes import BoxChecker
 from co_detr.data.coco_file import listed_files, read_coco, shortened
+from co_detr.data.polygons import checked_polygons
 from co_detr.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ def load_coco(
     invalid_boxes: str = "error",
     image_path: Callable[[dict[str, Any]], str] | None = None,
     partial_classes: bool = False,
+    with_masks: bool = False,
 ) -> list[dict[str, Any]]:
     """Reads a COCO-format json and registers its classes under `dataset_name(annotation_file)`.
 
@@ -40,11 +42,13 @@ def load_coco(
         image_path: gives the path of an entry of `images`; None: its `file_name`.
         partial_classes: let the file have fewer classes than `num_classes`, as a val set may have;
             `align_classes` then has to say which ones they are.
+        with_masks: keep the polygons, for heads that learn masks (crowds have none).
 
     Returns:
         One dict per image (images without boxes included), ordered by image id: `file_name`,
         `height`, `width`, `image_id`, and `annotations` with `bbox` (x, y, w, h in pixels),
-        `bbox_mode`, contiguous `category_id` and `iscrowd`. Boxes are clipped to the image.
+        `bbox_mode`, contiguous `category_id` and `iscrowd`, with masks also `segmentation`, a list
+        of polygons [x, y, x, y, ..] in pixels. Boxes are clipped to the image.
 
     Raises:
         DataError: in one sentence that names the file, image or annotation and the mend.
@@ -78,14 +82,16 @@ def load_coco(
             )
         box = boxes.clip(annotation, record)
         if box is not None:
-            record["annotations"].append(
-                {
-                    "bbox": box,
-                    "bbox_mode": BoxMode.XYWH_ABS,
-                    "category_id": contiguous_ids[category_id],
-                    "iscrowd": int(annotation.get("iscrowd", 0)),
-                }
-            )
+            kept = {
+                "bbox": box,
+                "bbox_mode": BoxMode.XYWH_ABS,
+                "category_id": contiguous_ids[category_id],
+                "iscrowd": int(annotation.get("iscrowd", 0)),
+            }
+            if with_masks and not kept["iscrowd"]:
+                image = f"{where} (image {record['file_name']})"
+                kept["segmentation"] = checked_polygons(annotation.get("segmentation"), image)
+            record["annotations"].append(kept)
     boxes.report()
     dataset = [records[image_id] for image_id in sorted(records)]
     count = sum(len(record["annotations"]) for record in dataset)

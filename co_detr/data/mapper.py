@@ -8,7 +8,7 @@ from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import SizeMismatchError
 from PIL import Image
 
-from co_detr.errors import DataError
+from co_detr.errors import ConfigError, DataError
 
 
 class CheckedDatasetMapper(DatasetMapper):
@@ -19,6 +19,7 @@ class CheckedDatasetMapper(DatasetMapper):
 
         Raises:
             DataError: if the image cannot be decoded or has another size than annotated.
+            ConfigError: if masks are to be cropped and a package for it is missing.
         """
         path = dataset_dict["file_name"]
         try:
@@ -30,6 +31,13 @@ class CheckedDatasetMapper(DatasetMapper):
             raise DataError(
                 f"image {path} is {size} but its annotation file says {annotated} (width x "
                 "height): write the true size, or remove a rotation from the image's EXIF data."
+            ) from error
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "shapely":
+                raise
+            raise ConfigError(
+                "cropping images with masks needs the package shapely: pip install shapely, or set "
+                "dataloader.train.mapper.augmentations.crop_probability=0."
             ) from error
         # Pillow reports broken files as OSError, broken PNG chunks as SyntaxError.
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:

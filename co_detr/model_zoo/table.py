@@ -8,6 +8,7 @@ from co_detr.model_zoo.released import RELEASED
 _OUR_OWN = (
     ZooEntry("co_detr_r50_atss", "Co-Deformable-DETR, ResNet-50, ATSS head alone, 12 epochs"),
     ZooEntry("co_detr_r50_k6", "Co-Deformable-DETR, ResNet-50, six auxiliary heads, 12 epochs"),
+    ZooEntry("co_detr_r50_mask_rcnn", "Co-Deformable-DETR, ResNet-50, Mask R-CNN head, 12 epochs"),
     ZooEntry("deformable_detr_r50", "Deformable-DETR++, ResNet-50, no auxiliary heads, 12 epochs"),
     ZooEntry("co_detr_small", "small Co-Deformable-DETR for your own data on a CPU, from scratch"),
     ZooEntry("co_detr_thin_r50", "small Co-Deformable-DETR for small data sets, thin ResNet-50"),

@@ -176,10 +176,13 @@ class CoDETR(nn.Module):
             images: normalised and padded.
             gt_instances: with ``gt_boxes`` (absolute) and ``gt_classes``.
         """
-        # Other fields (masks, key points) would be indexed by the heads again and again. The size
-        # is that of the network input, which may count padding in.
+        # Other fields would be indexed by the heads again and again. The size is that of the
+        # network input, which may count padding in.
+        fields = ["gt_boxes", "gt_classes"]
+        if self.auxiliary is not None and self.auxiliary.reads_masks:
+            fields.append("gt_masks")
         gt_instances = [
-            Instances(tuple(size), gt_boxes=each.gt_boxes, gt_classes=each.gt_classes)
+            Instances(tuple(size), **{name: each.get(name) for name in fields if each.has(name)})
             for each, size in zip(gt_instances, images.image_sizes, strict=True)
         ]
         memory = self.encode(images)

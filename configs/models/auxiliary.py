@@ -11,7 +11,11 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator import StandardRPNHead
-from detectron2.modeling.roi_heads import FastRCNNConvFCHead, FastRCNNOutputLayers
+from detectron2.modeling.roi_heads import (
+    FastRCNNConvFCHead,
+    FastRCNNOutputLayers,
+    MaskRCNNConvUpsampleHead,
+)
 
 from co_detr.modeling.auxiliary import (
     ATSSAssigner,
@@ -87,6 +91,22 @@ roi_heads = L(CollaborativeROIHeads)(
         test_topk_per_image=100,
         box_reg_loss_type="giou",
         loss_weight={"loss_cls": 1.0, "loss_box_reg": 10.0},
+    ),
+)
+
+# For roi_heads.update(...): Mask R-CNN. The data need masks, see co_detr_r50_mask_rcnn.py.
+mask_branch = dict(
+    mask_in_features=["p3", "p4", "p5", "p6"],
+    mask_pooler=L(ROIPooler)(
+        output_size=14,
+        scales=(1 / 8, 1 / 16, 1 / 32, 1 / 64),
+        sampling_ratio=0,
+        pooler_type="ROIAlignV2",
+    ),
+    mask_head=L(MaskRCNNConvUpsampleHead)(
+        input_shape=L(ShapeSpec)(channels="${......encoder.embed_dim}", height=14, width=14),
+        num_classes="${..num_classes}",
+        conv_dims=[256, 256, 256, 256, 256],
     ),
 )
 

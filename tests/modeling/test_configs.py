@@ -19,6 +19,7 @@ from tests.modeling.builders import (
     randomise,
     shrink,
     train_step,
+    with_masks,
 )
 
 ALL_HEADS = ["roi", "atss", "retinanet", "fcos", "paa", "gfl"]
@@ -33,6 +34,7 @@ MEMBERS = [
     "deformable_detr_r50",
     "co_detr_r50_atss",
     "co_detr_r50",
+    "co_detr_r50_mask_rcnn",
     "co_detr_small",
     "co_detr_r50_k6",
     "co_detr_thin_r50",
@@ -113,6 +115,7 @@ def family(name):
         model.postprocessor._target_,
         "padding" in model,
         "roi" in heads and bool(model.auxiliary.roi.roi_heads.box_head.conv_dims),
+        "roi" in heads and "mask_head" in model.auxiliary.roi.roi_heads,
         heads,
     )
 
@@ -132,7 +135,7 @@ def test_one_step_and_one_detection(name):
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     before = {key: value.clone() for key, value in model.named_parameters()}
-    batch = make_batch()
+    batch = with_masks(make_batch())  # most heads do not look at them
     assert_complete(model, train_step(model, batch))
     optimizer.step()
     still = [key for key, value in model.named_parameters() if torch.equal(value, before[key])]

@@ -10,6 +10,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from co_detr.errors import ConfigError
 from co_detr.structures import AuxiliaryOutput, Candidates
 
 
@@ -65,7 +66,7 @@ class CollaborativeROIHeads(StandardROIHeads):
 
 
 class FasterRCNNHead(nn.Module):
-    """RPN and ROI heads as one auxiliary head.
+    """RPN and ROI heads as one auxiliary head; Mask R-CNN if the ROI heads have a mask head.
 
     Source: Co-DETR section 3.2; all semantics are Detectron2's, see the fidelity notes in the
     documentation for where they differ from mmdet's by design.
@@ -73,6 +74,9 @@ class FasterRCNNHead(nn.Module):
     Args:
         name: scope of the statistics that Detectron2's heads write (``roi_head/...``), so that
             two heads of one kind do not overwrite each other's.
+
+    Attributes:
+        reads_masks: whether the ground truth needs ``gt_masks``.
     """
 
     def __init__(self, *, rpn: RPN, roi_heads: CollaborativeROIHeads, name: str = "roi"):
@@ -81,16 +85,32 @@ class FasterRCNNHead(nn.Module):
         self.roi_heads = roi_heads
         self.name = name
 
+    @property
+    def reads_masks(self) -> bool:
+        return self.roi_heads.mask_on
+
     def forward(
         self, images: ImageList, features: dict[str, Tensor], gt_instances: list[Instances]
     ) -> AuxiliaryOutput:
-        """Trains both stages; the candidates are the sampled proposals, foreground first."""
+        """Trains both stages; the candidates are the sampled proposals, foreground first.
+
+        Raises:
+            ConfigError: if there is a mask head but the ground truth has no masks.
+        """
+        if self.reads_masks and not all(each.has("gt_masks") for each in gt_instances):
+            raise ConfigError(
+                f"the auxiliary head {self.name} has a mask head but the data come without masks: "
+                "set dataloader.train.dataset.with_masks and "
+                "dataloader.train.mapper.use_instance_mask to true."
+            )
         with get_event_storage().name_scope(self.name):
             proposals, losses = self.rpn(images, features, gt_instances)
             samples, roi_losses = self.roi_heads(images, features, proposals, gt_instances)
         losses = {**losses, **roi_losses}
         candidates, query_features = [], []
         for sample in samples:
+            if sample.has("gt_masks"):
+                sample.remove("gt_masks")  # queries do not need them, and sorting them takes long
             sample = self._foreground_first(sample)
             query_features.append(sample.query_features)
             candidates.append(self._candidates_of(sample))
@@ -124,4 +144,7 @@ class FasterRCNNHead(nn.Module):
         """Detections with absolute ``pred_boxes``, ``scores`` and ``pred_classes``."""
         proposals, _ = self.rpn(images, features)
         detections, _ = self.roi_heads(images, features, proposals)
+        for each in detections:
+            if each.has("pred_masks"):
+                each.remove("pred_masks")  # the decoder, which it stands in for, has none either
         return detections

@@ -25,7 +25,8 @@ class HybridAssignmentHeads(nn.Module):
     """K one-to-many heads on the encoder output (Co-DETR section 3.2 and 3.3).
 
     A head is any module with ``forward(images, features, gt_instances) -> AuxiliaryOutput`` and
-    ``inference(images, features) -> list[Instances]``. Heads are keyword arguments: their names
+    ``inference(images, features) -> list[Instances]``, and ``reads_masks``, which says whether its
+    ground truth needs ``gt_masks``. Heads are keyword arguments: their names
     become prefixes of losses and paths of config overrides (``model.auxiliary.atss...``). One that
     is None is left out, so that an override can switch it off (``model.auxiliary.atss=null``).
 
@@ -66,6 +67,10 @@ class HybridAssignmentHeads(nn.Module):
                 source.reset_parameters()  # a copy alone would start all heads alike
                 self.positive_queries[name] = source
 
+    @property
+    def reads_masks(self) -> bool:
+        return any(head.reads_masks for head in self.heads.values())
+
     def forward(
         self, images: ImageList, memory: EncoderMemory, gt_instances: list[Instances]
     ) -> AuxiliaryBranch:
@@ -74,7 +79,8 @@ class HybridAssignmentHeads(nn.Module):
         Args:
             images: the network input; heads read its sizes.
             memory: encoder output.
-            gt_instances: with ``gt_boxes`` (absolute) and ``gt_classes``.
+            gt_instances: with ``gt_boxes`` (absolute), ``gt_classes`` and, if a head reads them,
+                ``gt_masks``.
         """
         features = self.pyramid(memory)
         outputs, groups = {}, []

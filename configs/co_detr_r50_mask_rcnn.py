@@ -1,0 +1,12 @@
+"""Co-Deformable-DETR, ResNet-50, Mask R-CNN and ATSS heads (K = 2), 12 epochs.
+
+Masks are for training alone: the decoder detects boxes.
+"""
+
+from .co_detr_r50 import data, dataloader, lr_multiplier, model, optimizer, train
+from .models.auxiliary import mask_branch
+
+model.auxiliary.roi.roi_heads.update(mask_branch)
+dataloader.train.dataset.with_masks = True
+dataloader.train.mapper.use_instance_mask = True
+train.output_dir = "output/co_detr_r50_mask_rcnn"

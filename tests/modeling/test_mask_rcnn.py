@@ -1,0 +1,63 @@
+"""The mask head of the auxiliary Mask R-CNN learns, and leaves everything else as it is."""
+
+import pytest
+import torch
+
+from co_detr.errors import ConfigError
+from tests.modeling.builders import (
+    assert_complete,
+    detect,
+    make_batch,
+    randomise,
+    shrink,
+    tiny_model,
+    train_step,
+    with_masks,
+)
+from tests.modeling.test_baselines import copy_shared
+from tests.modeling.test_configs import instantiate, load
+
+
+@pytest.fixture
+def model():
+    cfg = shrink(load("co_detr_r50_mask_rcnn", "model.num_classes=5"))
+    torch.manual_seed(0)
+    model = instantiate(cfg.model)
+    randomise(model)
+    return model
+
+
+@pytest.mark.parametrize("num_gts", [(3, 2), (0, 2), (0, 0)])
+def test_a_step_trains_the_mask_head(model, num_gts):
+    losses = train_step(model, with_masks(make_batch(num_gts=num_gts)))
+    assert_complete(model, losses)
+    assert "roi.loss_mask" in losses
+    assert (losses["roi.loss_mask"] > 0) == (num_gts != (0, 0))
+
+
+def test_all_other_losses_are_those_without_it(model):
+    plain, batch = tiny_model(2), make_batch()
+    assert copy_shared(plain, model) == len(plain.state_dict())
+    expected = train_step(plain, batch)
+    losses = train_step(model, with_masks(make_batch()))
+    # 6 decoder layers in the paper, 2 here, times lambda_2
+    assert losses.pop("roi.loss_mask").item() == pytest.approx(4 * 0.7, rel=0.5)
+    assert losses.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value)
+
+
+def test_masks_are_for_training_alone(model):
+    before = detect(model, make_batch())
+    model.evaluate_with = "roi"
+    (found, _) = detect(model, make_batch())
+    assert set(found.get_fields()) == {"pred_boxes", "scores", "pred_classes"}
+    model.strip_auxiliary()
+    for one, other in zip(detect(model, make_batch()), before, strict=True):
+        assert torch.equal(one.scores, other.scores)
+        assert torch.equal(one.pred_boxes.tensor, other.pred_boxes.tensor)
+
+
+def test_data_without_masks(model):
+    with pytest.raises(ConfigError, match="mask head but the data come without masks"):
+        train_step(model, make_batch())
