@@ -11,11 +11,12 @@ from pathlib import Path
 from co_detr.ablation.cross_product import NO_HEADS, OFF, ON, Axes, combine
 from co_detr.ablation.grid import Grid, check_seeds
 from co_detr.ablation.grid_file import read_grid_file
+from co_detr.ablation.lock import exclusive
 from co_detr.ablation.plan import RunSpec, check_configs, plan_runs
 from co_detr.ablation.run import RunState
-from co_detr.ablation.runner import Pace, Report, Runner, exclusive
+from co_detr.ablation.runner import Pace, Report, Runner
 from co_detr.ablation.table import TABLE_FILE, write_results
-from co_detr.errors import ConfigError
+from co_detr.errors import ConfigError, WriteError
 
 DESCRIPTION = """Trains the variants of a grid with their seeds, and compares them in one table.
 
@@ -70,8 +71,18 @@ def run(options: argparse.Namespace) -> int:
     """Does what was asked; returns the exit status.
 
     Raises:
-        UserError: if the grid, a config or a folder is wrong.
+        UserError: if the grid, a config or a folder is wrong, or a file cannot be written.
     """
+    try:
+        return _run(options)
+    except OSError as error:
+        raise WriteError(
+            f"{error.filename or options.output_dir} cannot be read or written ({error.strerror}): "
+            "mend that; the same command continues the grid."
+        ) from error
+
+
+def _run(options: argparse.Namespace) -> int:
     pace = _pace(options)
     grid = _grid(options)
     specs = plan_runs(grid, options.output_dir)
@@ -134,6 +145,6 @@ def _exit_status(report: Report, output_dir: Path) -> int:
             file=sys.stderr,
         )
     print(f"Wrote {output_dir / TABLE_FILE}, table.csv, runs.csv and results.json.")
-    if report.signal is not None:
-        return 128 + report.signal
+    if report.signal_number is not None:
+        return 128 + report.signal_number
     return 1 if report.failed else 0

@@ -90,7 +90,7 @@ def _choice_of_heads(text: str, present: Sequence[str], config: str) -> _Choice:
         if name not in present:
             raise ConfigError(
                 f"--heads {text}: {config} has no head {name!r}; it has {', '.join(present)} "
-                f"(none: K = 0)."
+                f"({NO_HEADS}: K = 0)."
             )
     if len(set(asked)) < len(asked):
         raise ConfigError(f"--heads {text} names a head twice: name each once.")
@@ -114,7 +114,7 @@ def _other_axes(axes: Axes) -> list[tuple[_Choice, ...]]:
 
 
 def _weight(label: str, key: str, value: float) -> _Choice:
-    return _Choice(f"{label}={value:g}", (f"{key}={value:g}",))
+    return _Choice(f"{label}={value:g}", (f"{key}={value!r}",))
 
 
 def _join(*choices: _Choice) -> _Choice:

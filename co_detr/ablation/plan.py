@@ -37,7 +37,8 @@ class RunSpec:
     def arguments(self) -> list[str]:
         """Arguments of train_net.py."""
         config, *overrides = self.settings
-        return ["--config-file", config, "--resume", *overrides, f"train.output_dir={self.folder}"]
+        output_dir = f'train.output_dir="{self.folder}"'  # may hold what overrides give a meaning
+        return ["--config-file", config, "--resume", *overrides, output_dir]
 
 
 def plan_runs(grid: Grid, output_dir: Path) -> list[RunSpec]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -88,9 +89,8 @@ class Attempting:
         if end is None:
             return None
         outcome = read_outcome(self.spec.folder)
-        problem = None
-        if not outcome.is_finished and not asked_to_stop:
-            problem = self._problem(end)
+        stopped = asked_to_stop and end.exit_code in (0, -signal.SIGTERM)
+        problem = None if outcome.is_finished or stopped else self._problem(end)
         record = self._record.ending(
             AttemptEnd(
                 exit_code=end.exit_code,

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
-
-from tqdm import tqdm
 
 from co_detr.ablation.machine import describe, visible_gpus
 from co_detr.ablation.plan import RunSpec
+from co_detr.ablation.progress import ProgressBar
 from co_detr.ablation.run import Attempting, RunState
-from co_detr.errors import ConfigError
 
-_LOCK_FILE = ".ablate.lock"
 _INTERVAL = 0.1  # seconds between two looks at the processes
 # Seconds within which signals count as one: a launcher forwards what its group has got already.
 _ONE_SIGNAL = 1.0
@@ -46,12 +41,12 @@ class Report:
     Attributes:
         failed: runs that ended before their end without being asked to.
         left: runs that are not finished, failed ones among them.
-        signal: that asked for the stop, if one did.
+        signal_number: of the signal that asked for the stop, if one did.
     """
 
     failed: list[RunState]
     left: int
-    signal: int | None
+    signal_number: int | None
 
 
 class Runner:
@@ -63,7 +58,7 @@ class Runner:
         specs: the plan.
         pace: how.
         after_run: called when a process has ended and its record is written.
-        lock: descriptor that all trainings inherit, see `exclusive`.
+        lock: descriptor that all trainings inherit, see `co_detr.ablation.lock`.
     """
 
     def __init__(
@@ -86,7 +81,7 @@ class Runner:
         end = None
         if self.pace.budget_seconds is not None:
             end = time.monotonic() + self.pace.budget_seconds
-        with self._noted_signals(), self._progress_bar() as bar:
+        with self._noted_signals(), self._no_orphans(), ProgressBar(self.states.values()) as bar:
             while True:
                 over = end is not None and time.monotonic() >= end
                 # Each further signal is passed on: the second one ends trainings at once.
@@ -97,7 +92,7 @@ class Runner:
                     break
                 self._collect(bar)
                 time.sleep(_INTERVAL)
-                bar.update(0)  # shows the time, now and then
+                bar.show(len(self._running))
         left = sum(not state.is_finished for state in self.states.values())
         return Report(self._failed, left, self._signals[0] if self._signals else None)
 
@@ -116,41 +111,26 @@ class Runner:
             for attempting in self._running.values():
                 attempting.process.stop()
 
-    def _collect(self, bar: tqdm) -> None:
+    def _collect(self, bar: ProgressBar) -> None:
         for place, attempting in list(self._running.items()):
             state = attempting.poll(asked_to_stop=self._stops_sent > 0)
             if state is None:
                 continue
             del self._running[place]
             self.states[state.spec] = state
-            if state.is_finished:
-                bar.update()
-            elif state.record.problem:
+            if state.record.problem and not state.is_finished:
                 self._failed.append(state)
-            bar.write(f"{state.spec.title}: {_line(state)}")
+            bar.ended(state)
             self.after_run()
-        self._describe(bar)
 
     @contextlib.contextmanager
-    def _progress_bar(self) -> Iterator[tqdm]:
-        tqdm.monitor_interval = 0  # its thread would be in the way of forks
-        done = sum(state.is_finished for state in self.states.values())
-        with tqdm(total=len(self.states), initial=done, unit="run", mininterval=2) as bar:
-            self._describe(bar)
-            yield bar
-
-    def _describe(self, bar: tqdm) -> None:
-        best = max(
-            (
-                (state.outcome.final["AP"], spec.title)
-                for spec, state in self.states.items()
-                if state.is_finished and "AP" in state.outcome.final
-            ),
-            default=None,
-        )
-        parts = [f"{len(self._running)} running"]
-        parts += [] if best is None else [f"best AP {best[0]:.1f} ({best[1]})"]
-        bar.set_postfix_str(", ".join(parts), refresh=False)
+    def _no_orphans(self) -> Iterator[None]:
+        """If this process fails, as on a full disk, trainings save and stop, too."""
+        try:
+            yield
+        finally:
+            for attempting in self._running.values():
+                attempting.process.stop()
 
     @contextlib.contextmanager
     def _noted_signals(self) -> Iterator[None]:
@@ -168,34 +148,3 @@ class Runner:
         finally:
             for each, handler in before.items():
                 signal.signal(each, handler)
-
-
-def _line(state: RunState) -> str:
-    if not state.is_finished:
-        return state.text()
-    best = state.outcome.best("AP")
-    parts = [state.text()]
-    parts += [] if best is None else [f"best {best:.1f}"]
-    parts.append(f"{state.wall_seconds / 60:.1f} min")
-    return ", ".join(parts)
-
-
-@contextlib.contextmanager
-def exclusive(output_dir: Path) -> Iterator[int]:
-    """Yields a descriptor of a lock, which is free when all processes that have it have ended.
-
-    Trainings outlive an ablate.py that is killed; no other may be started in their folders.
-
-    Raises:
-        ConfigError: if it is not free.
-    """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with open(output_dir / _LOCK_FILE, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"trainings of another call still write to {output_dir}: wait until they end, or "
-                "choose another --output-dir."
-            ) from None
-        yield file.fileno()
