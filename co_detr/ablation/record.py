@@ -70,11 +70,6 @@ class RunRecord:
         return [(each, each.end) for each in self.attempts if each.end is not None]
 
     @property
-    def lost_attempts(self) -> int:
-        """Attempts of which nothing is known but their start."""
-        return len(self.attempts) - len(self.ended)
-
-    @property
     def problem(self) -> str | None:
         """Why the last attempt did not come to its end."""
         last = self.attempts[-1].end if self.attempts else None

@@ -44,6 +44,12 @@ class RunState:
         return self.cpu_seconds / done if done > 0 else None
 
     @property
+    def lost_attempts(self) -> int:
+        """Attempts whose end nobody saw; the last one of an unfinished run may be under way."""
+        over = self.record.attempts if self.is_finished else self.record.attempts[:-1]
+        return sum(attempt.end is None for attempt in over)
+
+    @property
     def peak_bytes(self) -> int:
         """On the GPU, or for a training on the CPU the resident memory."""
         resident = max((end.peak_bytes for _, end in self.record.ended), default=0)
@@ -57,7 +63,7 @@ class RunState:
         if self.record.problem:
             return f"failed: {self.record.problem}"
         if self.record.attempts:
-            return f"interrupted, {self.outcome.saved_iterations} iterations saved"
+            return f"begun, {self.outcome.saved_iterations} iterations saved"
         return "to do"
 
 

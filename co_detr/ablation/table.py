@@ -66,7 +66,7 @@ def _markdown(
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = ["| " + " | ".join(row) + " |" for row in (padded[0], rule, *padded[1:])]
     lines += ["", *(f"Environment: {each}" for each in environments)]
-    if any(state.record.lost_attempts for state in states):
+    if any(state.lost_attempts for state in states if state.is_finished):
         lines.append("Times lack those of processes that were not seen to end; see runs.csv.")
     lines += [
         f"Missing: {state.spec.title}: {state.text()}" for state in states if not state.is_finished
@@ -133,7 +133,7 @@ def _run_row(state: RunState) -> dict[str, Any]:
         "seconds_per_iteration": outcome.seconds_per_iteration,
         "peak_gib": state.peak_bytes / 2**30,
         "attempts": len(state.record.attempts),
-        "lost_attempts": state.record.lost_attempts,
+        "lost_attempts": state.lost_attempts,
         "folder": str(state.spec.folder),
     }
 

@@ -130,8 +130,6 @@ def test_configs_are_checked_before_anything_runs() -> None:
 def test_the_grid_of_the_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     grid = read_grid_file(str(EVIDENCE))
-    assert len(grid.variants) == 10
-    assert [len(variant.seeds) for variant in grid.variants] == [3, 3] + [1] * 8
-    there = tuple(variant for variant in grid.variants if Path(variant.config).exists())
-    assert len(there) >= 6
-    check_configs(Grid(there))
+    check_configs(grid)
+    several = {variant.name for variant in grid.variants if len(variant.seeds) > 1}
+    assert {"K = 0", "K = 2: ATSS, Faster R-CNN"} <= several

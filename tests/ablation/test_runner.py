@@ -87,7 +87,7 @@ def test_a_signal_stops_and_the_next_call_goes_on(fake_grid) -> None:
     assert fake_grid.calls == ["a seed0 1"]
     before = fake_grid.states()[0]
     done = before.outcome.saved_iterations
-    assert 0 < done < 4 and before.text() == f"interrupted, {done} iterations saved"
+    assert 0 < done < 4 and before.text() == f"begun, {done} iterations saved"
 
     assert fake_grid.run().left == 0
     after = fake_grid.states()[0]
@@ -168,7 +168,7 @@ def test_an_attempt_without_end_is_known(fake_grid) -> None:
     path.write_text(json.dumps(content))
     (state,) = fake_grid.states()
     assert state.is_finished  # the training has come to its end by itself
-    assert state.record.lost_attempts == 1
+    assert state.lost_attempts == 1
     assert state.cpu_seconds_per_iteration is None
 
 
