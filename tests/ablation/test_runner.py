@@ -61,6 +61,14 @@ def test_several_at_once(fake_grid) -> None:
     assert time.monotonic() - start < first.wall_seconds + second.wall_seconds
 
 
+def test_gpus_are_given_in_turn(fake_grid, monkeypatch) -> None:
+    monkeypatch.setattr(runner, "visible_gpus", lambda: ["3", "5"])
+    fake_grid.variants = {"A": (["seconds=0.2"], [0, 1, 2])}
+    fake_grid.run(jobs=3)
+    given = [(spec.folder / "gpu").read_text() for spec in fake_grid.specs]
+    assert given == ["3", "5", "3"]
+
+
 def test_a_failure_does_not_stop_the_others_and_can_be_mended(fake_grid) -> None:
     fake_grid.variants["A"] = (["fail=true"], [0, 1])
     report = fake_grid.run()
