@@ -145,7 +145,10 @@ setup(
     license="Apache-2.0",
     packages=[*find_packages(include=["co_detr", "co_detr.*"]), *config_packages()],
     package_dir=config_packages(),
-    package_data={"co_detr.demo": ["static/*", "templates/*"]},
+    package_data={
+        "co_detr.analysis": ["templates/*"],
+        "co_detr.demo": ["static/*", "templates/*"],
+    },
     python_requires=">=3.10",
     # Detectron2 is left out on purpose: an installed one is kept, whatever its distribution's name.
     install_requires=[
@@ -154,6 +157,7 @@ setup(
         "iopath",
         "omegaconf<2.4",
         "hydra-core",
+        "jinja2",
         "pycocotools",
         "scipy",
         "tabulate",

@@ -56,6 +56,10 @@ class LostProcessError(UserError):
     """One of several processes is gone, so that the others cannot go on."""
 
 
+class AnalysisError(UserError):
+    """A measure does not know a part of the model that it has to look into."""
+
+
 class ExportError(UserError):
     """A model cannot be exported, or an exported file is unreadable or differs from its model."""
 

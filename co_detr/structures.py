@@ -124,6 +124,8 @@ class QueryGroup:
         loss_weight: factor of every loss of the group.
         num_blocks: number of equal parts that do not see each other.
         sees: names of other groups that this one attends to.
+        tokens: ``(B, Q)`` index of the encoder token that each query was made from; None where it
+            was not made from one.
     """
 
     name: str
@@ -137,6 +139,7 @@ class QueryGroup:
     loss_weight: float = 1.0
     num_blocks: int = 1
     sees: tuple[str, ...] = ()
+    tokens: Tensor | None = None
 
     @property
     def num_queries(self) -> int:

@@ -4,7 +4,8 @@
     python tools/analyze_model.py --config-file configs/co_detr_r50.py --training --size 640x896
 
 Shows what the auxiliary part costs: parameters always, FLOPs in training, nothing at test time.
-One multiply-add is one FLOP; weights are random and images are noise, on the CPU.
+One multiply-add is one FLOP; weights are random and images are noise, on the CPU. What trained
+models do on real images: tools/analyze.py.
 """
 
 from __future__ import annotations

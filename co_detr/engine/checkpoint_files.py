@@ -31,6 +31,11 @@ def has_checkpoints(folder: str) -> bool:
     return os.path.isfile(os.path.join(folder, MARKER)) or bool(_saved(folder))
 
 
+def kept_checkpoints(folder: str) -> list[str]:
+    """Paths of the numbered checkpoints, the earliest first, and then of the final one."""
+    return [os.path.join(folder, name) for name in sorted(_saved(folder), key=_iteration)]
+
+
 def last_readable(folder: str) -> str:
     """Path of the newest checkpoint that is whole; warns if it is not the last one.
 

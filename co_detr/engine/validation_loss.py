@@ -98,7 +98,7 @@ class ValidationLoss:
         device = torch.device(self.settings.device)
         autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
         # The storage takes what heads log about themselves.
-        with _as_it_was(model, device), EventStorage(), torch.no_grad(), autocast:
+        with training_without_trace(model, device), EventStorage(), torch.no_grad(), autocast:
             for index, batch in zip(self.indices, self.loader, strict=True):
                 seed_everything("validation loss", self.settings.seed, index)
                 losses = model(batch)
@@ -145,7 +145,7 @@ def load_validation_set(cfg: DictConfig) -> ValidationSet | None:
 
 
 @contextmanager
-def _as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
+def training_without_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Training mode without side effects inside; modes and generators as before behind it."""
     modes = {module: module.training for module in model.modules()}
     devices = [device] if device.type == "cuda" else []

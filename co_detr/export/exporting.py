@@ -55,6 +55,8 @@ def export_detector(
     path = Path(path)
     _check(path, settings)
     model = detector.model
+    if model.decoder is None:
+        raise ConfigError("model.decoder is null: only detections of a decoder can be exported.")
     image_size = _image_size(model, settings.image_size)
     short_edge, max_size = _test_size(detector.cfg)
     graph = DetectionGraph(model, detector.cfg.dataloader.test.mapper.image_format).eval()

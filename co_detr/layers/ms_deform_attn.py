@@ -83,24 +83,30 @@ class MultiScaleDeformableAttention(nn.Module):
             ValueError: a shape does not fit; the message names the argument.
         """
         self._check(query, value, reference, level_shapes, padding_mask)
-        batch, queries, _ = query.shape
         projected = self.value_proj(value)
         if padding_mask is not None:
             projected = projected.masked_fill(padding_mask.unsqueeze(-1), 0.0)
         projected = projected.unflatten(-1, (self.num_heads, -1))  # (B, S, H, D)
+        locations, weights = self.sampling_points(query, reference, level_shapes)
+        output = ms_deform_attn(projected, level_shapes, locations, weights)
+        return self.output_proj(output)
 
-        dtype = accumulation_dtype(projected.dtype)
-        shape = (batch, queries, self.num_heads, self.num_levels, self.num_points)
-        offsets = self.sampling_offsets(query).to(dtype).view(*shape, 2)
+    def sampling_points(
+        self, query: Tensor, reference: Tensor, level_shapes: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Where ``query`` looks, and how much of each sample it takes; see ``forward``.
+
+        Returns:
+            locations ``(B, Q, H, L, P, 2)`` as (x, y) in [0, 1] of their padded level, and weights
+            ``(B, Q, H, L, P)`` that sum to 1 over levels and points, both of at least float32.
+        """
+        offsets = self.sampling_offsets(query)
+        dtype = accumulation_dtype(offsets.dtype)
+        shape = (*query.shape[:2], self.num_heads, self.num_levels, self.num_points)
+        offsets = offsets.to(dtype).view(*shape, 2)
         weights = self.attention_weights(query).to(dtype).view(*shape[:3], -1)
         weights = weights.softmax(-1).view(shape)
-        output = ms_deform_attn(
-            projected,
-            level_shapes,
-            self._locations(reference.to(dtype), offsets, level_shapes),
-            weights,
-        )
-        return self.output_proj(output)
+        return self._locations(reference.to(dtype), offsets, level_shapes), weights
 
     def _locations(
         self, reference: Tensor, offsets: Tensor, level_shapes: list[tuple[int, int]]

@@ -40,13 +40,14 @@ logger = logging.getLogger(__name__)
 
 Config = str | os.PathLike[str] | DictConfig
 
-# Auxiliary heads, and the query sources behind the first, which is the one of inference.
-_TRAINING_ONLY = re.compile(r"auxiliary\.|queries\.[1-9]")
+# Auxiliary heads, the query sources behind the first, which is the one of inference, and what that
+# one has for training.
+_TRAINING_ONLY = re.compile(r"auxiliary\.|queries\.[1-9]|queries\.0\.extra_content\.")
 
 
 @dataclass(frozen=True)
 class Detector:
-    """A model in eval mode without what only training uses.
+    """A model in eval mode, by default without what only training uses.
 
     Attributes:
         model: on the CPU.
@@ -65,6 +66,7 @@ def load_detector(
     *,
     overrides: Sequence[str] = (),
     unsafe: bool = False,
+    training_parts: bool = False,
 ) -> Detector:
     """Builds the model of a config with the classes of a checkpoint, and loads its weights.
 
@@ -76,6 +78,7 @@ def load_detector(
             train.init_checkpoint_weights="raw".
         overrides: ``key=value`` for the config.
         unsafe: let the file run code while it is read.
+        training_parts: keep the auxiliary heads and the query sources of training, for analysis.
 
     Raises:
         ConfigError: if there is no such config or key.
@@ -83,9 +86,7 @@ def load_detector(
     """
     cfg = _read_config(config, overrides)
     path = _checkpoint_file(config, checkpoint)
-    weights = cfg.train.get("init_checkpoint_weights", "ema")
-    content = choose_weights(read_checkpoint(path, unsafe), weights, path)
-    _require_state(content, path)
+    content = read_weights(path, cfg, unsafe)
     stored = stored_class_names(content)
     num_classes = _num_classes(content) or (len(stored) if stored else None)
     if num_classes and num_classes != cfg.model.num_classes:
@@ -95,11 +96,25 @@ def load_detector(
         )
         cfg.model.num_classes = num_classes
     model = instantiate(cfg.model)
-    if hasattr(model, "strip_auxiliary"):
+    # Without a decoder an auxiliary head is the detector.
+    training_parts = training_parts or getattr(model, "decoder", None) is None
+    if not training_parts:
         model.strip_auxiliary()
-    model.load_state_dict(_fitting_state(content, model))
+    model.load_state_dict(fitting_state(content, model, training_parts))
     names = _class_names(stored, cfg.model.num_classes, path)
     return Detector(model.eval().requires_grad_(False), names, cfg)
+
+
+def read_weights(path: str, cfg: DictConfig, unsafe: bool = False) -> dict[str, Any]:
+    """Content of a checkpoint; its ``model`` is the set of weights that ``cfg`` asks for.
+
+    Raises:
+        CheckpointError: if the file is unreadable or holds no weights.
+    """
+    weights = cfg.train.get("init_checkpoint_weights", "ema")
+    content = choose_weights(read_checkpoint(path, unsafe), weights, path)
+    _require_state(content, path)
+    return content
 
 
 def _read_config(config: Config, overrides: Sequence[str]) -> DictConfig:
@@ -157,14 +172,26 @@ def _class_names(stored: list[str] | None, num_classes: int, path: str) -> list[
     return [f"class {index}" for index in range(num_classes)]
 
 
-def _fitting_state(content: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """The weights for `model`, which has no training-only parts, under its names."""
+def fitting_state(
+    content: Mapping[str, Any], model: nn.Module, training_parts: bool = False
+) -> dict[str, Tensor]:
+    """The weights for `model` under its names.
+
+    Args:
+        content: as `read_weights` gives it.
+        model: has training-only parts if and only if `training_parts` is set.
+
+    Raises:
+        CheckpointError: if they do not fit.
+    """
     if is_official(content):
         return convert_official(official_state_dict(content), model).state_dict
     plain = {
         key.removeprefix("module."): torch.as_tensor(each) for key, each in unwrap(content).items()
     }
-    kept = {key: each for key, each in plain.items() if not _TRAINING_ONLY.match(key)}
+    kept = {
+        key: each for key, each in plain.items() if training_parts or not _TRAINING_ONLY.match(key)
+    }
     problems = misfits(kept, model)
     if any(problems.values()):
         raise mismatch_error(

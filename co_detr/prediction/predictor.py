@@ -82,7 +82,7 @@ class Predictor:
             raise ConfigError(f"the score threshold {score_threshold} must be from 0 to 1.")
         if batch_size < 1:
             raise ConfigError(f"the batch size {batch_size} must be at least 1.")
-        self.device = _device(device)
+        self.device = choose_device(device)
         self.score_threshold = score_threshold
         self.batch_size = batch_size
         detector = load_detector(config, checkpoint, overrides=overrides, unsafe=unsafe)
@@ -172,7 +172,12 @@ def make_sample(image: ImageSource, resize: T.Augmentation, image_format: str) -
     return Sample(rgb, torch.from_numpy(np.ascontiguousarray(resized.image.transpose(2, 0, 1))))
 
 
-def _device(name: str | None) -> torch.device:
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or by default a GPU if there is one.
+
+    Raises:
+        ConfigError: if there is no such device.
+    """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:

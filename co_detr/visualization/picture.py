@@ -47,7 +47,7 @@ def draw_picture(rgb: np.ndarray, boxes: Sequence[Box], colours: dict[str, Colou
     draw = ImageDraw.Draw(picture)
     shorter = min(picture.size)
     width = max(1, round(shorter / 250))
-    font = _font(max(11, round(shorter / 40)))
+    font = font_of(max(11, round(shorter / 40)))
     ranked = sorted(boxes, key=lambda box: box.score or 0.0)
     # The best ones are drawn last, on top of the others, and all labels on top of all frames.
     for box in ranked:
@@ -98,7 +98,7 @@ def _spread(count: int) -> list[Any]:
 
 
 @lru_cache(maxsize=8)
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    # Matplotlib's own: it is there on every machine and has more than Latin letters.
+def font_of(size: int) -> ImageFont.FreeTypeFont:
+    """Matplotlib's own font, which is there on every machine and has more than Latin letters."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     return ImageFont.truetype(str(folder / "DejaVuSans.ttf"), size)

@@ -89,6 +89,9 @@ class FasterRCNNHead(nn.Module):
     def reads_masks(self) -> bool:
         return self.roi_heads.mask_on
 
+    def ignore_masks(self) -> None:
+        self.roi_heads.mask_on = False
+
     def forward(
         self, images: ImageList, features: dict[str, Tensor], gt_instances: list[Instances]
     ) -> AuxiliaryOutput:

@@ -71,6 +71,12 @@ class HybridAssignmentHeads(nn.Module):
     def reads_masks(self) -> bool:
         return any(head.reads_masks for head in self.heads.values())
 
+    def ignore_masks(self) -> None:
+        """Lets heads that learn masks do without them, for data that have none."""
+        for head in self.heads.values():
+            if head.reads_masks:
+                head.ignore_masks()
+
     def forward(
         self, images: ImageList, memory: EncoderMemory, gt_instances: list[Instances]
     ) -> AuxiliaryBranch:

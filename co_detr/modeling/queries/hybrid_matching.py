@@ -76,6 +76,7 @@ class HybridMatchingQueries(TwoStageQueries):
             reference=reference,
             truth_repeats=self.repeats,
             loss_weight=self.loss_weight,
+            tokens=ranked.best[:, self.num_queries :],
         )
         return [self._matched_group(ranked), one_to_many]
 

@@ -136,6 +136,7 @@ class TwoStageQueries(QuerySource):
             position=self._position(reference) if self.with_position else None,
             reference=reference,
             proposals=EncoderProposals(predictions, binary=not best_class),
+            tokens=ranked.best[:, : self.num_queries],
         )
 
     def _position(self, reference: Tensor) -> Tensor:

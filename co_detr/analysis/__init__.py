@@ -1,0 +1,1 @@
+"""What trained models do inside: measures over real images, and the report that shows them."""

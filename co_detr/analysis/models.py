@@ -1,0 +1,152 @@
+"""The models to analyse: what names them on the command line, and how they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from co_detr.analysis.subject import Subject
+from co_detr.data.coco_file import shortened
+from co_detr.engine.checkpoint_files import FINAL, kept_checkpoints
+from co_detr.engine.selection import BEST
+from co_detr.errors import ConfigError
+from co_detr.modeling import CoDETR
+from co_detr.prediction.loading import load_detector
+
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class ModelArgument:
+    """Where a model comes from.
+
+    Attributes:
+        name: in the report.
+        config: a config file, or a name of the model zoo.
+        weights: the file that is analysed; None: those released for the model.
+        checkpoints: all that the run kept, the earliest first.
+    """
+
+    name: str
+    config: str
+    weights: str | None
+    checkpoints: tuple[Path, ...] = ()
+
+
+def parse_model(text: str) -> ModelArgument:
+    """Reads ``NAME=FOLDER``, ``NAME=CONFIG,WEIGHTS`` or ``NAME=CONFIG``; the name can be left out.
+
+    A folder is the output folder of a run, whose last weights are taken, or else its best ones. A
+    checkpoint alone lies in such a folder. The name ends at the last ``=``, so that it may have one
+    itself, as ``K = 2``.
+
+    Raises:
+        ConfigError: if the folder is missing or has no config or no weights.
+    """
+    name, _, place = (part.strip() for part in text.rpartition("="))
+    if not place:
+        raise ConfigError(
+            f"--model {text!r} names no model: write NAME=FOLDER, with the output folder of a run, "
+            "or NAME=CONFIG,WEIGHTS."
+        )
+    config, _, weights = (part.strip() for part in place.partition(","))
+    if weights:
+        return ModelArgument(name or Path(weights).stem, config, weights)
+    path = Path(config)
+    if path.is_dir():
+        return _of_run(name or path.resolve().name, path)
+    is_checkpoint = path.suffix == ".pth"
+    if ("/" in config or is_checkpoint) and not path.is_file():
+        raise ConfigError(
+            f"--model {text!r}: there is no {config}; name the output folder of a run, or a config "
+            "and weights, as in NAME=CONFIG,WEIGHTS."
+        )
+    if not is_checkpoint:
+        return ModelArgument(name or path.stem, config, None)
+    beside = path.parent / CONFIG
+    if not beside.is_file():
+        raise ConfigError(
+            f"--model {text!r}: there is no {CONFIG} beside the checkpoint; name its config, too, "
+            "as in NAME=CONFIG,WEIGHTS."
+        )
+    return ModelArgument(name or path.stem, str(beside), config)
+
+
+def _of_run(name: str, folder: Path) -> ModelArgument:
+    checkpoints = tuple(Path(path) for path in kept_checkpoints(str(folder)))
+    preferred = (folder / FINAL, folder / f"{BEST}.pth", *reversed(checkpoints))
+    weights = next((path for path in preferred if path.is_file()), None)
+    missing = [
+        what
+        for what, there in ((CONFIG, (folder / CONFIG).is_file()), ("checkpoint", weights))
+        if not there
+    ]
+    if missing:
+        raise ConfigError(
+            f"{folder} has no {' and no '.join(missing)}: name the output folder of a run, or a "
+            "config and weights, as in NAME=CONFIG,WEIGHTS."
+        )
+    return ModelArgument(name, str(folder / CONFIG), str(weights), checkpoints)
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of one analysis, all for the classes ``class_names``."""
+
+    subjects: tuple[Subject, ...]
+    class_names: list[str]
+
+
+def load_models(
+    arguments: Sequence[ModelArgument], device: torch.device, unsafe: bool = False
+) -> Models:
+    """Reads the models with all their parts and checks that they can be compared.
+
+    Raises:
+        ConfigError: if two have one name, other classes or another input, or one is no Co-DETR.
+        CheckpointError: if weights are unreadable or do not fit.
+    """
+    names = [each.name for each in arguments]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ConfigError(f'two models are called "{twice[0]}": give each --model its own name.')
+    subjects: list[Subject] = []
+    class_names: list[str] = []
+    for each in arguments:
+        detector = load_detector(each.config, each.weights, unsafe=unsafe, training_parts=True)
+        if not isinstance(detector.model, CoDETR):
+            raise ConfigError(
+                f"{each.config} builds a {type(detector.model).__name__}, but only Co-DETR models "
+                "can be analysed: name another config."
+            )
+        if detector.model.auxiliary is not None:
+            detector.model.auxiliary.ignore_masks()  # no measure looks at masks
+        subject = Subject(each.name, detector.model.to(device), detector.cfg, each.checkpoints)
+        if subjects:
+            _require_same_classes(subjects[0].name, class_names, each.name, detector.class_names)
+            _require_same_input(subjects[0], subject)
+        subjects.append(subject)
+        class_names = detector.class_names
+    return Models(tuple(subjects), class_names)
+
+
+def _require_same_classes(
+    first: str, first_names: Sequence[str], other: str, other_names: Sequence[str]
+) -> None:
+    if list(first_names) != list(other_names):
+        raise ConfigError(
+            f'"{first}" has the classes ({shortened(first_names)}) but "{other}" has '
+            f"({shortened(other_names)}): compare models that were trained on the same classes."
+        )
+
+
+def _require_same_input(first: Subject, other: Subject) -> None:
+    mappers = [each.cfg.dataloader.test.mapper for each in (first, other)]
+    if mappers[0] != mappers[1]:
+        raise ConfigError(
+            f'"{first.name}" and "{other.name}" resize images differently in the evaluation '
+            "(dataloader.test.mapper): analyse them one by one."
+        )

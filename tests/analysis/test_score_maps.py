@@ -1,0 +1,65 @@
+"""From values of tokens to maps over the image, which padding never reaches."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from co_detr.analysis.score_maps import Geometry, fold, score_maps
+from co_detr.modeling.encoder import shrink_mask
+from co_detr.modeling.postprocess import padding_mask
+
+
+def _shapes(padded):
+    return [(-(-padded[0] // stride), -(-padded[1] // stride)) for stride in (8, 16, 32)]
+
+
+@pytest.mark.parametrize("size, padded", [((90, 70), (96, 128)), ((33, 65), (33, 65))])
+def test_cells_inside_are_those_that_the_encoder_does_not_mask(size, padded):
+    shapes = _shapes(padded)
+    geometry = Geometry(size, padded, shapes)
+    mask = padding_mask([size], torch.Size([1, 3, *padded]), torch.device("cpu"))
+    for level, shape in enumerate(shapes):
+        inside = ~shrink_mask(mask, *shape)[0]
+        rows, columns = geometry.cells_inside(level)
+        assert inside.sum() == rows * columns and inside[:rows, :columns].all()
+
+
+def test_equation_7():
+    size, generator = (64, 96), torch.Generator().manual_seed(0)
+    geometry = Geometry(size, size, _shapes(size))
+    values = [torch.rand(shape, generator=generator) * 5 for shape in geometry.level_shapes]
+    maps = score_maps(values, geometry)
+    resized = [
+        F.interpolate((each / each.max())[None, None], size, mode="bilinear")[0, 0]
+        for each in values
+    ]
+    for found, expected in zip(maps.levels, resized, strict=True):
+        torch.testing.assert_close(found, expected)
+        assert found.shape == size and 0 <= found.min() and found.max() <= 1
+    torch.testing.assert_close(maps.fused, sum(resized) / 3)
+    assert list(maps.named()) == ["fused", "level 1", "level 2", "level 3"]
+
+
+def test_padding_changes_nothing():
+    size, padded = (64, 48), (64, 96)
+    geometry = Geometry(size, padded, _shapes(padded))
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.rand(shape, generator=generator) for shape in geometry.level_shapes]
+    alone = Geometry(size, size, _shapes(size))
+    expected = score_maps(
+        [each[: shape[0], : shape[1]] for each, shape in zip(values, _shapes(size), strict=True)],
+        alone,
+    )
+    for each, shape in zip(values, _shapes(size), strict=True):
+        each[:, shape[1] :] = 1e6
+    torch.testing.assert_close(score_maps(values, geometry).fused, expected.fused)
+
+
+def test_a_level_of_zeros_scores_zero():
+    geometry = Geometry((16, 16), (16, 16), [(2, 2)])
+    assert not score_maps([torch.zeros(2, 2)], geometry).fused.any()
+
+
+def test_fold_gives_every_level_its_tokens():
+    first, second = fold(torch.arange(8), [(2, 3), (1, 2)])
+    assert first.tolist() == [[0, 1, 2], [3, 4, 5]] and second.tolist() == [[6, 7]]

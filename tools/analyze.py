@@ -1,0 +1,28 @@
+#!/usr/bin/env python3
+"""Measures what trained models do and writes a report; `--help` shows examples."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# As in predict.py: threads that wait must not keep the cores busy; set before torch loads.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+from co_detr.noise import silence_dependencies
+
+silence_dependencies()
+
+from collections.abc import Sequence
+
+from co_detr.analysis.command_line import parse_arguments, run
+from co_detr.errors import exit_code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    return exit_code(lambda: run(options), options.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
