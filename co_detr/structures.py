@@ -30,6 +30,8 @@ class EncoderMemory:
         level_shapes: ``(H, W)`` of each level as python ints, so that splitting needs no sync.
         valid_ratios: ``(B, L, 2)``, un-padded share (width, height) of each level in (0, 1].
         image_sizes: un-padded ``(height, width)`` of each image in pixels.
+        position: ``(B, S, C)`` code of each token's position, which dense cross-attention adds to
+            its keys; None from the deformable encoder, as deformable attention has no keys.
     """
 
     tokens: Tensor
@@ -37,6 +39,7 @@ class EncoderMemory:
     level_shapes: list[tuple[int, int]]
     valid_ratios: Tensor
     image_sizes: list[tuple[int, int]]
+    position: Tensor | None = None
 
     def level_tokens(self) -> list[Tensor]:
         """Views ``(B, H*W, C)`` of the tokens, one per level."""
@@ -116,7 +119,8 @@ class QueryGroup:
         content: ``(B, Q, C)`` content queries.
         position: ``(B, Q, C)`` positional queries; None where the decoder derives them from the
             reference boxes.
-        reference: ``(B, Q, 4)`` normalised reference boxes, detached; or ``(B, Q, 2)`` points.
+        reference: ``(B, Q, 4)`` normalised reference boxes, or ``(B, Q, 2)`` points; detached,
+            except where they are parameters that learn.
         valid: ``(B, Q)`` bool, False for slots that only fill up the batch; None: all valid.
         targets: assigned targets, or None for Hungarian matching.
         proposals: encoder proposals that share the group's ground truth.

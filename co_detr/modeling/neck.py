@@ -23,7 +23,7 @@ class ChannelMapper(Backbone):
         in_features: names of its outputs to use, finest first.
         out_channels: width C of every level.
         num_extra_levels: coarser levels to add.
-        num_groups: groups of the normalisation.
+        num_groups: groups of the normalisation; None: no normalisation but a bias (DETR).
 
     Raises:
         ConfigError: if ``bottom_up`` lacks one of ``in_features``.
@@ -36,7 +36,7 @@ class ChannelMapper(Backbone):
         in_features: Sequence[str],
         out_channels: int,
         num_extra_levels: int = 1,
-        num_groups: int = 32,
+        num_groups: int | None = 32,
     ):
         super().__init__()
         shapes = bottom_up.output_shape()
@@ -57,8 +57,8 @@ class ChannelMapper(Backbone):
                 kernel_size,
                 stride=stride,
                 padding=kernel_size // 2,
-                bias=False,
-                norm=nn.GroupNorm(num_groups, out_channels),
+                bias=num_groups is None,
+                norm=None if num_groups is None else nn.GroupNorm(num_groups, out_channels),
             )
 
         self.lateral_convs = nn.ModuleList([unit(shape.channels, 1, 1) for shape in inputs])

@@ -14,13 +14,17 @@ class SelfAttention(nn.Module):
 
     The position is added to queries and keys, not to values (DETR). ``nn.MultiheadAttention``
     is not used: its mask has the opposite sense and is copied once per head.
+
+    Args:
+        dropout: in training, probability that an attention weight counts as 0.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int):
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0):
         super().__init__()
         if embed_dim % num_heads:
             raise ConfigError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}.")
         self.num_heads = num_heads
+        self.dropout = dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim))
         self.out_proj = nn.Linear(embed_dim, embed_dim)
@@ -48,29 +52,45 @@ class SelfAttention(nn.Module):
             content, self.in_proj_weight[2 * channels :], self.in_proj_bias[2 * channels :]
         )
         query, key = query_key.chunk(2, dim=-1)
-        query, key, value = (self._split_heads(x) for x in (query, key, value))
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attend_mask)
+        query, key, value = (split_heads(x, self.num_heads) for x in (query, key, value))
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=attend_mask, dropout_p=dropout
+        )
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, Q, C/heads)
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """``(B, Q, C)`` -> ``(B, heads, Q, C/heads)``."""
+    return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with ReLU between, ``(..., C) -> (..., C)``, without residual."""
+    """Two linear layers, ``(..., C) -> (..., C)``, without residual.
 
-    def __init__(self, embed_dim: int, hidden_dim: int, dropout: float = 0.0):
+    Args:
+        activation: between them; None: ReLU.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        hidden_dim: int,
+        dropout: float = 0.0,
+        activation: nn.Module | None = None,
+    ):
         super().__init__()
         self.linear1 = nn.Linear(embed_dim, hidden_dim)
         self.linear2 = nn.Linear(hidden_dim, embed_dim)
+        # In place: the hidden activations are the largest tensor of a layer.
+        self.activation = activation or nn.ReLU(inplace=True)
         self.dropout = nn.Dropout(dropout)
         for linear in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        # In place: the hidden activations are the largest tensor of a layer.
-        return self.linear2(self.dropout(F.relu(self.linear1(x), inplace=True)))
+        return self.linear2(self.dropout(self.activation(self.linear1(x))))
 
 
 class BoxHead(nn.Module):

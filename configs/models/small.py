@@ -19,20 +19,33 @@ DENSE_HEADS = {
 def make_small(model):
     """In place: thin ResNet-18 (group norm, nothing frozen), three levels, width 96, two encoder
     and three decoder layers, 60 queries, and heads to match for objects of 24 to 64 pixels."""
+    _make_small_transformer(model)
+    model.backbone.bottom_up.out_features = model.backbone.in_features = ["res3", "res4", "res5"]
+    model.backbone.num_extra_levels = 0
+    model.backbone.num_groups = 16
+    model.encoder.num_levels = 3
+    model.auxiliary.pyramid.finest = 3
+    _make_small_heads(model.auxiliary)
+
+
+def make_small_single_scale(model):
+    """The same for a model that encodes the last map of its backbone alone."""
+    _make_small_transformer(model)
+    _make_small_heads(model.auxiliary)
+
+
+def _make_small_transformer(model):
     bottom_up = model.backbone.bottom_up
     bottom_up.stem.update(out_channels=32, norm="GN")
     bottom_up.stages = L(resnet_stages)(depth=18, stem_channels=32, res2_channels=32, norm="GN")
     bottom_up.freeze_at = 0
-    bottom_up.out_features = model.backbone.in_features = ["res3", "res4", "res5"]
-    model.backbone.num_extra_levels = 0
-    model.backbone.num_groups = 16
-
-    model.encoder.update(embed_dim=96, num_heads=4, num_levels=3, num_layers=2, feedforward_dim=256)
+    model.encoder.update(embed_dim=96, num_heads=4, num_layers=2, feedforward_dim=256)
     model.decoder.num_layers = 3
     model.queries[0].num_queries = 60
 
-    auxiliary = model.auxiliary
-    auxiliary.pyramid.update(finest=3, num_groups=16)
+
+def _make_small_heads(auxiliary):
+    auxiliary.pyramid.num_groups = 16
     auxiliary.positive_queries.max_queries = 60
     for name, settings in DENSE_HEADS.items():
         if name in auxiliary:

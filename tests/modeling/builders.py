@@ -47,7 +47,9 @@ def shrink(cfg: DictConfig) -> DictConfig:
     _shrink_backbone(model.backbone)
     if "padding" in model:
         model.padding.square_size = 128
-    model.encoder.update(embed_dim=32, num_heads=4, num_layers=2, num_points=2, feedforward_dim=48)
+    model.encoder.update(embed_dim=32, num_heads=4, num_layers=2, feedforward_dim=48)
+    if "num_points" in model.encoder:
+        model.encoder.num_points = 2
     if model.decoder is not None:
         model.decoder.num_layers = 2
         model.queries[0].num_queries = NUM_QUERIES
@@ -85,7 +87,8 @@ def _shrink_backbone(backbone: DictConfig) -> None:
         bottom_up.update(embed_dim=32, depth=3, num_heads=2, window_size=3, global_blocks=[1])
         bottom_up.update(pretrain_image_size=64, drop_path_rate=0.0)
         return  # the pyramid has the width of the vision transformer
-    backbone.num_groups = 8
+    if backbone.get("num_groups", 32) is not None:
+        backbone.num_groups = 8
     if bottom_up._target_ is SwinTransformer:
         bottom_up.update(embed_dim=8, depths=[2, 2, 2, 2], num_heads=[1, 2, 4, 4], window_size=3)
         bottom_up.drop_path_rate = 0.0

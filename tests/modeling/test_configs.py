@@ -7,7 +7,8 @@ from torch import nn
 
 from co_detr.engine.config import load_config
 from co_detr.modeling import TopKPostprocessor
-from co_detr.modeling.auxiliary import DenseHead
+from co_detr.modeling.auxiliary import DenseHead, SimplePyramid
+from co_detr.modeling.single_scale import ConditionalDecoder, DABDecoder
 from tests.modeling.builders import (
     CONFIGS,
     EXPERIMENTS,
@@ -25,6 +26,8 @@ from tests.modeling.builders import (
 ALL_HEADS = ["roi", "atss", "retinanet", "fcos", "paa", "gfl"]
 HEADS = {  # all others: roi and atss
     "deformable_detr_r50": [],
+    "conditional_detr_r50": [],
+    "dab_detr_r50": [],
     "co_detr_r50_atss": ["atss"],
     "co_detr_r50_k6": ALL_HEADS,
     "quickstart_k6": ALL_HEADS,
@@ -32,6 +35,10 @@ HEADS = {  # all others: roi and atss
 # One experiment of every family; the others differ from one of these in numbers only.
 MEMBERS = [
     "deformable_detr_r50",
+    "conditional_detr_r50",
+    "dab_detr_r50",
+    "co_conditional_detr_r50",
+    "co_dab_detr_r50",
     "co_detr_r50_atss",
     "co_detr_r50",
     "co_detr_r50_mask_rcnn",
@@ -74,14 +81,18 @@ def test_full_size_model(name):
     levels = model.backbone.output_shape()
     assert len(levels) == model.encoder.num_levels
     if model.auxiliary is not None:
-        # The heads read the encoder's levels, at their strides, and one more.
-        strides = [shape.stride for shape in levels.values()]
-        strides.append(2 * strides[-1])
+        if isinstance(model.auxiliary.pyramid, SimplePyramid):
+            strides, names = [8, 16, 32, 64, 128], model.auxiliary.pyramid.names
+        else:
+            # The heads read the encoder's levels, at their strides, and one more.
+            strides = [shape.stride for shape in levels.values()]
+            strides.append(2 * strides[-1])
+            names = [*levels, f"p{strides[-1].bit_length() - 1}"]
         atss = model.auxiliary.heads.atss
         for head in model.auxiliary.heads.values():
             if isinstance(head, DenseHead):
                 assert head.strides == strides
-                assert head.in_features[:-1] == list(levels)
+                assert head.in_features == names
         assert model.auxiliary.loss_weight == 2.0 * model.decoder.num_layers
     if "roi" in heads_of(model):
         roi = model.auxiliary.heads.roi
@@ -110,7 +121,8 @@ def family(name):
     return (
         model.backbone.bottom_up._target_,
         len(model.backbone.get("in_features", [])),
-        model.encoder.num_levels,
+        model.encoder.get("num_levels"),
+        model.decoder._target_,
         [source._target_ for source in model.queries],
         model.postprocessor._target_,
         "padding" in model,
@@ -140,7 +152,12 @@ def test_one_step_and_one_detection(name):
     optimizer.step()
     still = [key for key, value in model.named_parameters() if torch.equal(value, before[key])]
     # Dense heads have a scale per level, and none learns where no anchor is positive.
-    assert not [key for key in still if ".scales." not in key]
+    idle = [".scales."]
+    if model.auxiliary is None and isinstance(model.decoder, (ConditionalDecoder, DABDecoder)):
+        # The first layer's queries have no content, which positive queries would have.
+        first = "decoder.layers.0.self_attention"
+        idle += [f"{first}.{part}.weight" for part in ("query_content", "key_content", "value")]
+    assert not [key for key in still if not any(part in key for part in idle)]
     for found, sample in zip(detect(model, batch), batch, strict=True):
         assert found.image_size == (sample["height"], sample["width"])
         if isinstance(model.postprocessor, TopKPostprocessor):
@@ -210,7 +227,9 @@ def test_number_of_classes_reaches_every_part(name):
     # A backbone's own number is that of a classifier.
     counted = [module for module in counted if module not in set(model.backbone.modules())]
     assert {module.num_classes for module in counted} == {3}
-    class_heads = [*model.decoder.class_heads, model.queries[0].class_head]
+    class_heads = [*model.decoder.class_heads]
+    if hasattr(model.queries[0], "class_head"):
+        class_heads.append(model.queries[0].class_head)
     assert all(isinstance(head, nn.Linear) and head.out_features == 3 for head in class_heads)
     if "atss" in heads_of(model):
         assert model.auxiliary.heads.atss.class_logits.out_channels == 3

@@ -25,6 +25,7 @@ from co_detr.modeling.auxiliary.hybrid import AuxiliaryBranch, HybridAssignmentH
 from co_detr.modeling.auxiliary.paa import PAAHead
 from co_detr.modeling.auxiliary.pyramid import ExtraLevel
 from co_detr.modeling.auxiliary.retinanet import RetinaNetHead
+from co_detr.modeling.auxiliary.simple_pyramid import SimplePyramid
 from co_detr.modeling.auxiliary.towers import TowerHead
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "PAAAssigner",
     "PAAHead",
     "RetinaNetHead",
+    "SimplePyramid",
     "SmoothL1Criterion",
     "TowerHead",
 ]

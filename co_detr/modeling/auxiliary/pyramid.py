@@ -21,12 +21,16 @@ class ExtraLevel(nn.Module):
     def __init__(self, *, embed_dim: int, finest: int = 3, num_groups: int = 32):
         super().__init__()
         self.finest = finest
-        self.conv = Conv2d(
-            embed_dim, embed_dim, 3, stride=2, padding=1, norm=nn.GroupNorm(num_groups, embed_dim)
-        )
+        self.conv = normed_conv(embed_dim, num_groups, stride=2)
 
     def forward(self, memory: EncoderMemory) -> dict[str, Tensor]:
         """Encoder memory -> maps ``(B, C, H, W)`` by name, finest first."""
         maps = memory.maps()
         maps.append(self.conv(maps[-1]))
         return {f"p{self.finest + level}": each for level, each in enumerate(maps)}
+
+
+def normed_conv(embed_dim: int, num_groups: int, stride: int = 1) -> Conv2d:
+    """3x3 convolution and GroupNorm, ``(B, C, H, W)`` -> ``(B, C, H/stride, W/stride)``."""
+    norm = nn.GroupNorm(num_groups, embed_dim)
+    return Conv2d(embed_dim, embed_dim, 3, stride=stride, padding=1, norm=norm)

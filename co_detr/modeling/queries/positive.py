@@ -40,14 +40,18 @@ class PositiveQueries(nn.Module):
        (``padding="negatives"``) or with masked slots that no loss sees (``padding="mask"``).
        Where the background candidates run out, the rest is masked. ``padding="unmasked"`` is
        "mask" with slots that other queries attend to, as the reference's Co-DINO has it.
-    3. A projected sine code of the candidate's box gives the queries. ``with_features``
-       (Co-Deformable-DETR): one half is the positional query, to which a learned scalar of the
-       head is added, the other half and the candidate's projected feature are the content.
-       Without (Co-DINO): the code is the content, and the decoder derives the position.
+    3. A projected sine code of the candidate's box gives the queries. ``with_position``: one half
+       is the positional query, to which a learned scalar of the head is added, the other half is
+       the content. Without, all of it is the content, and the decoder derives the position.
+       ``with_features`` adds the candidate's projected feature to the content.
+       Co-Deformable-DETR has both, Co-DINO none.
 
     The targets are the ground truths that the head had assigned; there is no matching.
     Source: Co-DETR section 3.3 ("Customized Positive Queries Generation"); ``get_aux_targets``
     and ``forward_aux`` of the reference, including the scalar head embedding.
+
+    Args:
+        with_position: None: as ``with_features``.
 
     Attributes:
         permutation: ``n -> (n,)`` random order; replaceable, so that recorded draws can be fed.
@@ -59,6 +63,7 @@ class PositiveQueries(nn.Module):
         num_classes: int,
         embed_dim: int,
         with_features: bool = True,
+        with_position: bool | None = None,
         padding: Literal["negatives", "mask", "unmasked"] = "negatives",
         min_queries: int = 9,
         max_queries: int = 300,
@@ -76,13 +81,15 @@ class PositiveQueries(nn.Module):
         self.max_queries = max_queries
         self.loss_weight = loss_weight
         self.permutation: Callable[[int], Tensor] = torch.randperm
-        width = 2 * embed_dim if with_features else embed_dim
+        self.with_features = with_features
+        self.with_position = with_features if with_position is None else with_position
+        width = 2 * embed_dim if self.with_position else embed_dim
         self.position_proj = nn.Linear(2 * embed_dim, width)
         self.position_norm = nn.LayerNorm(width)
-        self.with_features = with_features
-        if with_features:
+        if self.with_features:
             self.feature_proj = nn.Linear(embed_dim, embed_dim)
             self.feature_norm = nn.LayerNorm(embed_dim)
+        if self.with_position:
             self.head_embedding = nn.Parameter(torch.empty(1))
         self.reset_parameters()
 
@@ -93,6 +100,7 @@ class PositiveQueries(nn.Module):
         if self.with_features:
             nn.init.xavier_uniform_(self.feature_proj.weight)
             nn.init.zeros_(self.feature_proj.bias)
+        if self.with_position:
             nn.init.normal_(self.head_embedding)
 
     def forward(
@@ -122,10 +130,11 @@ class PositiveQueries(nn.Module):
         # that of the box cut to (0, 1).
         code = encode_boxes(inverse_sigmoid(boxes).sigmoid(), self.embed_dim // 2)
         position, content = None, self.position_norm(self.position_proj(code))
-        if self.with_features:
+        if self.with_position:
             position, content = content.chunk(2, dim=-1)
-            content = content + self.feature_norm(self.feature_proj(torch.stack(features)))
             position = position + self.head_embedding
+        if self.with_features:
+            content = content + self.feature_norm(self.feature_proj(torch.stack(features)))
         all_seen = self.padding == "unmasked" or all(
             len(slots.indices) == slots.num_slots for slots in chosen
         )
