@@ -21,10 +21,10 @@ ALL, MATCHED = "all queries", "matched queries"
 LAST, MEAN = "last layer", "mean of layers"
 
 _TEXT = """The score of a location is the attention that it gets in the decoder's cross-attention, \
-summed over heads and queries: each sampled point puts its weight on the four cells that it is \
-interpolated from. Scores then become maps and curves as those of the encoder: each level is \
-divided by its largest score, resized to the image, and levels are averaged; IoF and IoB are \
-averaged over the {images} images that have objects and background.
+summed over heads and queries; of deformable attention each sampled point puts its weight on the \
+four cells that it is interpolated from. Scores then become maps and curves as those of the \
+encoder: each level is divided by its largest score, resized to the image, and levels are \
+averaged; IoF and IoB are averaged over the {images} images that have objects and background.
 
 "All queries" are those of inference. "Matched queries" are those among them that one-to-one \
 matching gives an object, one for each, as in training; they are told apart without any threshold \

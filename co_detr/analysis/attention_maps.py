@@ -11,8 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from co_detr.analysis.score_maps import fold
 from co_detr.errors import AnalysisError
 from co_detr.layers import MultiScaleDeformableAttention
+from co_detr.modeling.single_scale.attention import ConditionalCrossAttention
 
 
 class Attention(Protocol):
@@ -51,6 +53,23 @@ class SampledAttention:
             splat(self.locations[queries, :, level], self.weights[queries, :, level], shape)
             for level, shape in enumerate(self.level_shapes)
         ]
+
+
+@dataclass(frozen=True)
+class DenseAttention:
+    """Standard attention of Q queries of one image to all S tokens.
+
+    Attributes:
+        weights: ``(Q, H, S)``.
+        level_shapes: (height, width) of each level.
+    """
+
+    weights: Tensor
+    level_shapes: Sequence[tuple[int, int]]
+
+    def maps(self, queries: Tensor) -> list[Tensor]:
+        """See `Attention`; the weights of heads are summed."""
+        return fold(self.weights[queries].sum((0, 1)), self.level_shapes)
 
 
 def splat(locations: Tensor, weights: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -92,9 +111,20 @@ def _sampled(
     return SampledAttention(locations[0], weights[0], shapes)
 
 
+def _conditional(
+    module: ConditionalCrossAttention, arguments: Mapping[str, object]
+) -> DenseAttention:
+    memory = arguments["memory"]
+    query, key = module.query_and_key(**arguments)
+    similarity = query[0] @ key[0].transpose(-1, -2) / query.shape[-1] ** 0.5  # (H, Q, S)
+    similarity = similarity.masked_fill(memory.padding_mask[0], float("-inf"))
+    return DenseAttention(similarity.softmax(-1).transpose(0, 1), memory.level_shapes)
+
+
 # What a call of an attention module attends to, by the module's type, from its named arguments.
 _ADAPTERS: dict[type[nn.Module], Callable[[nn.Module, Mapping[str, object]], Attention]] = {
     MultiScaleDeformableAttention: _sampled,
+    ConditionalCrossAttention: _conditional,
 }
 
 

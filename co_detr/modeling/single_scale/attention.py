@@ -83,14 +83,19 @@ class ConditionalCrossAttention(_ProjectedAttention):
         self, content: Tensor, position: Tensor, spatial: Tensor, memory: EncoderMemory
     ) -> Tensor:
         """``content, position, spatial (B, Q, C)`` -> ``(B, Q, C)``, without residual."""
+        query, key = self.query_and_key(content, position, spatial, memory)
+        value = self._split(self.value(memory.tokens))
+        return self._attend(query, key, value, ~memory.padding_mask[:, None, None])
+
+    def query_and_key(
+        self, content: Tensor, position: Tensor, spatial: Tensor, memory: EncoderMemory
+    ) -> tuple[Tensor, Tensor]:
+        """What is compared: ``(B, heads, Q, 2 C/heads)`` and ``(B, heads, S, 2 C/heads)``."""
         query = self.query_content(content)
         key = self.key_content(memory.tokens)
         key_position = self.key_position(memory.position)
         if self.query_position is not None:
             query = query + self.query_position(position)
             key = key + key_position
-        # (B, heads, Q or S, 2 C/heads)
         query = torch.cat([self._split(query), self._split(self.query_spatial(spatial))], dim=-1)
-        key = torch.cat([self._split(key), self._split(key_position)], dim=-1)
-        value = self._split(self.value(memory.tokens))
-        return self._attend(query, key, value, ~memory.padding_mask[:, None, None])
+        return query, torch.cat([self._split(key), self._split(key_position)], dim=-1)
