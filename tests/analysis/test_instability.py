@@ -15,6 +15,7 @@ from co_detr.analysis.instability import (
 )
 from co_detr.analysis.matching import QueryMatching, match_queries
 from co_detr.engine.checkpoint import Checkpointer
+from co_detr.prediction.loading import fitting_state
 from tests.analysis.cases import plain, tiny_samples, tiny_subject
 from tests.modeling.builders import randomise, tiny_model
 
@@ -123,3 +124,21 @@ def test_section_shows_what_can_be_compared(subject):
     assert section.numbers["intervals"]["one checkpoint"] == []
     nothing = measure_instability([alone], tiny_samples(), plain)
     assert not nothing.tables and not nothing.charts
+
+
+def test_without_a_decoder_there_is_no_matching(subject):
+    subject.model.decoder = None
+    section = measure_instability([subject], tiny_samples(), plain)
+    assert "mine has no decoder" in section.text and "fewer than two" not in section.text
+    assert not section.tables
+
+
+@pytest.mark.parametrize("training_parts", [False, True])
+def test_weights_of_training_parts_are_read_only_where_the_model_has_them(training_parts):
+    model = tiny_model(2)
+    state = model.state_dict()
+    if not training_parts:
+        state["queries.0.extra_content.weight"] = torch.zeros(3, 4)  # H-DETR
+        model.strip_auxiliary()
+    kept = fitting_state({"model": state}, model, training_parts)
+    assert kept.keys() == model.state_dict().keys()

@@ -122,3 +122,10 @@ def test_section_names_every_source_and_the_plain_model():
 def test_images_without_objects():
     section = measure_positives([tiny_subject(2)], tiny_samples(((96, 128),), (0,)), plain)
     assert "no ground truth" in section.text and not section.charts
+
+
+def test_a_model_without_a_decoder_has_auxiliary_heads_only():
+    subject = tiny_subject(2)
+    subject.model.decoder = None
+    section = measure_positives([subject], tiny_samples(), plain)
+    assert [row[1] for row in section.tables[0].rows] == ["roi", "atss"]

@@ -9,7 +9,9 @@ from detectron2.config import instantiate
 
 from co_detr.engine.config import apply_overrides, load_config
 from co_detr.errors import ConfigError
+from co_detr.export.exporting import ExportSettings, export_detector
 from co_detr.modeling.boxes import inverse_sigmoid
+from co_detr.prediction.loading import Detector, load_detector
 from co_detr.structures import QuerySet
 from tests.modeling.builders import (
     CONFIGS,
@@ -265,3 +267,24 @@ def test_nothing_is_left_to_strip_without_a_decoder():
     with pytest.raises(ConfigError, match="model.decoder is null"):
         model.strip_auxiliary()
     assert detect(model, make_batch())
+
+
+@pytest.mark.parametrize("name", ["atss_on_encoder_r50", "h_deformable_detr_r50", "group_detr_r50"])
+def test_checkpoints_are_read_for_prediction(name, tmp_path):
+    model = build(name)
+    randomise(model)
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+    cfg = shrink(load_config(str(CONFIGS / "baselines" / f"{name}.py")))
+    cfg.model.num_classes = NUM_CLASSES
+    detector = load_detector(cfg, tmp_path / "model.pth")
+    batch = make_batch()
+    for one, other in zip(detect(detector.model, batch), detect(model, batch), strict=True):
+        assert torch.equal(one.scores, other.scores)
+
+
+def test_a_head_cannot_be_exported(tmp_path):
+    cfg = shrink(load_config(str(CONFIGS / "baselines" / "atss_on_encoder_r50.py")))
+    detector = Detector(instantiate(cfg.model), [], cfg)
+    with pytest.raises(ConfigError, match="model.decoder is null: only detections of a decoder"):
+        settings = ExportSettings(format="torch_export")
+        export_detector(detector, "atss", tmp_path / "model.pt2", settings)
