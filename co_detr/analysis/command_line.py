@@ -142,7 +142,7 @@ def _measured(
     key: str, measure: Measure, models: Models, samples: MappedSamples, seed: int, folder: Path
 ) -> RenderedSection:
     seed_everything("analysis", seed, key)  # whatever was measured before
-    progress = functools.partial(tqdm, desc=key, unit="image", leave=False)
+    progress = functools.partial(tqdm, desc=key, unit="image", leave=False, disable=None)
     rendered = render(measure(models.subjects, samples, progress))
     write_section(rendered, folder)
     print(f"{key}: done.", flush=True)
