@@ -44,7 +44,7 @@ def train_net(tiny_data: TinyData):
             [*launcher, str(ROOT / "train_net.py"), "--config-file", config, *arguments],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
             cwd=ROOT,
             env=os.environ
             | {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"},

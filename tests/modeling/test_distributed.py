@@ -24,7 +24,7 @@ def two_processes(tmp_path_factory):
         [sys.executable, *launcher, worker, str(output)],
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=300,
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )

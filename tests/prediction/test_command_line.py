@@ -178,7 +178,7 @@ def script(*arguments: str) -> subprocess.CompletedProcess:
         [sys.executable, str(ROOT / "predict.py"), *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
