@@ -35,8 +35,6 @@ class DenseHead(nn.Module):
         test_topk, test_nms, max_detections: used by ``inference`` only.
     """
 
-    reads_masks = False
-
     def __init__(
         self,
         *,

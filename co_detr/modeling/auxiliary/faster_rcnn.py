@@ -90,6 +90,7 @@ class FasterRCNNHead(nn.Module):
         return self.roi_heads.mask_on
 
     def ignore_masks(self) -> None:
+        """From now on the mask head neither learns nor predicts."""
         self.roi_heads.mask_on = False
 
     def forward(

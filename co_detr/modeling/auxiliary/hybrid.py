@@ -25,10 +25,11 @@ class HybridAssignmentHeads(nn.Module):
     """K one-to-many heads on the encoder output (Co-DETR section 3.2 and 3.3).
 
     A head is any module with ``forward(images, features, gt_instances) -> AuxiliaryOutput`` and
-    ``inference(images, features) -> list[Instances]``, and ``reads_masks``, which says whether its
-    ground truth needs ``gt_masks``. Heads are keyword arguments: their names
-    become prefixes of losses and paths of config overrides (``model.auxiliary.atss...``). One that
-    is None is left out, so that an override can switch it off (``model.auxiliary.atss=null``).
+    ``inference(images, features) -> list[Instances]``. One that learns masks also has
+    ``reads_masks`` and ``ignore_masks``, see `FasterRCNNHead`. Heads are keyword arguments: their
+    names become prefixes of losses and paths of config overrides (``model.auxiliary.atss...``).
+    One that is None is left out, so that an override can switch it off
+    (``model.auxiliary.atss=null``).
 
     Args:
         pyramid: adapter from ``EncoderMemory`` to the maps that heads read.
@@ -69,12 +70,13 @@ class HybridAssignmentHeads(nn.Module):
 
     @property
     def reads_masks(self) -> bool:
-        return any(head.reads_masks for head in self.heads.values())
+        """Whether the ground truth needs ``gt_masks``."""
+        return any(_reads_masks(head) for head in self.heads.values())
 
     def ignore_masks(self) -> None:
         """Lets heads that learn masks do without them, for data that have none."""
         for head in self.heads.values():
-            if head.reads_masks:
+            if _reads_masks(head):
                 head.ignore_masks()
 
     def forward(
@@ -103,3 +105,7 @@ class HybridAssignmentHeads(nn.Module):
     def inference(self, name: str, images: ImageList, memory: EncoderMemory) -> list[Instances]:
         """Detections of one head alone, for analysis (Co-DETR table 11); needs ``eval()``."""
         return self.heads[name].inference(images, self.pyramid(memory))
+
+
+def _reads_masks(head: nn.Module) -> bool:
+    return getattr(head, "reads_masks", False)

@@ -71,7 +71,7 @@ class HybridMatchingQueries(TwoStageQueries):
         reference = ranked.references(self.num_queries, self.num_queries + len(content))
         one_to_many = QueryGroup(
             name="one_to_many",
-            content=content.expand(len(reference), -1, -1),
+            content=content.expand(reference.shape[0], -1, -1),
             position=self._position(reference) if self.with_position else None,
             reference=reference,
             truth_repeats=self.repeats,

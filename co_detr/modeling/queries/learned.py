@@ -42,7 +42,7 @@ class LearnedQueries(QuerySource):
         self, memory: EncoderMemory, ground_truth: list[GroundTruth] | None = None
     ) -> QueryGroup:
         """Makes the group; its reference points ``(B, Q, 2)`` keep their gradient."""
-        batch = len(memory.tokens)
+        batch = memory.tokens.shape[0]
         position = self.position.weight
         # Of their own, so that half precision does not move points by pixels.
         with torch.autocast(position.device.type, enabled=False):

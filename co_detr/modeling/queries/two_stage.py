@@ -132,7 +132,7 @@ class TwoStageQueries(QuerySource):
         reference = ranked.references(0, self.num_queries)
         return QueryGroup(
             name=self.name,
-            content=self.content.weight.expand(len(reference), -1, -1),
+            content=self.content.weight.expand(reference.shape[0], -1, -1),
             position=self._position(reference) if self.with_position else None,
             reference=reference,
             proposals=EncoderProposals(predictions, binary=not best_class),
