@@ -41,7 +41,8 @@ def head_losses(model: CoDETR, images: ImageList, truth: Instances) -> HeadLosse
 
 
 def _matching_loss(model: CoDETR, output: TrainingOutput) -> Tensor:
-    index = next(i for i, source in enumerate(model.queries) if not source.training_only)
+    # By name: a source may make several groups in training.
+    index = [group.name for group in output.groups].index(model.inference_source.name)
     predictions, targets = output.predictions[index], output.targets[index]
     counts = model.criterion.count_positives(targets)
     terms = model.criterion(predictions, targets, output.memory.image_sizes, counts)

@@ -36,8 +36,7 @@ def match_queries(model: CoDETR, memory: EncoderMemory, truth: Instances) -> Que
         memory: encoder output.
         truth: ``gt_boxes`` in absolute pixels of the network input, and ``gt_classes``.
     """
-    source = next(source for source in model.queries if not source.training_only)
-    group = source(memory)
+    group = model.inference_source(memory)
     predictions = model.decoder(QuerySet.concat([group]), memory)
     size = tuple(memory.image_sizes[0])
     normalised = normalised_truth(truth, size, predictions.boxes)

@@ -102,9 +102,9 @@ def count_positives(
             seed_everything("positive queries", seed, number)
             truth = sample.input["instances"].to(model.device)
             areas.append(truth.gt_boxes.area().cpu().numpy())
-            for name, (assigned, used) in _count_image(model, sample.input, truth).items():
-                counts[name].append(assigned)
-                queries[name].append(used)
+            for name, found in _count_image(model, sample.input, truth).items():
+                counts[name].append(found.assigned)
+                queries[name].append(found.queries)
     return PositiveCounts(
         _joined(areas),
         {name: _joined(each) for name, each in counts.items()},
@@ -112,17 +112,23 @@ def count_positives(
     )
 
 
-def _count_image(
-    model: CoDETR, batched_input: dict, truth: Instances
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By source, ``(G,)`` assigned candidates and ``(G,)`` queries."""
+@dataclass(frozen=True)
+class _ImageCounts:
+    """``(G,)`` candidates that a source assigned to each ground truth, and its queries of them."""
+
+    assigned: np.ndarray
+    queries: np.ndarray
+
+
+def _count_image(model: CoDETR, batched_input: dict, truth: Instances) -> dict[str, _ImageCounts]:
+    """Counts by source."""
     images = model.preprocess([batched_input])
     memory = model.encode(images)
     found = {}
     if model.decoder is not None:
         matched = match_queries(model, memory, truth).truths
         each_once = np.bincount(matched[matched >= 0], minlength=len(truth))
-        found[MATCHED] = each_once, each_once
+        found[MATCHED] = _ImageCounts(each_once, each_once)
     if model.auxiliary is None:
         return found
     size = tuple(images.image_sizes[0])
@@ -145,7 +151,7 @@ def _count_image(
             used = count_per_truth(
                 targets.labels[0, 0], targets.boxes[0, 0], truth.gt_classes, boxes
             )
-        found[name] = (assigned, used)
+        found[name] = _ImageCounts(assigned, used)
     return found
 
 

@@ -98,5 +98,5 @@ class DetectionGraph(nn.Module):
 def num_pairs(model: CoDETR) -> int:
     """How many (query, class) pairs the graph gives: those that post-processing starts from."""
     if isinstance(model.postprocessor, SoftNMSPostprocessor):
-        return next(source for source in model.queries if not source.training_only).num_queries
+        return model.inference_source.num_queries
     return model.postprocessor.max_detections

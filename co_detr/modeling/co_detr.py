@@ -101,6 +101,11 @@ class CoDETR(nn.Module):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
+    @property
+    def inference_source(self) -> QuerySource:
+        """The one query source that is not for training alone; needs a decoder."""
+        return next(source for source in self.queries if not source.training_only)
+
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
         """Detectron2's contract for detectors.
 
@@ -165,8 +170,7 @@ class CoDETR(nn.Module):
 
     def decode(self, memory: EncoderMemory) -> tuple[Tensor, Tensor]:
         """Logits ``(B, Q, K)`` and normalised boxes ``(B, Q, 4)`` of the last layer."""
-        source = next(source for source in self.queries if not source.training_only)
-        predictions = self.decoder(QuerySet.concat([source(memory)]), memory)
+        predictions = self.decoder(QuerySet.concat([self.inference_source(memory)]), memory)
         return predictions.logits[-1], predictions.boxes[-1]
 
     def training_step(self, images: ImageList, gt_instances: list[Instances]) -> TrainingOutput:

@@ -206,6 +206,22 @@ def test_points_can_be_refined_to_boxes():
     assert model.decoder.box_heads[0] is not model.decoder.box_heads[1]
 
 
+def test_learned_queries_have_groups_too():
+    cfg = shrink(load_config(str(CONFIGS / "baselines" / "deformable_detr_single_stage_r50.py")))
+    cfg.model.num_classes = NUM_CLASSES
+    cfg.model.queries.append(copy.deepcopy(cfg.model.queries[0]))
+    cfg.model.queries[1].update(name="group1", training_only=True)
+    model = instantiate(cfg.model)
+    losses = train_step(model, make_batch())
+    assert_complete(model, losses)
+    assert sum(name.startswith("group1.") for name in losses) == len(losses) / 2
+    before = detect(model, make_batch())
+    model.strip_auxiliary()
+    assert len(model.queries) == 1
+    for one, other in zip(detect(model, make_batch()), before, strict=True):
+        assert torch.equal(one.scores, other.scores)
+
+
 def test_points_and_boxes_do_not_mix():
     with pytest.raises(ConfigError, match="from_points=False needs 4 numbers"):
         train_step(
