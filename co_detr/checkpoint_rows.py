@@ -36,13 +36,15 @@ def table(model: CoDETR) -> list[TableRow]:
     """
     keys = model.state_dict().keys()
     is_dino = "decoder.output_norm.weight" in keys
+    matched = f"queries.{list(model.queries).index(model.inference_source)}"
+    labels = [key for key in keys if re.fullmatch(r"queries\.\d+\.label_embedding\.weight", key)]
     return [
         DroppedRow("ema_{rest}", EMA_COPIES),
         *(transformer_backbone_rows(model.backbone) or _resnet_rows()),
         *_neck_rows(),
-        *_transformer_rows(),
-        *(_dino_rows("queries.1.label_embedding.weight" in keys) if is_dino else _plain_rows()),
-        *_branch_rows(model.decoder.num_layers),
+        *_transformer_rows(matched),
+        *(_dino_rows(matched, labels) if is_dino else _plain_rows(matched)),
+        *_branch_rows(matched, model.decoder.num_layers),
         *(_dropped_auxiliary_rows() if model.auxiliary is None else _auxiliary_rows(model, keys)),
     ]
 
@@ -71,12 +73,12 @@ def _neck_rows() -> Iterable[TableRow]:
         yield Row(f"neck.{theirs}.{{i}}.gn.{{leaf}}", f"backbone.{ours}.{{i}}.norm.{{leaf}}")
 
 
-def _transformer_rows() -> Iterable[TableRow]:
+def _transformer_rows(matched: str) -> Iterable[TableRow]:
     yield Row(f"{TRANSFORMER}.level_embeds", "encoder.level_embed")
     yield from _layer_rows("encoder", ["attention"])
     yield from _layer_rows("decoder", ["self_attention", "cross_attention"])
-    yield Row(f"{TRANSFORMER}.enc_output.{{leaf}}", "queries.0.memory_proj.{leaf}")
-    yield Row(f"{TRANSFORMER}.enc_output_norm.{{leaf}}", "queries.0.memory_norm.{leaf}")
+    yield Row(f"{TRANSFORMER}.enc_output.{{leaf}}", f"{matched}.memory_proj.{{leaf}}")
+    yield Row(f"{TRANSFORMER}.enc_output_norm.{{leaf}}", f"{matched}.memory_norm.{{leaf}}")
 
 
 def _layer_rows(part: str, attentions: list[str]) -> Iterable[TableRow]:
@@ -91,16 +93,16 @@ def _layer_rows(part: str, attentions: list[str]) -> Iterable[TableRow]:
         yield Row(f"{theirs}.norms.{number}.{{leaf}}", f"{here}.{name}_norm.{{leaf}}")
 
 
-def _plain_rows() -> Iterable[TableRow]:
+def _plain_rows(matched: str) -> Iterable[TableRow]:
     """What Co-Deformable-DETR has besides the common parts."""
-    yield Row("query_head.query_embedding.weight", "queries.0.content.weight")
-    yield Row(f"{TRANSFORMER}.pos_trans.{{leaf}}", "queries.0.position_proj.{leaf}")
-    yield Row(f"{TRANSFORMER}.pos_trans_norm.{{leaf}}", "queries.0.position_norm.{leaf}")
+    yield Row("query_head.query_embedding.weight", f"{matched}.content.weight")
+    yield Row(f"{TRANSFORMER}.pos_trans.{{leaf}}", f"{matched}.position_proj.{{leaf}}")
+    yield Row(f"{TRANSFORMER}.pos_trans_norm.{{leaf}}", f"{matched}.position_norm.{{leaf}}")
 
 
-def _dino_rows(with_denoising: bool) -> Iterable[TableRow]:
+def _dino_rows(matched: str, labels: list[str]) -> Iterable[TableRow]:
     """What Co-DINO has besides the common parts."""
-    yield Row(f"{TRANSFORMER}.query_embed.weight", "queries.0.content.weight")
+    yield Row(f"{TRANSFORMER}.query_embed.weight", f"{matched}.content.weight")
     yield Row(f"{TRANSFORMER}.decoder.norm.{{leaf}}", "decoder.output_norm.{leaf}")
     for theirs, ours in ((0, 0), (2, 1)):  # the activation between has no weights
         yield Row(
@@ -108,21 +110,21 @@ def _dino_rows(with_denoising: bool) -> Iterable[TableRow]:
             f"decoder.query_position.layers.{ours}.{{leaf}}",
         )
     label_embedding = "query_head.label_embedding.weight"
-    if with_denoising:
-        yield Row(label_embedding, "queries.1.label_embedding.weight")
+    if labels:
+        yield Row(label_embedding, labels[0])
     else:
         yield DroppedRow(label_embedding, NO_DENOISING)
 
 
-def _branch_rows(num_layers: int) -> Iterable[TableRow]:
+def _branch_rows(matched: str, num_layers: int) -> Iterable[TableRow]:
     """Class and box heads; the reference keeps those of the encoder behind the decoder's."""
     encoder, decoder = f"{num_layers}", "{i}"
-    yield Row(f"query_head.cls_branches.{encoder}.{{leaf}}", "queries.0.class_head.{leaf}")
+    yield Row(f"query_head.cls_branches.{encoder}.{{leaf}}", f"{matched}.class_head.{{leaf}}")
     yield Row(f"query_head.cls_branches.{decoder}.{{leaf}}", "decoder.class_heads.{i}.{leaf}")
     for theirs, ours in ((0, 0), (2, 1), (4, 2)):  # the activations between have no weights
         yield Row(
             f"query_head.reg_branches.{encoder}.{theirs}.{{leaf}}",
-            f"queries.0.box_head.layers.{ours}.{{leaf}}",
+            f"{matched}.box_head.layers.{ours}.{{leaf}}",
         )
         yield Row(
             f"query_head.reg_branches.{decoder}.{theirs}.{{leaf}}",

@@ -172,8 +172,8 @@ class QuerySet:
         """Joins groups along the query axis; no query sees what its group does not let it see.
 
         Raises:
-            ConfigError: if two groups share a name, only some have positional queries, or some
-                have points and some boxes as references.
+            ConfigError: if two groups share a name, only some have positional queries, some have
+                points and some boxes as references, or a group sees one that does not exist.
         """
         names = [group.name for group in groups]
         shared = [name for name in names if names.count(name) > 1]
@@ -196,6 +196,13 @@ class QuerySet:
                 f"query group {points} has reference points but others have boxes: customised "
                 "positive queries and denoising need model.queries of boxes (TwoStageQueries)."
             )
+        for group in groups:
+            for other in group.sees:
+                if other not in names:
+                    raise ConfigError(
+                        f"query group {group.name} sees the group {other}, but there are only "
+                        f"{', '.join(names)}: correct the names in model.queries."
+                    )
         return cls(
             content=torch.cat([group.content for group in groups], dim=1),
             position=torch.cat(positions, dim=1) if positions else None,

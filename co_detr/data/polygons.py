@@ -20,8 +20,9 @@ def checked_polygons(segmentation: Any, where: str) -> list[list[float]]:
     """
     if segmentation is None:
         raise DataError(
-            f"{where} has no segmentation: add one, or train without masks "
-            "(dataloader.train.dataset.with_masks=false and a head that needs none)."
+            f"{where} has no segmentation: add one, or do without masks, in training with "
+            "dataloader.train.dataset.with_masks=false and a head that needs none, in a val set "
+            "with train.val_loss.enabled=false."
         )
     if isinstance(segmentation, dict):
         raise DataError(f"{where} has a run-length encoded mask: write it as polygons.")

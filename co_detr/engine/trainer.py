@@ -202,7 +202,7 @@ class Trainer(SimpleTrainer):
     def _to_host(self, losses: dict[str, Tensor], grad_norm: Tensor) -> JointResult:
         """Brings together what all processes have to agree on, with one transfer."""
         names = sorted(losses)
-        stop = grad_norm.new_tensor(float(self._signals.received), dtype=torch.float32)
+        stop = grad_norm.new_full((), float(self._signals.received), dtype=torch.float32)
         values = torch.stack([losses[name] for name in names] + [grad_norm.float(), stop])
         if comm.get_world_size() > 1:
             # NaN and infinity survive the sum, so that every process learns of them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,7 +123,13 @@ class ValidationSet:
     """
 
     def __init__(self, cfg: DictConfig, max_images: int | None) -> None:
-        self.test = cfg.dataloader.test
+        self.test = copy.deepcopy(cfg.dataloader.test)
+        # A loss of masks needs them here, too; the evaluation, which has the same node, does not.
+        train = cfg.dataloader.train
+        if train.dataset.get("with_masks", False):
+            self.test.dataset.with_masks = True
+        if train.mapper.get("use_instance_mask", False):
+            self.test.mapper.use_instance_mask = True
         records = instantiate(self.test.dataset)
         number = min(max_images or len(records), len(records))
         self.records = [records[index * len(records) // number] for index in range(number)]

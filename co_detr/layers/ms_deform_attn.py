@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from co_detr.transfer import tensor_on
+
 from .ms_deform_attn_op import ms_deform_attn
 from .ms_deform_attn_reference import accumulation_dtype
 
@@ -116,7 +118,7 @@ class MultiScaleDeformableAttention(nn.Module):
         if reference.shape[-1] == 2:
             # Not new_tensor, which would make constants of the sizes when the model is exported.
             sizes = [(width, height) for height, width in level_shapes]
-            sizes = torch.tensor(sizes, dtype=offsets.dtype, device=offsets.device)
+            sizes = tensor_on(sizes, offsets.dtype, offsets.device)
             return torch.addcdiv(reference, offsets, sizes[:, None, :])
         extent = reference[..., 2:] * (0.5 / self.num_points)
         return torch.addcmul(reference[..., :2], offsets, extent)

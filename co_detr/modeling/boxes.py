@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from co_detr.transfer import tensor_on
+
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """``(..., 4)`` centre and size -> corners, in the unit of the input."""
@@ -21,7 +23,13 @@ def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
 def size_factor(image_size: tuple[int, int], like: Tensor) -> Tensor:
     """``(4,)`` = (w, h, w, h), the factor from normalised to absolute boxes."""
     height, width = image_size
-    return like.new_tensor([width, height, width, height])
+    return tensor_on([width, height, width, height], like.dtype, like.device)
+
+
+def size_factors(image_sizes: list[tuple[int, int]], like: Tensor) -> Tensor:
+    """`size_factor` of a batch, ``(B, 4)``, in one copy."""
+    rows = [(width, height, width, height) for height, width in image_sizes]
+    return tensor_on(rows, like.dtype, like.device)
 
 
 def normalise_boxes(xyxy: Tensor, image_size: tuple[int, int]) -> Tensor:
@@ -55,12 +63,17 @@ def _overlap_and_union(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         torch.maximum(first[..., :2], second[..., :2]),
         torch.minimum(first[..., 2:], second[..., 2:]),
     )
-    areas = [(box[..., 2:] - box[..., :2]).prod(-1) for box in (first, second)]
+    areas = [_product(box[..., 2:] - box[..., :2]) for box in (first, second)]
     return overlap, (areas[0] + areas[1] - overlap).clamp(min=1e-6)
 
 
 def _area(low: Tensor, high: Tensor) -> Tensor:
-    return (high - low).clamp(min=0).prod(-1)
+    return _product((high - low).clamp(min=0))
+
+
+def _product(size: Tensor) -> Tensor:
+    """``(..., 2) -> (...)``. Not ``prod``, whose gradient asks the device for zeros and waits."""
+    return size[..., 0] * size[..., 1]
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:

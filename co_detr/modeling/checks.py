@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from co_detr.errors import ConfigError
@@ -31,8 +33,21 @@ def check_parts(model: nn.Module) -> None:
             "model.queries needs exactly one source that is not training-only, got "
             f"{len(inference_sources)}."
         )
+    _check_names(model.queries)
     if model.evaluate_with is not None:
         _check_evaluated_head(model)
+
+
+def _check_names(queries: Iterable[nn.Module]) -> None:
+    """Groups that are made from the data alone are checked again in every step."""
+    names = [source.name for source in queries if hasattr(source, "name")]
+    for place, source in enumerate(queries):
+        seen = getattr(source, "sees", None)
+        if seen is not None and seen not in names:
+            raise ConfigError(
+                f"model.queries.{place}.sees={seen} names no source of model.queries: it has "
+                f"{', '.join(names)}."
+            )
 
 
 def _check_class_counts(model: nn.Module) -> None:

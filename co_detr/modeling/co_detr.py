@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from detectron2.modeling import Backbone
 from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.structures import ImageList, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
@@ -28,6 +28,7 @@ from co_detr.structures import (
     QuerySet,
     TrainingOutput,
 )
+from co_detr.transfer import to_device
 
 
 class CoDETR(nn.Module):
@@ -96,6 +97,11 @@ class CoDETR(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
         check_parts(self)
+        # Checkpoints of the whole model call the inference source queries.<place>; in a stripped
+        # model, where this stays, it is queries.0.
+        self.inference_place = 0
+        if decoder is not None:
+            self.inference_place = list(self.queries).index(self.inference_source)
 
     @property
     def device(self) -> torch.device:
@@ -121,7 +127,7 @@ class CoDETR(nn.Module):
         """
         images = self.preprocess(batched_inputs)
         if self.training:
-            gt_instances = [each["instances"].to(self.device) for each in batched_inputs]
+            gt_instances = [each["instances"] for each in batched_inputs]
             return self.training_step(images, gt_instances).losses
         detections = self._detections(images)
         return [
@@ -143,7 +149,7 @@ class CoDETR(nn.Module):
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalises the images and pads them to a common size; see `BatchPadding`."""
-        images = [each["image"].to(self.device, non_blocking=True) for each in batched_inputs]
+        images = [to_device(each["image"], self.device) for each in batched_inputs]
         return self.padding(images, self.pixel_mean, self.pixel_std, self.backbone)
 
     def encode(self, images: ImageList) -> EncoderMemory:
@@ -178,15 +184,10 @@ class CoDETR(nn.Module):
 
         Args:
             images: normalised and padded.
-            gt_instances: with ``gt_boxes`` (absolute) and ``gt_classes``.
+            gt_instances: with ``gt_boxes`` (absolute) and ``gt_classes``, on any device.
         """
-        # Other fields would be indexed by the heads again and again. The size is that of the
-        # network input, which may count padding in.
-        fields = ["gt_boxes", "gt_classes"]
-        if self.auxiliary is not None and self.auxiliary.reads_masks:
-            fields.append("gt_masks")
         gt_instances = [
-            Instances(tuple(size), **{name: each.get(name) for name in fields if each.has(name)})
+            self._ground_truth(each, size)
             for each, size in zip(gt_instances, images.image_sizes, strict=True)
         ]
         memory = self.encode(images)
@@ -227,6 +228,20 @@ class CoDETR(nn.Module):
             branch.outputs,
         )
 
+    def _ground_truth(self, instances: Instances, size: tuple[int, int]) -> Instances:
+        """What training reads of one image, on the model's device.
+
+        Other fields are left out: heads would index them again and again. The size is that of the
+        network input, which may count padding in.
+        """
+        truth = Instances(tuple(size))
+        truth.gt_boxes = Boxes(to_device(instances.gt_boxes.tensor, self.device))
+        truth.gt_classes = to_device(instances.gt_classes, self.device)
+        reads_masks = self.auxiliary is not None and self.auxiliary.reads_masks
+        if reads_masks and instances.has("gt_masks"):
+            truth.gt_masks = instances.gt_masks.to(self.device)
+        return truth
+
     def compile_layers(self, **options) -> None:
         """Compiles every encoder and decoder layer in place with ``torch.compile(**options)``.
 
@@ -249,9 +264,8 @@ class CoDETR(nn.Module):
                 f"{self.evaluate_with}, which cannot be stripped."
             )
         self.auxiliary = self.evaluate_with = None
-        self.queries = nn.ModuleList(s for s in self.queries if not s.training_only)
-        for source in self.queries:
-            source.strip()
+        self.queries = nn.ModuleList([self.inference_source])
+        self.inference_source.strip()
 
 
 def _in_output_resolution(found: Instances, sample: dict) -> Instances:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from co_detr.modeling.boxes import cxcywh_to_xyxy, generalised_iou, iou, size_factor
+from co_detr.modeling.boxes import cxcywh_to_xyxy, generalised_iou, iou, size_factors
 from co_detr.structures import AssignedTargets, Predictions
 
 # The reference divides by (normaliser + eps) in all its losses.
 EPS = torch.finfo(torch.float32).eps
+
+
+# Logits whose loss is computed at a time. Elementwise losses keep half a dozen tensors of the size
+# of their input for the backward pass: nothing for 80 classes, gigabytes for the 1203 of LVIS.
+MAX_LOGITS = 1 << 22
 
 
 class FocalLoss(nn.Module):
@@ -27,6 +35,9 @@ class FocalLoss(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor, quality: Tensor | None = None) -> Tensor:
         """``logits (..., K)``, ``labels (...)`` in [0, K] (K = background) -> ``(...)``."""
+        return in_parts(self._loss, logits, labels)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         target = _one_hot(labels, logits)
         return sigmoid_focal_loss(logits, target, self.alpha, self.gamma).sum(-1)
 
@@ -45,15 +56,67 @@ class QualityFocalLoss(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor, quality: Tensor) -> Tensor:
         """``logits (..., K)``, ``labels (...)``, ``quality (...)`` in [0, 1] -> ``(...)``."""
-        target = _one_hot(labels, logits) * quality[..., None]
+        return in_parts(self._loss, logits, labels, quality)
+
+    def _loss(self, logits: Tensor, labels: Tensor, quality: Tensor) -> Tensor:
+        target = _one_hot(labels, logits, quality)
         distance = (target - logits.sigmoid()).abs()
         entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         return (entropy * distance**self.beta).sum(-1)
 
 
-def _one_hot(labels: Tensor, logits: Tensor) -> Tensor:
+def _one_hot(labels: Tensor, logits: Tensor, values: Tensor | None = None) -> Tensor:
+    """Targets like ``logits (..., K)``: 0 but for 1 (or ``values (...)``) at labels below K."""
     num_classes = logits.shape[-1]
-    return F.one_hot(labels, num_classes + 1)[..., :num_classes].to(logits.dtype)
+    foreground = labels < num_classes
+    at_label = foreground.to(logits.dtype) if values is None else foreground * values
+    column = labels.clamp(max=num_classes - 1)[..., None]
+    target = torch.zeros_like(logits, requires_grad=False)
+    return target.scatter_(-1, column, at_label[..., None].to(logits.dtype))
+
+
+def in_parts(loss: Callable[..., Tensor], logits: Tensor, *others: Tensor) -> Tensor:
+    """``loss(logits, *others)`` of independent rows, in memory that does not grow with them.
+
+    Beyond `MAX_LOGITS` elements the rows are split, no part keeps anything for the backward
+    pass, and that computes every part again: what it takes is the gradient, which has the size of
+    the logits.
+
+    Args:
+        loss: differentiable in its first argument, ``(n, K), (n,) .. -> (n,)``.
+        logits: ``(..., K)``; others: ``(...)`` each, which get no gradient.
+    """
+    if logits.numel() <= MAX_LOGITS:
+        return loss(logits, *others)
+    rows = [logits.flatten(0, -2), *(each.flatten() for each in others)]
+    num_rows = max(1, MAX_LOGITS // logits.shape[-1])
+    return _InParts.apply(loss, num_rows, *rows).view(logits.shape[:-1])
+
+
+class _InParts(torch.autograd.Function):
+    """See `in_parts`."""
+
+    @staticmethod
+    def forward(ctx, loss, num_rows, logits, *others):
+        ctx.loss, ctx.num_rows = loss, num_rows
+        ctx.save_for_backward(logits, *others)
+        parts = zip(*(each.split(num_rows) for each in (logits, *others)), strict=True)
+        return torch.cat([loss(*part) for part in parts])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        logits, *others = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        parts = zip(
+            *(each.split(ctx.num_rows) for each in (result, grad, logits, *others)), strict=True
+        )
+        for into, grad_part, some, *rest in parts:
+            with torch.enable_grad():
+                some = some.detach().requires_grad_()
+                (found,) = torch.autograd.grad(ctx.loss(some, *rest), some, grad_part)
+            into.copy_(found)
+        return None, None, result, *(None for _ in others)
 
 
 class SetCriterion(nn.Module):
@@ -113,7 +176,7 @@ class SetCriterion(nn.Module):
         shape = logits.shape[:3]
         labels = targets.labels.expand(shape)
         box_weights = targets.weights * (targets.labels < self.num_classes)
-        factor = torch.stack([size_factor(size, boxes) for size in image_sizes])[:, None]
+        factor = size_factors(image_sizes, boxes)[:, None]
         quality = None
         if self.classification.uses_quality:
             quality = iou(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from co_detr.modeling.boxes import cxcywh_to_xyxy, generalised_iou, size_factor
 from co_detr.structures import AssignedTargets, GroundTruth, Predictions
+from co_detr.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class HungarianAssigner(nn.Module):
             matched.append(torch.from_numpy(solve_assignment(block)))
             start += cost.numel()
         device = costs[0].device
-        flat = torch.cat([m.flatten() for m in matched]).to(device, non_blocking=True)
+        flat = to_device(torch.cat([m.flatten() for m in matched]), device)
         indices = iter(flat.split([m.numel() for m in matched]))
         shapes = iter([m.shape for m in matched])
         return [
@@ -83,7 +84,8 @@ class HungarianAssigner(nn.Module):
 
     def cost(self, predictions: Predictions, image: int, truth: GroundTruth) -> Tensor:
         """Weighted cost ``(D, Q, G)`` of one image's queries and ground truths, float32."""
-        probability = predictions.logits[:, image].float().sigmoid()[..., truth.labels]
+        # Classes are picked first: of a large vocabulary only those in the image matter.
+        probability = predictions.logits[:, image][..., truth.labels].float().sigmoid()
         boxes = predictions.boxes[:, image].float()
         true_boxes = truth.boxes.float()
         eps = 1e-12

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from detectron2.structures import Boxes, Instances
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from co_detr.errors import NonFiniteError
 from co_detr.modeling.boxes import cxcywh_to_xyxy, iou, size_factor
+from co_detr.transfer import tensor_on, to_device
 
 
 class TopKPostprocessor(nn.Module):
@@ -105,26 +108,48 @@ def soft_nms(
 
     See `SoftNMSPostprocessor` for the other arguments.
 
-    One box of every class is visited at a time, so that there are only as many steps as the most
-    frequent class has boxes; only their number is waited for, no step is.
+    Only boxes that lower another one's score, or are lowered, have to be visited. They fall apart
+    into clusters that do not touch each other; of each cluster one box is visited at a time, for
+    all clusters together. This is done on the host, which gets the boxes that matter in one piece:
+    on a GPU every visit would be half a dozen kernels for a few numbers.
     """
     if not len(scores):
         return scores
-    overlap = iou(boxes[:, None], boxes[None])  # `waiting` keeps classes apart
+    overlap = iou(boxes[:, None], boxes[None])
     if sigma is None:
         factor = torch.where(overlap >= iou_threshold, 1 - overlap, 1.0)
     else:
         factor = torch.exp(-(overlap**2) / sigma)
-    _, class_index, counts = classes.unique(return_inverse=True, return_counts=True)
-    waiting = scores.new_zeros(len(counts), len(scores), dtype=torch.bool)
-    waiting[class_index, torch.arange(len(scores), device=scores.device)] = True
-    for _ in range(int(counts.max())):
-        best = torch.where(waiting, scores, -1.0).argmax(1)  # (number of classes,)
-        waiting[torch.arange(len(best), device=best.device), best] = False
-        # Boxes that were visited, and so classes that are through, keep their scores.
-        lowered = torch.where(waiting, factor[best], 1.0).prod(0)
-        scores = scores * lowered
-    return scores
+    factor = torch.where(classes[:, None] == classes, factor, 1.0).fill_diagonal_(1.0)
+    touched = (factor != 1).any(1).nonzero().squeeze(1)
+    if not len(touched):
+        return scores
+    block = torch.cat([scores[touched, None].to(factor.dtype), factor[touched][:, touched]], dim=1)
+    block = block.cpu().numpy()
+    lowered = to_device(torch.from_numpy(_visit_clusters(block[:, 0], block[:, 1:])), scores.device)
+    return scores.scatter(0, touched, lowered.to(scores.dtype))
+
+
+def _visit_clusters(scores: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    """Soft-NMS of M boxes: scores ``(M,)`` and what a visit of box i makes of j, ``(M, M)``."""
+    number, cluster = connected_components(factor != 1)
+    # (clusters, boxes of the largest one), filled up with the index behind the last box
+    order = np.argsort(cluster, kind="stable")
+    sizes = np.bincount(cluster, minlength=number)
+    members = np.full((number, sizes.max()), len(scores))
+    slot = np.arange(len(scores)) - np.repeat(sizes.cumsum() - sizes, sizes)
+    members[cluster[order], slot] = order
+    factor = np.pad(factor, (0, 1), constant_values=1)
+    scores = np.append(scores, -1).astype(scores.dtype)
+    waiting = members < len(scores) - 1
+    for _ in range(members.shape[1]):
+        best = np.where(waiting, scores[members], -1).argmax(1)  # (clusters,)
+        waiting[np.arange(number), best] = False
+        visited = members[np.arange(number), best]
+        # Boxes that were visited, and so clusters that are through, keep their scores.
+        lowered = np.where(waiting, factor[visited[:, None], members], 1)
+        scores[members] = scores[members] * lowered
+    return scores[:-1]
 
 
 @dataclass(frozen=True)
@@ -180,7 +205,7 @@ def padding_mask(
     image_sizes: list[tuple[int, int]], padded: torch.Size, device: torch.device
 ) -> Tensor:
     """``(B, H, W)`` bool, True where a batch of shape ``(B, C, H, W)`` holds padding."""
-    return outside(torch.tensor(image_sizes, device=device), padded)
+    return outside(tensor_on(image_sizes, torch.long, device), padded)
 
 
 def outside(sizes: Tensor, padded: torch.Size) -> Tensor:

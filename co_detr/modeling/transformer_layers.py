@@ -24,7 +24,7 @@ class SelfAttention(nn.Module):
         if embed_dim % num_heads:
             raise ConfigError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}.")
         self.num_heads = num_heads
-        self.dropout = dropout
+        self.dropout = nn.Dropout(dropout)
         self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim))
         self.out_proj = nn.Linear(embed_dim, embed_dim)
@@ -53,11 +53,19 @@ class SelfAttention(nn.Module):
         )
         query, key = query_key.chunk(2, dim=-1)
         query, key, value = (split_heads(x, self.num_heads) for x in (query, key, value))
-        dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=attend_mask, dropout_p=dropout
+            query, key, value, attn_mask=attend_mask, dropout_p=dropout_rate(self.dropout)
         )
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
+
+
+def dropout_rate(dropout: nn.Dropout) -> float:
+    """What a functional dropout takes: the rate of a module that eval mode switches off.
+
+    A module of its own can be told from the rest of a model that is in training mode, as the
+    validation loss does.
+    """
+    return dropout.p if dropout.training else 0.0
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -7,7 +7,7 @@ from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
 
-from co_detr.modeling.auxiliary.dense import inside_cells
+from co_detr.modeling.auxiliary.dense import InsideCells
 from co_detr.parity import tolerances as tol
 from co_detr.parity.anchor_order import channels_to_reference, level_order, to_reference
 from co_detr.parity.detections import compare_proposals
@@ -43,7 +43,7 @@ def check_rpn(report: Report, prefix: str, run: TrainingRun) -> None:
     # Our RPN has no such flags; these are the ones that our ATSS head finds for the same maps.
     flags = [
         [
-            inside_cells(level, stride, size).repeat_interleave(per_cell)
+            InsideCells.of(level, stride, size, per_cell).mask()
             for level, stride in zip(maps, rpn.anchor_generator.strides, strict=True)
         ]
         for size in run.images.image_sizes

@@ -8,7 +8,7 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, pairwise_iou
 
 from co_detr.modeling.auxiliary import ATSSAssigner, ATSSHead
-from co_detr.modeling.auxiliary.dense import inside_cells
+from co_detr.modeling.auxiliary.dense import InsideCells
 from co_detr.modeling.boxes import normalise_boxes
 from co_detr.modeling.matching import HungarianAssigner, MatchingProblem, solve_assignment
 from co_detr.parity.differences import RPN_LOW_QUALITY
@@ -85,7 +85,7 @@ def anchors(unit: Unit) -> None:
 def valid_flags(unit: Unit) -> None:
     size = tuple(unit["pad_shape_hw"])
     levels = zip(level_shapes(unit["featmap_sizes_hw"]), unit["strides"], strict=True)
-    flags = [inside_cells(torch.zeros(1, 1, *shape), stride, size) for shape, stride in levels]
+    flags = [InsideCells.of(torch.zeros(shape), stride, size).mask() for shape, stride in levels]
     unit.exact("flags", flags)
 
 

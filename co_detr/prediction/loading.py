@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +38,6 @@ from co_detr.model_zoo.table import ZOO
 logger = logging.getLogger(__name__)
 
 Config = str | os.PathLike[str] | DictConfig
-
-# Auxiliary heads, the query sources behind the first, which is the one of inference, and what that
-# one has for training.
-_TRAINING_ONLY = re.compile(r"auxiliary\.|queries\.[1-9]|queries\.0\.extra_content\.")
 
 
 @dataclass(frozen=True)
@@ -189,13 +184,31 @@ def fitting_state(
     plain = {
         key.removeprefix("module."): torch.as_tensor(each) for key, each in unwrap(content).items()
     }
-    kept = {
-        key: each for key, each in plain.items() if training_parts or not _TRAINING_ONLY.match(key)
-    }
+    kept = plain if training_parts else without_training_parts(plain, model)
     problems = misfits(kept, model)
     if any(problems.values()):
         raise mismatch_error(
             [f"{kind}: {shorten(keys, 3)}" for kind, keys in problems.items() if keys],
             "choose the config that it was trained with",
         )
+    return kept
+
+
+def without_training_parts(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """What a stripped `model` has of a state dict of its whole model, or of a stripped one.
+
+    Only auxiliary heads, query sources of training, and what the inference source has for training
+    are left out: anything else that does not fit has to be seen.
+    """
+    source = f"queries.{getattr(model, 'inference_place', 0)}."
+    if not any(key.startswith(source) for key in state):
+        source = "queries.0."  # of a stripped model
+    modules = model.inference_source.training_modules if hasattr(model, "queries") else ()
+    dropped = tuple(f"{source}{name}." for name in modules)
+    kept = {}
+    for key, value in state.items():
+        if key.startswith(source) and not key.startswith(dropped):
+            kept["queries.0." + key.removeprefix(source)] = value
+        elif not key.startswith(("auxiliary.", "queries.")):
+            kept[key] = value
     return kept

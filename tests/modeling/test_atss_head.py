@@ -12,8 +12,8 @@ from co_detr.modeling.auxiliary.box_codes import decode_deltas
 from co_detr.modeling.auxiliary.dense import (
     DensePredictions,
     DenseTargets,
+    InsideCells,
     centreness_target,
-    inside_cells,
 )
 from tests.modeling.builders import make_instances
 
@@ -93,7 +93,7 @@ def test_assignment_of_a_padded_batch():
 
 
 def test_cells_of_odd_sizes_count_when_they_begin_inside():
-    cells = inside_cells(torch.zeros(1, 4, 6), 16, (33, 80)).view(4, 6)
+    cells = InsideCells.of(torch.zeros(1, 4, 6), 16, (33, 80)).mask().view(4, 6)
     assert cells.sum() == 3 * 5 and cells[:3, :5].all()
 
 

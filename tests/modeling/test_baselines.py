@@ -133,7 +133,7 @@ def test_one_to_many_queries_are_for_training_alone():
 
 def test_too_small_an_image_for_the_extra_queries():
     model = build("h_deformable_detr_r50", "model.queries.0.num_extra=400")
-    with pytest.raises(ConfigError, match=r"420 queries .* lower model.queries.0.num_extra"):
+    with pytest.raises(ConfigError, match=r"420 queries .* lower num_extra of the source matching"):
         train_step(model, make_batch())
 
 

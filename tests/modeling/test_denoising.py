@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from detectron2.config import instantiate
 
+from co_detr.engine.config import load_config
+from co_detr.errors import ConfigError
 from co_detr.modeling.queries import DenoisingQueries
 from co_detr.structures import GroundTruth, QueryGroup, QuerySet
-from tests.modeling.builders import NUM_CLASSES, random_memory
+from tests.modeling.builders import CONFIGS, NUM_CLASSES, random_memory, shrink
 
 CHANNELS = 32
 
@@ -151,10 +154,10 @@ HALF = torch.tensor([[True, False, True], [False, True, True]])
     ids=lambda groups: "-".join(f"{each[0]}{each[1]}" for each in groups),
 )
 def test_truth_table_of_blocks(groups):
-    made = []
+    made, names = [], [name for name, *_ in groups]
     for name, size, *rest in groups:
         valid, num_blocks = (*rest, *(None, 1)[len(rest) :])
-        sees = ("matching",) if name == "denoising" else ()
+        sees = ("matching",) if name == "denoising" and "matching" in names else ()
         made.append(plain_group(name, size, valid, num_blocks=num_blocks, sees=sees))
     mask = QuerySet.concat(made).attend_mask
     slots = [(group, slot) for group in made for slot in range(group.num_queries)]
@@ -170,6 +173,30 @@ def test_truth_table_of_blocks(groups):
                 usable = other.valid is None or bool(other.valid[image, other_slot])
                 expected = (allowed and usable) or row == column
                 assert full[image, 0, row, column] == expected, (image, row, column)
+
+
+def test_a_group_cannot_see_what_is_not_there():
+    groups = [plain_group("main", 4), plain_group("denoising", 6, sees=("matching",))]
+    with pytest.raises(ConfigError, match="denoising sees the group matching, but .* only main"):
+        QuerySet.concat(groups)
+
+
+def test_denoising_sees_the_matched_group_whatever_it_is_called():
+    cfg = load_config(
+        str(CONFIGS / "co_dino_r50.py"), ["model.auxiliary=null", "model.num_classes=5"]
+    )
+    model = shrink(cfg).model
+    model.queries[0].name = "main"
+    with pytest.raises(ConfigError, match="model.queries.1.sees=matching names no source"):
+        instantiate(model)
+    model.queries[1].sees = "main"
+    model = instantiate(model)
+    memory, truth = random_memory(dtype=torch.float32), make_truth(2, 1)
+    groups = [group for source in model.queries for group in source.training_groups(memory, truth)]
+    matched, denoising = groups
+    mask = QuerySet.concat(groups).attend_mask
+    assert mask[matched.num_queries :, : matched.num_queries].all()
+    assert not mask[: matched.num_queries, matched.num_queries :].any()
 
 
 def test_without_ground_truth_there_are_no_queries_but_a_gradient():

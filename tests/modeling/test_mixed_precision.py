@@ -6,10 +6,12 @@ from detectron2.utils.events import EventStorage
 
 from co_detr.modeling.auxiliary import ATSSAssigner
 from co_detr.modeling.boxes import normalise_boxes
+from co_detr.modeling.queries import AnchorQueries, LearnedQueries, PointQueries
 from tests.modeling.builders import (
     assert_complete,
     make_batch,
     random_boxes,
+    random_memory,
     tiny_model,
     train_step,
 )
@@ -67,6 +69,17 @@ def test_geometry_and_targets_stay_in_float32():
         found = targets.boxes[targets.labels < model.num_classes]
         distance = (found[:, None] - expected[None]).abs().amax(-1).amin(-1)
         assert distance.max() < 1e-6
+
+
+@pytest.mark.parametrize("source", [PointQueries, LearnedQueries, AnchorQueries])
+def test_learned_references_do_not_move(source):
+    torch.manual_seed(0)
+    queries = source(num_queries=300, embed_dim=256)
+    memory = random_memory(channels=256, dtype=torch.float32)
+    expected = queries(memory).reference
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = queries(memory).reference
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
 def test_anchors_do_not_follow_the_precision_of_the_maps():

@@ -1,10 +1,15 @@
 """The auxiliary part belongs to training: evaluation neither runs it nor needs it."""
 
+import copy
+
 import pytest
 import torch
+from detectron2.config import instantiate
 from torch import nn
 
+from co_detr.errors import CheckpointError
 from co_detr.modeling.queries import TwoStageQueries
+from co_detr.prediction.loading import load_detector
 from tests.modeling.builders import (
     NUM_CLASSES,
     assert_complete,
@@ -12,6 +17,7 @@ from tests.modeling.builders import (
     is_inside,
     make_batch,
     randomise,
+    tiny_config,
     tiny_model,
     train_step,
 )
@@ -108,3 +114,35 @@ def test_an_auxiliary_head_can_detect_alone(name):
         assert (found.pred_classes < NUM_CLASSES).all()
         assert is_inside(found)
         assert (found.scores.diff() <= 0).all()
+
+
+@pytest.mark.parametrize("stripped", [False, True])
+def test_the_inference_source_may_stand_anywhere(stripped, tmp_path):
+    """The training-only source before it has tensors of the same names and shapes."""
+    cfg = tiny_config(1)
+    extra = copy.deepcopy(cfg.model.queries[0])
+    extra.update(name="group1", training_only=True)
+    cfg.model.queries = [extra, cfg.model.queries[0]]
+    torch.manual_seed(0)
+    model = instantiate(cfg.model)
+    randomise(model)
+    expected = detect(model, make_batch())
+    if stripped:
+        model.strip_auxiliary()
+    path = tmp_path / "model.pth"
+    torch.save({"model": model.state_dict(), "class_names": list("abcde")}, path)
+    detector = load_detector(cfg, path)
+    assert len(detector.model.queries) == 1
+    assert_same_detections(detect(detector.model, make_batch()), expected)
+    if not stripped:
+        whole = load_detector(cfg, path, training_parts=True)
+        assert_same_detections(detect(whole.model, make_batch()), expected)
+
+
+def test_weights_of_another_source_do_not_pass_for_those_of_inference(tmp_path):
+    cfg = tiny_config(0)
+    state = instantiate(cfg.model).state_dict()
+    state = {key.replace("queries.0.", "queries.1."): value for key, value in state.items()}
+    torch.save({"model": state, "class_names": list("abcde")}, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match="lacks: queries.0.memory_proj.weight"):
+        load_detector(cfg, tmp_path / "model.pth")

@@ -1,9 +1,18 @@
 """The validation loss of a real model, whose heads draw samples and log numbers of their own."""
 
+import json
+from pathlib import Path
+
+import pytest
 import torch
 
+from co_detr.engine.config import apply_overrides, load_config
 from co_detr.engine.run import run_training
-from tests.modeling.builders import tiny_config
+from co_detr.engine.validation_loss import training_without_trace
+from co_detr.errors import DataError
+from co_detr.modeling.single_scale.attention import ConditionalSelfAttention
+from co_detr.modeling.transformer_layers import SelfAttention
+from tests.modeling.builders import CONFIGS, shrink, tiny_config
 from tests.modeling.test_resume import losses_of
 
 
@@ -25,3 +34,48 @@ def test_the_training_does_not_notice_it(rectangles, tmp_path):
     assert runs["on"] == runs["off"]
     states = [torch.load(tmp_path / name / "model_final.pth")["model"] for name in runs]
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+@pytest.mark.parametrize("attention", [SelfAttention, ConditionalSelfAttention])
+def test_dropout_of_attention_is_off_too(attention):
+    layer = attention(32, 4, dropout=0.5)
+    x = torch.randn(1, 10, 32)
+    assert not torch.equal(layer(x, x, None), layer(x, x, None))
+    with training_without_trace(layer, torch.device("cpu")), torch.no_grad():
+        assert layer.training
+        assert torch.equal(layer(x, x, None), layer(x, x, None))
+    assert not torch.equal(layer(x, x, None), layer(x, x, None))
+    layer.eval()
+    assert torch.equal(layer(x, x, None), layer(x, x, None))
+
+
+def _mask_rcnn_config(rectangles, *overrides):
+    cfg = shrink(load_config(str(CONFIGS / "co_detr_r50_mask_rcnn.py")))
+    apply_overrides(cfg, [*rectangles, "train.val_loss.enabled=true", *overrides])
+    return cfg
+
+
+def _add_polygons(path: Path) -> None:
+    content = json.loads(path.read_text())
+    for each in content["annotations"]:
+        x, y, w, h = each["bbox"]
+        each["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    path.write_text(json.dumps(content))
+
+
+def test_masks_have_a_validation_loss(rectangles, tmp_path):
+    _add_polygons(tmp_path / "rectangles.json")
+    recipe = ["train.max_iter=2", "train.log_period=1", "train.eval_period=1"]
+    run_training(_mask_rcnn_config(rectangles, *recipe), resume=False)
+    first, _ = losses_of(tmp_path / "out").values()
+    assert 0 < first["val_loss/roi.loss_mask"] < first["val_loss/total"]
+
+
+def test_a_val_set_without_masks_is_found_before_the_training(rectangles, tmp_path):
+    without = tmp_path / "val.json"
+    without.write_text((tmp_path / "rectangles.json").read_text())
+    _add_polygons(tmp_path / "rectangles.json")
+    cfg = _mask_rcnn_config(rectangles, f"data.val={without}")
+    with pytest.raises(DataError, match="val.json .* no segmentation: .* train.val_loss.enabled"):
+        run_training(cfg, resume=False)
+    assert not (tmp_path / "out").exists()

@@ -108,7 +108,7 @@ def centreness_target(anchors: Tensor, boxes: Tensor) -> Tensor:
     centre = (anchors[:, :2] + anchors[:, 2:]) / 2
     low, high = centre - boxes[:, :2], boxes[:, 2:] - centre
     ratio = torch.minimum(low, high) / torch.maximum(low, high)
-    return ratio.prod(1).sqrt()
+    return (ratio[:, 0] * ratio[:, 1]).sqrt()
 
 
 def flatten_map(x: Tensor, num_anchors: int = 1) -> Tensor:
@@ -116,12 +116,49 @@ def flatten_map(x: Tensor, num_anchors: int = 1) -> Tensor:
     return x.unflatten(1, (num_anchors, -1)).permute(0, 3, 4, 1, 2).flatten(1, 3)
 
 
-def inside_cells(feature: Tensor, stride: int, image_size: tuple[int, int]) -> Tensor:
-    """``(H*W,)`` bool: cells that begin inside the un-padded image."""
-    height, width = feature.shape[-2:]
-    row = torch.arange(height, device=feature.device) * stride < image_size[0]
-    column = torch.arange(width, device=feature.device) * stride < image_size[1]
-    return (row[:, None] & column[None, :]).flatten()
+@dataclass(frozen=True)
+class InsideCells:
+    """The cells of a level that begin inside the un-padded image: a corner of its map.
+
+    Being a corner, they are cut out by slices, whose sizes the host knows. A mask would have to
+    tell it how many there are, for which it would wait for the device.
+
+    Attributes:
+        height, width: of the map, in cells.
+        rows, columns: of the corner, in cells.
+        num_anchors: A of every cell.
+    """
+
+    height: int
+    width: int
+    rows: int
+    columns: int
+    num_anchors: int
+
+    @classmethod
+    def of(
+        cls, feature: Tensor, stride: int, image_size: tuple[int, int], num_anchors: int = 1
+    ) -> InsideCells:
+        """Of a map ``(..., H, W)`` of a stride in pixels; ``image_size`` is (height, width)."""
+        height, width = feature.shape[-2:]
+        rows, columns = (-(-side // stride) for side in image_size)
+        return cls(height, width, min(rows, height), min(columns, width), num_anchors)
+
+    def cut(self, values: Tensor) -> Tensor:
+        """``(H*W*A, ...)`` values of all anchors -> those of the corner, ``(n, ...)``."""
+        grid = values.unflatten(0, (self.height, self.width, self.num_anchors))
+        return grid[: self.rows, : self.columns].flatten(0, 2)
+
+    def pad(self, values: Tensor, padding: int | bool) -> Tensor:
+        """``(n,)`` values of the corner -> ``(H*W*A,)``, the others with ``padding``."""
+        grid = values.new_full((self.height, self.width, self.num_anchors), padding)
+        grid[: self.rows, : self.columns] = values.view(self.rows, self.columns, self.num_anchors)
+        return grid.flatten()
+
+    def mask(self, device: torch.device | None = None) -> Tensor:
+        """``(H*W*A,)`` bool, True in the corner."""
+        number = self.rows * self.columns * self.num_anchors
+        return self.pad(torch.ones(number, dtype=torch.bool, device=device), False)
 
 
 def gather_cells(maps: list[Tensor], image: int, indices: Tensor) -> Tensor:

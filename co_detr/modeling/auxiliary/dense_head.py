@@ -17,8 +17,8 @@ from co_detr.modeling.auxiliary.box_codes import BoxCode
 from co_detr.modeling.auxiliary.dense import (
     DensePredictions,
     DenseTargets,
+    InsideCells,
     gather_cells,
-    inside_cells,
 )
 from co_detr.structures import AuxiliaryOutput, Candidates
 
@@ -108,16 +108,17 @@ class DenseHead(nn.Module):
         instances: Instances,
     ) -> DenseTargets:
         """Of one image, tensors without B."""
-        insides = [
-            inside_cells(each, stride, size).repeat_interleave(self.num_anchors)
+        corners = [
+            InsideCells.of(each, stride, size, self.num_anchors)
             for each, stride in zip(maps, self.strides, strict=True)
         ]
-        inside = torch.cat(insides)
         gt_boxes = instances.gt_boxes.tensor
-        kept = [level[keep] for level, keep in zip(anchors, insides, strict=True)]
-        found = self.assigner(kept, gt_boxes)
-        assigned = found.new_full((len(inside),), BACKGROUND)
-        assigned[inside] = found
+        kept = [corner.cut(level) for corner, level in zip(corners, anchors, strict=True)]
+        found = self.assigner(kept, gt_boxes).split([len(level) for level in kept])
+        assigned = torch.cat(
+            [corner.pad(each, BACKGROUND) for corner, each in zip(corners, found, strict=True)]
+        )
+        inside = torch.cat([corner.mask(assigned.device) for corner in corners])
         # One more row, so that an image without ground truth has something to index.
         gt_classes = F.pad(instances.gt_classes, (0, 1), value=self.num_classes)
         padded_boxes = F.pad(gt_boxes, (0, 0, 0, 1))

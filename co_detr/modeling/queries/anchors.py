@@ -58,8 +58,9 @@ class PointQueries(QuerySource):
         """The group of ``num_queries`` one-to-one matched queries; the arguments give the batch."""
         batch = memory.tokens.shape[0]
         position = self.position.weight
-        # Never in half precision, which would move points by pixels.
-        points = self.point_head(position).to(position.dtype).sigmoid()
+        # Of their own, so that half precision does not move points by pixels.
+        with torch.autocast(position.device.type, enabled=False):
+            points = self.point_head(position).sigmoid()
         boxes = torch.cat([points, torch.full_like(points, 0.5)], dim=-1)
         return QueryGroup(
             name=self.name,

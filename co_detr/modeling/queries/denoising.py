@@ -51,6 +51,7 @@ class DenoisingQueries(QuerySource):
         label_noise: twice the probability that a label is replaced.
         box_noise: factor of the largest shift of a positive's side, half of the box's extent.
         eps: bound of the inverse sigmoid on noised boxes.
+        sees: name of the group of matched queries.
     """
 
     training_only = True
@@ -64,6 +65,7 @@ class DenoisingQueries(QuerySource):
         label_noise: float = 0.5,
         box_noise: float = 1.0,
         eps: float = 1e-3,
+        sees: str = "matching",
     ):
         super().__init__()
         self.num_classes = num_classes
@@ -71,6 +73,7 @@ class DenoisingQueries(QuerySource):
         self.label_noise = label_noise
         self.box_noise = box_noise
         self.eps = eps
+        self.sees = sees
         self.label_embedding = nn.Embedding(num_classes, embed_dim)
 
     def forward(self, memory: EncoderMemory, ground_truth: list[GroundTruth]) -> QueryGroup:
@@ -106,7 +109,7 @@ class DenoisingQueries(QuerySource):
             reference=logits.sigmoid().flatten(1, 3),
             targets=targets,
             num_blocks=num_blocks,
-            sees=("matching",),
+            sees=(self.sees,),
         )
 
     def draw(self, boxes: Tensor) -> NoiseDraws:

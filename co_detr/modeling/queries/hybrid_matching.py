@@ -29,6 +29,7 @@ class HybridMatchingQueries(TwoStageQueries):
     Further arguments are those of `TwoStageQueries`.
     """
 
+    training_modules = ("extra_content",)
     _lowered = "num_extra"
 
     def __init__(
@@ -79,6 +80,3 @@ class HybridMatchingQueries(TwoStageQueries):
             tokens=ranked.best[:, self.num_queries :],
         )
         return [self._matched_group(ranked), one_to_many]
-
-    def strip(self) -> None:
-        self.extra_content = None

@@ -14,6 +14,7 @@ from co_detr.errors import ConfigError
 from co_detr.modeling.boxes import inverse_sigmoid, normalise_boxes
 from co_detr.modeling.position import encode_boxes
 from co_detr.structures import AssignedTargets, Candidates, QueryGroup
+from co_detr.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class PositiveQueries(nn.Module):
         with_position: None: as ``with_features``.
 
     Attributes:
-        permutation: ``n -> (n,)`` random order; replaceable, so that recorded draws can be fed.
+        permutation: ``n -> (n,)`` random order, on the host; replaceable, so that recorded draws
+            can be fed.
     """
 
     def __init__(
@@ -153,22 +155,28 @@ class PositiveQueries(nn.Module):
         )
 
     def _choose(self, instances: list[Instances]) -> list[_Slots]:
+        """Chooses on the host: one transfer of the classes, instead of one for every count."""
+        classes = [each.gt_classes for each in instances]
+        host = torch.cat(classes).cpu().split([len(each) for each in classes])
         positives = [
-            ((each.gt_classes >= 0) & (each.gt_classes < self.num_classes)).nonzero().squeeze(1)
-            for each in instances
+            ((each >= 0) & (each < self.num_classes)).nonzero().squeeze(1) for each in host
         ]
         longest = max(len(indices) for indices in positives)
         num_slots = max(self.min_queries, min(self.max_queries, longest))
         chosen = []
-        for each, indices in zip(instances, positives, strict=True):
+        for each, indices in zip(host, positives, strict=True):
             if len(indices) > num_slots:
                 indices = self._draw(indices, num_slots)
             elif len(indices) < num_slots and self.padding == "negatives":
-                background = (each.gt_classes == self.num_classes).nonzero().squeeze(1)
+                background = (each == self.num_classes).nonzero().squeeze(1)
                 filler = self._draw(background, num_slots - len(indices))
                 indices = torch.cat([indices, filler])
-            chosen.append(_Slots(indices, num_slots))
-        return chosen
+            chosen.append(indices)
+        on_device = to_device(torch.cat(chosen), classes[0].device)
+        return [
+            _Slots(indices, num_slots)
+            for indices in on_device.split([len(indices) for indices in chosen])
+        ]
 
     def _draw(self, indices: Tensor, number: int) -> Tensor:
-        return indices[self.permutation(len(indices))[:number].to(indices.device)]
+        return indices[self.permutation(len(indices))[:number]]

@@ -11,9 +11,13 @@ class QuerySource(nn.Module):
     """Makes query groups for the decoder from the encoder memory.
 
     A model has one source that inference uses; the others are ``training_only``.
+
+    Attributes:
+        training_modules: names of the modules that only ``training_groups`` uses.
     """
 
     training_only = False
+    training_modules: tuple[str, ...] = ()
 
     def forward(
         self, memory: EncoderMemory, ground_truth: list[GroundTruth] | None = None
@@ -28,4 +32,6 @@ class QuerySource(nn.Module):
         return [self(memory, ground_truth)]
 
     def strip(self) -> None:
-        """Removes what only ``training_groups`` uses."""
+        """Removes ``training_modules``."""
+        for name in self.training_modules:
+            setattr(self, name, None)

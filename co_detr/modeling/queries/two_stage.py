@@ -19,6 +19,7 @@ from co_detr.structures import (
     Predictions,
     QueryGroup,
 )
+from co_detr.transfer import tensor_on
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,8 @@ class TwoStageQueries(QuerySource):
         if num_tokens < count:
             raise ConfigError(
                 f"{count} queries need as many encoder tokens, but an input of "
-                f"{memory.image_sizes} pixels gives {num_tokens}: lower "
-                f"model.queries.0.{self._lowered} or feed larger images."
+                f"{memory.image_sizes} pixels gives {num_tokens}: lower {self._lowered} of the "
+                f"source {self.name} in model.queries, or feed larger images."
             )
         output_memory, grid_logits = propose_grid(memory)
         output_memory = self.memory_norm(self.memory_proj(output_memory))
@@ -162,11 +163,10 @@ def propose_grid(memory: EncoderMemory) -> tuple[Tensor, Tensor]:
     """
     grids = []
     ratios = memory.valid_ratios
+    cells = [(width, height) for height, width in memory.level_shapes]
+    extents = ratios * tensor_on(cells, ratios.dtype, ratios.device)  # (B, L, 2) un-padded cells
     for level, (height, width) in enumerate(memory.level_shapes):
-        centre = cell_centres(height, width, ratios)
-        cells = torch.tensor([width, height], dtype=ratios.dtype, device=ratios.device)
-        extent = ratios[:, level] * cells  # un-padded cells
-        centre = centre / extent[:, None]
+        centre = cell_centres(height, width, ratios) / extents[:, level, None]
         grids.append(torch.cat([centre, torch.full_like(centre, 0.05 * 2**level)], dim=-1))
     grid = torch.cat(grids, dim=1)
     usable = ((grid > 0.01) & (grid < 0.99)).all(-1, keepdim=True)

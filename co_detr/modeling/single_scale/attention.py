@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from co_detr.modeling.transformer_layers import split_heads
+from co_detr.modeling.transformer_layers import dropout_rate, split_heads
 from co_detr.structures import EncoderMemory
 
 
@@ -24,7 +24,7 @@ class _ProjectedAttention(nn.Module):
     def __init__(self, embed_dim: int, num_heads: int, dropout: float):
         super().__init__()
         self.num_heads = num_heads
-        self.dropout = dropout
+        self.dropout = nn.Dropout(dropout)
         self.query_content = nn.Linear(embed_dim, embed_dim)
         self.key_content = nn.Linear(embed_dim, embed_dim)
         self.key_position = nn.Linear(embed_dim, embed_dim)
@@ -32,13 +32,13 @@ class _ProjectedAttention(nn.Module):
         self.out_proj = nn.Linear(embed_dim, embed_dim)
 
     def _reset_parameters(self) -> None:
-        for linear in self.children():
-            nn.init.xavier_uniform_(linear.weight)
+        for module in self.children():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """``(B, heads, Q or S, width)`` each -> ``(B, Q, C)``; mask: True = may attend."""
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout)
+        mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout_rate(self.dropout))
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:

@@ -54,7 +54,8 @@ class CentreSamplingAssigner(nn.Module):
         central = (low - high).abs().amax(-1) / 2 < self.radius * stride
         longest = torch.maximum(low, high).amax(-1)
         in_range = (longest >= lower * stride) & (longest <= upper * stride)
-        areas = (gt_boxes[:, 2:] - gt_boxes[:, :2]).prod(-1)
+        width, height = (gt_boxes[:, 2:] - gt_boxes[:, :2]).unbind(-1)
+        areas = width * height
         areas = torch.where(inside & central & in_range, areas, math.inf)
         smallest, index = areas.min(1)
         return torch.where(smallest < math.inf, index, BACKGROUND)

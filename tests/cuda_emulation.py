@@ -1,0 +1,231 @@
+"""A GPU made of the CPU: tensors that say they are on ``cuda:0`` and are computed on the host.
+
+What a machine without a GPU can find out with it:
+
+* tensors of two devices that meet in one operation, as on a GPU an error;
+* how often, and where, the host would wait for the device;
+* which types CUDA's autocast gives, which are not those of the CPU's.
+
+It is a dispatch mode, so it sees what C++ does as well: torchvision's operators and our own. Unlike
+with PyTorch's fake tensors, values are computed, so that heads whose work depends on them run, too.
+Kernels are the CPU's: nothing is said about those of CUDA, memory or time. There is no backward
+pass: the autograd engine asks the driver for a device.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import detectron2
+import fvcore
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+import co_detr
+
+aten = torch.ops.aten
+DEVICE = torch.device("cuda:0")
+PACKAGES = [Path(each.__file__).parent for each in (co_detr, detectron2, torchvision, fvcore)]
+# How many values come out depends on the values that go in, so the host has to ask.
+ASKS_FOR_SIZE = {
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten._unique2.default,
+    aten.unique_dim.default,
+    aten.unique_consecutive.default,
+    aten.bincount.default,
+}
+
+
+def _cudnn_batch_norm(x, weight, bias, mean, var, training, momentum, eps):
+    found = aten.native_batch_norm(x, weight, bias, mean, var, training, momentum, eps)
+    return *found, torch.empty(0, dtype=torch.uint8)
+
+
+def _softmax(x, dim, half_to_float):
+    return aten._softmax(x.float() if half_to_float else x, dim, False)
+
+
+# What only CUDA has; PyTorch chooses by the device before a dispatch mode sees the call.
+REPLACED = {
+    aten.cudnn_batch_norm.default: _cudnn_batch_norm,
+    aten._softmax.default: _softmax,
+}
+
+
+class EmulatedTensor(Tensor):
+    """A tensor of the emulated device around one of the host."""
+
+    host: Tensor
+
+    @staticmethod
+    def __new__(cls, host: Tensor) -> EmulatedTensor:
+        made = torch.Tensor._make_wrapper_subclass(
+            cls,
+            host.shape,
+            strides=host.stride(),
+            storage_offset=host.storage_offset(),
+            dtype=host.dtype,
+            layout=host.layout,
+            device=DEVICE,
+            requires_grad=False,
+        )
+        made.host = host
+        return made
+
+    def __repr__(self, **_: Any) -> str:
+        return f"emulated {self.host!r}"
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise RuntimeError(f"{func} on an emulated tensor outside of the emulation.")
+
+
+class EmulatedCuda(TorchDispatchMode):
+    """Runs what is on the emulated device on the host; ``waits`` counts by kind and place.
+
+    A place is the innermost line of one of `PACKAGES`, "backward" where there is none.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch._C._ensureCUDADeviceGuardSet()  # what autograd asks for the device, without one
+        self.waits: Counter[tuple[str, str]] = Counter()
+        # A call that names the device would look for a driver first.
+        self._driver = mock.patch.object(torch.cuda, "_lazy_init", lambda: None)
+
+    def __enter__(self) -> EmulatedCuda:
+        self._driver.start()
+        # torch.tensor(values, device="cuda") is to make a tensor of the host and move it, visibly.
+        torch._C._set_only_lift_cpu_tensors(True)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch._C._set_only_lift_cpu_tensors(False)
+        self._driver.stop()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
+        emulated = any(isinstance(each, EmulatedTensor) for each in tensors)
+        target = kwargs.get("device")
+        target = None if target is None else torch.device(target).type
+        if not emulated and target != "cuda":
+            return func(*args, **kwargs)
+        self._note_waits(func, args, kwargs, emulated, target)
+        self._check_devices(func, args, tensors)
+        if target is not None:
+            kwargs["device"] = "cpu"
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        inner_args, inner_kwargs = tree_map_only(
+            EmulatedTensor, lambda each: each.host, (args, kwargs)
+        )
+        result = REPLACED.get(func, func)(*inner_args, **inner_kwargs)
+        if target == "cpu" or (func is aten.copy_.default and not _on_device(args[0])):
+            return args[0] if func is aten.copy_.default else result.clone()
+        wrapped = tree_map_only(Tensor, EmulatedTensor, result)
+        return return_and_correct_aliasing(func, args, kwargs, wrapped)
+
+    def _check_devices(self, func, args, tensors: list[Tensor]) -> None:
+        if func in (aten._to_copy.default, aten.copy_.default):
+            return
+        if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+            tensors = [args[0]]  # indices may lie on the host, which makes it wait
+        devices = {_on_device(each) for each in tensors if each.dim()}
+        if len(devices) > 1:
+            raise RuntimeError(f"{func}: tensors of the host and of the device meet.")
+
+    def _note_waits(self, func, args, kwargs, emulated: bool, target: str | None) -> None:
+        kind = None
+        if func is aten._local_scalar_dense.default:
+            kind = "item"
+        elif func in ASKS_FOR_SIZE:
+            kind = str(func)
+        elif func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None:
+            kind = "repeat_interleave"
+        elif func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+            kind = _index_wait(args[1]) if _on_device(args[0]) else None
+        elif func is aten._to_copy.default:
+            crosses = target is not None and (target == "cuda") != emulated
+            kind = "copy" if crosses and not kwargs.get("non_blocking") else None
+        elif func is aten.copy_.default:
+            crosses = _on_device(args[0]) != _on_device(args[1])
+            waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking"))
+            kind = "copy" if crosses and waits else None
+        if kind is not None:
+            self.waits[kind, _place()] += 1
+
+    def own_waits(self) -> dict[tuple[str, str], int]:
+        """Those of `co_detr`."""
+        own = f"{PACKAGES[0].name}/"
+        return {key: count for key, count in self.waits.items() if key[1].startswith(own)}
+
+
+def _index_wait(indices: Iterable[Tensor | None]) -> str | None:
+    for each in indices:
+        if each is not None and each.dtype in (torch.bool, torch.uint8):
+            return "boolean index"
+        if each is not None and not _on_device(each):
+            return "index of the host"
+    return None
+
+
+def _on_device(tensor: Tensor) -> bool:
+    return isinstance(tensor, EmulatedTensor)
+
+
+def _place() -> str:
+    for frame in reversed(traceback.extract_stack()):
+        path = Path(frame.filename)
+        for package in PACKAGES:
+            if path.is_relative_to(package):
+                return f"{path.relative_to(package.parent)}:{frame.lineno}"
+    return "backward"
+
+
+def to_emulated(tensor: Tensor) -> Tensor:
+    """A tensor of the host on the emulated device; they share their memory."""
+    return EmulatedTensor(tensor.detach())
+
+
+def emulate(model: nn.Module) -> nn.Module:
+    """Moves a model to the emulated device, in place; needs an active `EmulatedCuda`."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                moved = nn.Parameter(to_emulated(parameter), parameter.requires_grad)
+                module._parameters[name] = moved
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = to_emulated(buffer)
+    return model
+
+
+@contextmanager
+def emulated_autocast(dtype: torch.dtype) -> Iterator[None]:
+    """``torch.autocast("cuda", dtype)``, which switches itself off where no GPU is."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.autocast_increment_nesting()
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", dtype)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
