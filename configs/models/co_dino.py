@@ -28,6 +28,7 @@ model.queries = [
         embed_dim="${...encoder.embed_dim}",
         ranking="best_class",
         with_position=False,
+        name="matching",
     ),
     L(DenoisingQueries)(
         num_queries=100,
@@ -35,6 +36,7 @@ model.queries = [
         embed_dim="${...encoder.embed_dim}",
         label_noise=0.5,
         box_noise=1.0,
+        sees="${..0.name}",
     ),
 ]
 model.criterion.update(classification=L(QualityFocalLoss)(beta=2.0), class_weight=1.0)
