@@ -5,7 +5,10 @@ import json
 import pytest
 import torch
 from detectron2.config import instantiate
+from detectron2.utils import comm
+from tiny_detector import TinyDetector
 
+from co_detr.engine import trainer
 from co_detr.engine.run import run_training
 
 
@@ -39,6 +42,41 @@ def test_accumulation_equals_one_large_batch(tiny_cfg, tmp_path):
         for name in ("whole", "parts")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+class _Comm:
+    """Detectron2's module, but for the rank."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def get_rank(self):
+        return self.rank
+
+    def __getattr__(self, name):
+        return getattr(comm, name)
+
+
+def test_every_process_iteration_and_micro_batch_draws_its_own_numbers(tiny_cfg, monkeypatch):
+    """Otherwise all of them would have the same noise, samples and dropout."""
+    draws = []
+    forward = TinyDetector.forward
+
+    def drawing(self, batch):
+        if self.training:
+            draws.append(float(torch.rand((), dtype=torch.float64)))
+        return forward(self, batch)
+
+    monkeypatch.setattr(TinyDetector, "forward", drawing)
+    by_rank = []
+    for rank in (0, 1, 0):
+        monkeypatch.setattr(trainer, "comm", _Comm(rank))
+        draws.clear()
+        run_training(tiny_cfg("train.images_per_gpu=2", output=str(len(by_rank))), resume=False)
+        by_rank.append(list(draws))
+    assert len(by_rank[0]) == 6 * 2  # iterations, micro-batches
+    assert len(set(by_rank[0] + by_rank[1])) == 2 * 6 * 2
+    assert by_rank[2] == by_rank[0]
 
 
 def test_gradient_is_clipped_to_the_norm(tiny_cfg):

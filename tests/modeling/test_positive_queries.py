@@ -60,6 +60,23 @@ def test_negatives_fill_up_and_are_trained_as_background():
     assert len(fillers.unique(dim=0)) == 9  # drawn without replacement
 
 
+def test_code_of_a_box_beyond_the_image_is_that_of_the_box_cut_to_it():
+    """Anchors are larger than small images; the decoder attends around them as they are."""
+    sides = {"beyond": [-64.0, -48.0, 192.0, 144.0], "whole": [0.0, 0.0, 128.0, 96.0]}
+    groups = {}
+    for name, box in sides.items():
+        candidates, _ = make_candidates((1, 1), (0, 0))
+        for each in candidates.instances:
+            each.proposal_boxes.tensor[:] = torch.tensor(box)
+        source = make_source(padding="mask", with_features=False, with_position=True)
+        groups[name] = source("atss_queries", candidates, SIZES)
+    beyond, whole = (groups[name] for name in sides)
+    assert beyond.reference[0, 0].tolist() == [0.5, 0.5, 2.0, 2.0]
+    assert whole.reference[0, 0].tolist() == [0.5, 0.5, 1.0, 1.0]
+    assert torch.equal(beyond.content, whole.content)
+    assert torch.equal(beyond.position, whole.position)
+
+
 def test_masked_slots_are_in_no_loss():
     group, _ = make_group((3, 12), (40, 40), padding="mask")
     assert group.valid.sum(1).tolist() == [3, 12]

@@ -1,10 +1,13 @@
 """Groups are decoded together exactly as each would be alone (Co-DETR decodes them in turn)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from co_detr.errors import ConfigError
-from co_detr.structures import AssignedTargets, Predictions, QueryGroup, QuerySet
+from co_detr.modeling.supervision import assign_targets, score_groups
+from co_detr.structures import AssignedTargets, GroundTruth, Predictions, QueryGroup, QuerySet
 from tests.modeling.builders import make_batch, make_candidates, randomise, tiny_model
 
 
@@ -160,3 +163,31 @@ def test_groups_keep_their_own_targets():
         assert targets.labels.shape == (1, 2, group.num_queries)
         assert targets.labels.max() == model.num_classes  # some background fills up
         assert (targets.labels < model.num_classes).sum() in (5 + 12, 13 + 12)
+
+
+def test_losses_of_a_group_and_of_its_proposals_have_their_weights():
+    """A group's weight is for its decoder layers; its encoder proposals count once."""
+    model, memory, groups = make_groups("mask")
+    sizes = memory.image_sizes
+    truth = [
+        GroundTruth(torch.tensor([1, 3]), torch.rand(2, 4, dtype=torch.float64) / 2 + 0.2, size)
+        for size in sizes
+    ]
+    groups[0] = replace(groups[0], loss_weight=3.0)
+    predictions = QuerySet.concat(groups).split(model.decoder(QuerySet.concat(groups), memory))
+    assigned = assign_targets(groups, predictions, truth, model.assigner, model.num_classes)
+    losses = score_groups(groups, predictions, assigned, sizes, model.criterion)
+    criterion = model.criterion
+    proposals = groups[0].proposals.predictions
+    expected = {
+        "matching": (3.0, predictions[0], assigned.groups[0]),
+        "matching.enc": (1.0, proposals, assigned.proposals["matching"]),
+    }
+    for name, (weight, predicted, targets) in expected.items():
+        terms = criterion(predicted, targets, sizes, criterion.count_positives(targets))
+        for key, values in terms.items():
+            assert values[-1] > 0
+            torch.testing.assert_close(losses[f"{name}.{key}"], weight * values[-1])
+    # Class-agnostic: every ground truth is class 0 for the proposals of Co-Deformable-DETR.
+    labels = assigned.proposals["matching"].labels
+    assert set(labels.unique().tolist()) == {0, model.num_classes}
