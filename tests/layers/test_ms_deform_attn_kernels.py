@@ -108,6 +108,8 @@ def test_operators_reject_what_would_read_out_of_bounds():
     for shapes in ([6, 7, 3, 4], [6, 7, 3, 4, 2, 1], [6, 7, 3, 4, 0, 1], [-6, -7, 3, 4, 1, 1]):
         with pytest.raises(ValueError, match="level_shapes"):
             torch.ops.co_detr.ms_deform_attn(value, shapes, locations, weights)
+    with pytest.raises(ValueError, match="describe 56 pixels, but value has 55"):
+        torch.ops.co_detr.ms_deform_attn(value, [6, 7, 3, 4, 2, 1], locations, weights)
     shapes = [6, 7, 3, 4, 1, 1]
     with pytest.raises(ValueError, match="attention_weights"):
         torch.ops.co_detr.ms_deform_attn(value, shapes, locations, weights[:, 1:])
@@ -117,6 +119,22 @@ def test_operators_reject_what_would_read_out_of_bounds():
         torch.ops.co_detr.ms_deform_attn_backward(
             value.flatten()[:4], value, shapes, locations, weights
         )
+
+
+@pytest.mark.parametrize(
+    ("pixels", "shapes"),
+    [
+        (2**31, [2**16, 2**15]),
+        (2**31 - 1, [1, 2**31 - 1]),
+        (2**40, [2**39, 2**40, 2**39, 2**40]),  # whose product does not fit in 64 bits
+    ],
+)
+def test_operators_reject_more_pixels_than_32_bits_count(pixels, shapes):
+    value = torch.zeros(1, 1, 1, 1).expand(1, pixels, 1, 1)
+    locations = torch.zeros(1, 1, 1, len(shapes) // 2, 1, 2)
+    message = rf"value must have fewer than 2\^31 - 1 pixels per image, got {pixels}"
+    with pytest.raises(ValueError, match=message):
+        torch.ops.co_detr.ms_deform_attn(value, shapes, locations, locations[..., 0])
 
 
 def test_compiles_into_one_graph():
