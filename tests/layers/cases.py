@@ -117,3 +117,20 @@ def assert_nowhere_is_nothing(function, dtype: torch.dtype, device: str = "cpu")
     )
     for name in ("output", "value"):
         torch.testing.assert_close(actual[name], expected[name])
+
+
+def assert_weights_do_not_matter_nowhere(
+    function, dtype: torch.dtype, device: str = "cpu", channels: int = 9
+) -> None:
+    """A NaN or infinite weight of a point that touches no pixel has to add nothing."""
+    case = Case(batch=1, queries=5, channels=channels)
+    value, locations, weights = (t.detach() for t in case.tensors(dtype, device))
+    locations[:, 2] = float("nan")
+    locations[:, 3, ..., 0] = -7
+    weights[:, 2] = float("nan")
+    weights[:, 3] = float("inf")
+    tensors = tuple(t.requires_grad_() for t in (value, locations, weights))
+    actual = outputs_and_gradients(function, case, tensors)
+    assert all(tensor.isfinite().all() for tensor in actual.values())
+    for name in ("output", "locations", "weights"):
+        assert actual[name][:, 2:4].count_nonzero() == 0, name

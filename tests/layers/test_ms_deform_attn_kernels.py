@@ -11,6 +11,7 @@ from tests.layers.cases import (
     Case,
     assert_close,
     assert_nowhere_is_nothing,
+    assert_weights_do_not_matter_nowhere,
     outputs_and_gradients,
 )
 
@@ -60,6 +61,7 @@ def test_non_contiguous_inputs(device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_points_that_are_nowhere_contribute_nothing(function, dtype, device):
     assert_nowhere_is_nothing(function, dtype, device)
+    assert_weights_do_not_matter_nowhere(function, dtype, device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -108,8 +110,9 @@ def test_operators_reject_what_would_read_out_of_bounds():
     for shapes in ([6, 7, 3, 4], [6, 7, 3, 4, 2, 1], [6, 7, 3, 4, 0, 1], [-6, -7, 3, 4, 1, 1]):
         with pytest.raises(ValueError, match="level_shapes"):
             torch.ops.co_detr.ms_deform_attn(value, shapes, locations, weights)
-    with pytest.raises(ValueError, match="describe 56 pixels, but value has 55"):
-        torch.ops.co_detr.ms_deform_attn(value, [6, 7, 3, 4, 2, 1], locations, weights)
+    for shapes, pixels in (([6, 7, 3, 4, 2, 1], 56), ([6, 7, 2, 4, 1, 1], 51)):
+        with pytest.raises(ValueError, match=f"describe {pixels} pixels, but value has 55"):
+            torch.ops.co_detr.ms_deform_attn(value, shapes, locations, weights)
     shapes = [6, 7, 3, 4, 1, 1]
     with pytest.raises(ValueError, match="attention_weights"):
         torch.ops.co_detr.ms_deform_attn(value, shapes, locations, weights[:, 1:])

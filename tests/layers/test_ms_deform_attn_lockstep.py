@@ -20,6 +20,7 @@ from tests.layers.cases import (
     Case,
     assert_close,
     assert_nowhere_is_nothing,
+    assert_weights_do_not_matter_nowhere,
     outputs_and_gradients,
 )
 from tests.layers.fuzz import disagreement, make_problem
@@ -108,21 +109,8 @@ def test_random_problems(device, mode):
 def test_points_that_are_nowhere_contribute_nothing(device, mode):
     with running(device, mode):
         assert_nowhere_is_nothing(device.attention, torch.float32)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_weights_of_points_that_are_nowhere_do_not_matter(device, mode):
-    case = Case(batch=1, queries=5, channels=32, level_shapes=LEVELS[:3])
-    with running(device, mode):
-        value, locations, weights = (tensor.detach() for tensor in case.tensors(torch.float32))
-        locations[:, 2] = float("nan")
-        locations[:, 3, ..., 0] = -7
-        weights[:, 2:4] = float("nan")
-        tensors = tuple(tensor.requires_grad_() for tensor in (value, locations, weights))
-        actual = outputs_and_gradients(device.attention, case, tensors)
-    assert all(tensor.isfinite().all() for tensor in actual.values())
-    for name in ("output", "locations", "weights"):
-        assert actual[name][:, 2:4].count_nonzero() == 0, name
+        assert_weights_do_not_matter_nowhere(device.attention, torch.float32, channels=9)
+        assert_weights_do_not_matter_nowhere(device.attention, torch.float32, channels=32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=short_name)

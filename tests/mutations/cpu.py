@@ -30,4 +30,12 @@ MUTATIONS = (
         TESTS,
         rebuild=True,
     ),
+    Mutation(
+        "cpu-weight-outside-reaches-the-gradient",
+        f"{FOLDER}_cpu_backward.cpp",
+        "slope_left[i] * slope_top[i] != T(0) ? weights[i] : T(0)",
+        "weights[i]",
+        TESTS,
+        rebuild=True,
+    ),
 )
