@@ -7,7 +7,8 @@ Environment:
     FORCE_CUDA=1           fail when the CUDA kernels cannot be built (default: build if possible)
     CO_DETR_NO_CUDA=1      build the CPU kernels only
     CO_DETR_NO_EXT=1       build no kernels: the slow PyTorch reference is used
-    TORCH_CUDA_ARCH_LIST   GPU architectures, e.g. "8.0;9.0+PTX"
+    TORCH_CUDA_ARCH_LIST   GPU architectures, e.g. "8.0;9.0+PTX", 7.0 or newer; default: the GPU
+                           that is there, or else all in ARCHITECTURES that the toolkit knows
     MAX_JOBS               parallel compiler processes
 
 No GPU is needed to build the CUDA kernels.
@@ -15,6 +16,8 @@ No GPU is needed to build the CUDA kernels.
 
 import os
 import platform
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +26,14 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).resolve().parent
 KERNELS = "co_detr/layers/csrc/ms_deform_attn"
 BUILD_COMMAND = "pip install --no-build-isolation --no-deps -e ."
+
+# First CUDA version that knows them -> GPU architectures. Code for 8.0 runs on 8.6 and 8.9 as well;
+# GPUs newer than all of these compile the PTX of the last one when it is first used.
+ARCHITECTURES = {
+    (11, 0): ("7.5", "8.0"),  # T4, RTX 20; A100, RTX 30 and RTX 40
+    (11, 8): ("9.0",),  # H100
+    (12, 8): ("10.0", "12.0"),  # B200; RTX 50
+}
 
 try:
     import torch
@@ -70,10 +81,27 @@ def wants_cuda(toolkit: str | None) -> bool:
     return found
 
 
-def default_architectures() -> str:
-    """What to compile for when nobody said so and no GPU can be asked: A100, RTX 30/40, H100 on."""
-    major = int(torch.version.cuda.split(".")[0])
-    return "8.0;8.6;8.9;9.0+PTX" if major >= 12 else "8.0;8.6+PTX"
+def toolkit_version(toolkit: str) -> tuple[int, int]:
+    """Major and minor version that ``nvcc --version`` prints."""
+    command = [str(Path(toolkit) / "bin" / "nvcc"), "--version"]
+    printed = subprocess.run(command, capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", printed)
+    if release is None:
+        raise SystemExit(
+            f"{' '.join(command)} names no release (it printed {printed!r}); set CUDA_HOME to a "
+            "CUDA toolkit, or CO_DETR_NO_CUDA=1 to build the CPU kernels only."
+        )
+    return int(release[1]), int(release[2])
+
+
+def default_architectures(toolkit: tuple[int, int], of_torch: tuple[int, int]) -> str:
+    """What to compile for when nobody said so and no GPU can be asked.
+
+    ``of_torch``: the CUDA version that torch was built with. It refuses names that are newer.
+    """
+    known = min(toolkit, of_torch)
+    names = [name for since, group in ARCHITECTURES.items() if since <= known for name in group]
+    return ";".join(names) + "+PTX"
 
 
 def extension() -> "cpp_extension.CppExtension":
@@ -88,7 +116,10 @@ def extension() -> "cpp_extension.CppExtension":
     if wants_cuda(toolkit):
         cpp_extension.CUDA_HOME = toolkit
         if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
-            os.environ["TORCH_CUDA_ARCH_LIST"] = default_architectures()
+            of_torch = tuple(int(part) for part in torch.version.cuda.split(".")[:2])
+            os.environ["TORCH_CUDA_ARCH_LIST"] = default_architectures(
+                toolkit_version(toolkit), of_torch
+            )
         kind = cpp_extension.CUDAExtension
         sources += [f"{KERNELS}_cuda.cpp"]
         sources += [

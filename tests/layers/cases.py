@@ -41,6 +41,14 @@ class Case:
         )
 
 
+# Relative to the largest entry: half precision rounds the output and the value's gradient.
+TOLERANCES = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.bfloat16: 1e-2,
+    torch.float16: 2e-3,
+}
+
 # Name -> sizes that take different paths through the kernels.
 CASES = {
     "usual": Case(channels=32, heads=8),
@@ -71,3 +79,58 @@ def outputs_and_gradients(function, case: Case, tensors: tuple[Tensor, ...]) -> 
     return dict(
         zip(("output", "value", "locations", "weights"), (output.detach(), *grads), strict=True)
     )
+
+
+def assert_close(actual: dict, expected: dict, tolerance: float) -> None:
+    """Errors relative to the largest entry of each tensor, wherever the tensors are."""
+    for name, tensor in actual.items():
+        wanted = expected[name]
+        assert tensor.shape == wanted.shape, name
+        if tensor.numel() == 0:
+            continue
+        tensor, wanted = tensor.cpu().double(), wanted.cpu().double()
+        error = (tensor - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
+        assert error <= tolerance, f"{name}: relative error {error:.1e}"
+
+
+NOWHERE = [float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 2.0**31, 5.0, -5.0]
+
+
+def assert_nowhere_is_nothing(function, dtype: torch.dtype, device: str = "cpu") -> None:
+    """NaN, infinite and far locations have to add nothing and to get gradients of zero."""
+    case = Case(batch=1, queries=len(NOWHERE), channels=9)
+    value, locations, weights = (t.detach() for t in case.tensors(dtype, device, spread=0))
+    kept = locations.clone()
+    for query, bad in enumerate(NOWHERE):
+        locations[:, query, :, :, 0, query % 2] = bad  # only one of x and y is bad
+        locations[:, query, :, 0, 1] = bad
+    without = weights.clone()
+    without[:, :, :, :, 0] = 0
+    without[:, :, :, 0, 1] = 0
+    tensors = tuple(t.requires_grad_() for t in (value, locations, weights))
+    actual = outputs_and_gradients(function, case, tensors)
+    assert all(tensor.isfinite().all() for tensor in actual.values())
+    assert actual["locations"][:, :, :, :, 0].abs().max() == 0
+    assert actual["weights"][:, :, :, :, 0].abs().max() == 0
+    expected = outputs_and_gradients(
+        function, case, tuple(t.detach().requires_grad_() for t in (value, kept, without))
+    )
+    for name in ("output", "value"):
+        torch.testing.assert_close(actual[name], expected[name])
+
+
+def assert_weights_do_not_matter_nowhere(
+    function, dtype: torch.dtype, device: str = "cpu", channels: int = 9
+) -> None:
+    """A NaN or infinite weight of a point that touches no pixel has to add nothing."""
+    case = Case(batch=1, queries=5, channels=channels)
+    value, locations, weights = (t.detach() for t in case.tensors(dtype, device))
+    locations[:, 2] = float("nan")
+    locations[:, 3, ..., 0] = -7
+    weights[:, 2] = float("nan")
+    weights[:, 3] = float("inf")
+    tensors = tuple(t.requires_grad_() for t in (value, locations, weights))
+    actual = outputs_and_gradients(function, case, tensors)
+    assert all(tensor.isfinite().all() for tensor in actual.values())
+    for name in ("output", "locations", "weights"):
+        assert actual[name][:, 2:4].count_nonzero() == 0, name

@@ -118,10 +118,10 @@ def with_random_strides(tensor: Tensor, choices: random.Random) -> Tensor:
     return tensor
 
 
-def disagreement(problem: Problem) -> str | None:
-    """What the kernels get wrong in this problem, None when all is right."""
+def disagreement(problem: Problem, function=ms_deform_attn) -> str | None:
+    """What the kernels behind ``function`` get wrong in this problem, None when all is right."""
     inputs = (problem.value, problem.locations, problem.weights)
-    actual = run(ms_deform_attn, problem, inputs)
+    actual = run(function, problem, inputs)
     exact = tuple(tensor.detach().cpu().double().requires_grad_() for tensor in inputs)
     expected = run(ms_deform_attn_reference, problem, exact)
     for name, tensor, wanted in zip(NAMES, actual, expected, strict=True):

@@ -8,7 +8,7 @@ import torch
 
 from co_detr.layers import ms_deform_attn
 from co_detr.layers.ms_deform_attn_op import KERNEL_DEVICES
-from tests.layers.cases import CASES, Case, outputs_and_gradients
+from tests.layers.cases import CASES, TOLERANCES, Case, assert_close, outputs_and_gradients
 
 pytestmark = [
     pytest.mark.gpu,
@@ -16,13 +16,6 @@ pytestmark = [
         "cuda" not in KERNEL_DEVICES, reason="co_detr was installed without a CUDA kernel"
     ),
 ]
-# Relative to the largest entry. Both sides round the same inputs; sums differ in their order.
-TOLERANCES = {
-    torch.float64: 1e-12,
-    torch.float32: 1e-5,
-    torch.bfloat16: 1e-2,
-    torch.float16: 2e-3,
-}
 LEVELS = ((9, 12), (5, 6), (3, 3), (2, 1), (1, 1), (1, 4))
 # 32 channels, 4 points and 3 to 5 levels have kernels of their own.
 SHAPES = [
@@ -45,13 +38,6 @@ def short_name(dtype: torch.dtype) -> str:
 
 def on_cuda(tensors: tuple[torch.Tensor, ...], device: str = "cuda") -> tuple[torch.Tensor, ...]:
     return tuple(tensor.detach().to(device).requires_grad_() for tensor in tensors)
-
-
-def assert_close(actual: dict, expected: dict, tolerance: float) -> None:
-    for name, tensor in actual.items():
-        wanted = expected[name].cpu().double()
-        error = (tensor.cpu().double() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
-        assert error <= tolerance, f"{name}: relative error {error:.1e}"
 
 
 def assert_same_bits(first: dict, second: dict) -> None:

@@ -5,15 +5,16 @@ import torch
 
 from co_detr.layers import ms_deform_attn, ms_deform_attn_reference
 from co_detr.layers.ms_deform_attn_op import KERNEL_DEVICES
-from tests.layers.cases import CASES, Case, outputs_and_gradients
+from tests.layers.cases import (
+    CASES,
+    TOLERANCES,
+    Case,
+    assert_close,
+    assert_nowhere_is_nothing,
+    assert_weights_do_not_matter_nowhere,
+    outputs_and_gradients,
+)
 
-# Relative to the largest entry: half precision rounds the output and the value's gradient.
-TOLERANCES = {
-    torch.float64: 1e-12,
-    torch.float32: 1e-5,
-    torch.bfloat16: 1e-2,
-    torch.float16: 2e-3,
-}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -25,17 +26,6 @@ def needs_kernel(request: pytest.FixtureRequest) -> None:
         pytest.skip(f"co_detr was installed without a kernel for {device}")
 
 
-def assert_same(actual: dict, expected: dict, tolerance: float) -> None:
-    for name, tensor in actual.items():
-        wanted = expected[name]
-        assert tensor.shape == wanted.shape, name
-        if tensor.numel() == 0:
-            continue
-        tensor, wanted = tensor.cpu().double(), wanted.double()
-        error = (tensor - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
-        assert error <= tolerance, f"{name}: relative error {error:.1e}"
-
-
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("device", DEVICES)
@@ -45,7 +35,7 @@ def test_equals_reference(case: Case, dtype, device):
     # The reference gets the same rounded inputs, in fp64.
     rounded = tuple(t.detach().double().requires_grad_() for t in case.tensors(dtype))
     expected = outputs_and_gradients(ms_deform_attn_reference, case, rounded)
-    assert_same(actual, expected, TOLERANCES[dtype])
+    assert_close(actual, expected, TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -63,35 +53,15 @@ def test_non_contiguous_inputs(device):
         ms_deform_attn, case, tuple(tensor.requires_grad_() for tensor in strided)
     )
     expected = outputs_and_gradients(ms_deform_attn, case, dense)
-    assert_same(actual, {k: v.cpu() for k, v in expected.items()}, 1e-12)
-
-
-BAD_LOCATIONS = [float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 2.0**31, 5.0, -5.0]
+    assert_close(actual, {k: v.cpu() for k, v in expected.items()}, 1e-12)
 
 
 @pytest.mark.parametrize("function", [ms_deform_attn, ms_deform_attn_reference])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("device", DEVICES)
 def test_points_that_are_nowhere_contribute_nothing(function, dtype, device):
-    case = Case(batch=1, queries=len(BAD_LOCATIONS), channels=9)
-    value, locations, weights = (t.detach() for t in case.tensors(dtype, device, spread=0))
-    kept = locations.clone()
-    for query, bad in enumerate(BAD_LOCATIONS):
-        locations[:, query, :, :, 0, query % 2] = bad  # only one of x and y is bad
-        locations[:, query, :, 0, 1] = bad
-    without = weights.clone()
-    without[:, :, :, :, 0] = 0
-    without[:, :, :, 0, 1] = 0
-    tensors = tuple(t.requires_grad_() for t in (value, locations, weights))
-    actual = outputs_and_gradients(function, case, tensors)
-    assert all(tensor.isfinite().all() for tensor in actual.values())
-    assert actual["locations"][:, :, :, :, 0].abs().max() == 0
-    assert actual["weights"][:, :, :, :, 0].abs().max() == 0
-    expected = outputs_and_gradients(
-        function, case, tuple(t.detach().requires_grad_() for t in (value, kept, without))
-    )
-    for name in ("output", "value"):
-        torch.testing.assert_close(actual[name], expected[name])
+    assert_nowhere_is_nothing(function, dtype, device)
+    assert_weights_do_not_matter_nowhere(function, dtype, device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -140,6 +110,9 @@ def test_operators_reject_what_would_read_out_of_bounds():
     for shapes in ([6, 7, 3, 4], [6, 7, 3, 4, 2, 1], [6, 7, 3, 4, 0, 1], [-6, -7, 3, 4, 1, 1]):
         with pytest.raises(ValueError, match="level_shapes"):
             torch.ops.co_detr.ms_deform_attn(value, shapes, locations, weights)
+    for shapes, pixels in (([6, 7, 3, 4, 2, 1], 56), ([6, 7, 2, 4, 1, 1], 51)):
+        with pytest.raises(ValueError, match=f"describe {pixels} pixels, but value has 55"):
+            torch.ops.co_detr.ms_deform_attn(value, shapes, locations, weights)
     shapes = [6, 7, 3, 4, 1, 1]
     with pytest.raises(ValueError, match="attention_weights"):
         torch.ops.co_detr.ms_deform_attn(value, shapes, locations, weights[:, 1:])
@@ -149,6 +122,22 @@ def test_operators_reject_what_would_read_out_of_bounds():
         torch.ops.co_detr.ms_deform_attn_backward(
             value.flatten()[:4], value, shapes, locations, weights
         )
+
+
+@pytest.mark.parametrize(
+    ("pixels", "shapes"),
+    [
+        (2**31, [2**16, 2**15]),
+        (2**31 - 1, [1, 2**31 - 1]),
+        (2**40, [2**39, 2**40, 2**39, 2**40]),  # whose product does not fit in 64 bits
+    ],
+)
+def test_operators_reject_more_pixels_than_32_bits_count(pixels, shapes):
+    value = torch.zeros(1, 1, 1, 1).expand(1, pixels, 1, 1)
+    locations = torch.zeros(1, 1, 1, len(shapes) // 2, 1, 2)
+    message = rf"value must have fewer than 2\^31 - 1 pixels per image, got {pixels}"
+    with pytest.raises(ValueError, match=message):
+        torch.ops.co_detr.ms_deform_attn(value, shapes, locations, locations[..., 0])
 
 
 def test_compiles_into_one_graph():
@@ -161,4 +150,4 @@ def test_compiles_into_one_graph():
 
     actual = outputs_and_gradients(compiled, case, tensors)
     expected = outputs_and_gradients(lambda *inputs: ms_deform_attn(*inputs) * 2, case, tensors)
-    assert_same(actual, expected, 1e-6)
+    assert_close(actual, expected, 1e-6)

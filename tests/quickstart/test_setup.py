@@ -1,10 +1,13 @@
-"""scripts/setup.sh, with interpreters that only write down what they are asked to do."""
+"""scripts/setup.sh, with interpreters that only write down what they are asked to do; setup.py."""
 
 import os
+import runpy
 import subprocess
 from pathlib import Path
 
 import pytest
+import setuptools
+import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,3 +107,60 @@ def test_failed_phase_shows_the_log_and_is_repeated(tmp_path: Path) -> None:
 def test_makefile_has_the_target(target: str) -> None:
     command = ["make", "--dry-run", "--directory", str(ROOT), target]
     assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.fixture
+def setup_file(monkeypatch) -> dict:
+    """What setup.py defines, without setting anything up."""
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    monkeypatch.setenv("CO_DETR_NO_EXT", "1")
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.mark.parametrize(
+    ("toolkit", "of_torch", "expected"),
+    [
+        ((11, 8), (11, 8), "7.5;8.0;9.0+PTX"),
+        ((11, 4), (11, 8), "7.5;8.0+PTX"),
+        ((12, 4), (12, 4), "7.5;8.0;9.0+PTX"),
+        ((12, 8), (12, 8), "7.5;8.0;9.0;10.0;12.0+PTX"),
+        ((13, 0), (13, 0), "7.5;8.0;9.0;10.0;12.0+PTX"),
+        ((12, 9), (12, 4), "7.5;8.0;9.0+PTX"),  # torch's own list of names is as old as torch
+        ((12, 4), (12, 8), "7.5;8.0;9.0+PTX"),
+    ],
+)
+def test_default_architectures_are_those_that_toolkit_and_torch_know(
+    setup_file, toolkit, of_torch, expected
+):
+    assert setup_file["default_architectures"](toolkit, of_torch) == expected
+
+
+def make_toolkit(tmp_path: Path, printed: str) -> str:
+    write_script(tmp_path / "cuda" / "bin" / "nvcc", f"#!/bin/sh\necho '{printed}'\n")
+    header = tmp_path / "cuda" / "include" / "cuda_runtime_api.h"
+    header.parent.mkdir()
+    header.touch()
+    return str(tmp_path / "cuda")
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"), [("", "7.5;8.0;9.0+PTX"), ("8.6", "8.6")], ids=["default", "named"]
+)
+def test_extension_is_built_for_what_was_named_or_the_default(
+    setup_file, tmp_path, monkeypatch, named, expected
+):
+    toolkit = make_toolkit(tmp_path, "Cuda compilation tools, release 12.6, V12.6.20")
+    monkeypatch.setenv("CUDA_HOME", toolkit)
+    monkeypatch.delenv("CO_DETR_NO_CUDA", raising=False)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", named)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(setup_file["cpp_extension"], "CUDA_HOME", toolkit)
+    setup_file["extension"]()
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == expected
+
+
+def test_a_toolkit_without_a_version_is_named(setup_file, tmp_path):
+    toolkit = make_toolkit(tmp_path, "broken")
+    with pytest.raises(SystemExit, match="nvcc --version names no release .*set CUDA_HOME"):
+        setup_file["toolkit_version"](toolkit)

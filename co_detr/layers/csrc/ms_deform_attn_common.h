@@ -39,17 +39,21 @@ inline Sizes check_sizes(
   TORCH_CHECK_VALUE(
       static_cast<int64_t>(level_shapes.size()) == 2 * sizes.levels,
       "level_shapes must hold height and width of ", sizes.levels, " levels, got ", level_shapes);
+  // Before the sizes of the levels: with it, their products fit in 64 bits.
+  TORCH_CHECK_VALUE(
+      sizes.pixels < std::numeric_limits<int32_t>::max(),
+      "value must have fewer than 2^31 - 1 pixels per image, got ", sizes.pixels);
   int64_t pixels = 0;
   for (int64_t level = 0; level < sizes.levels; ++level) {
     const int64_t height = level_shapes[2 * level], width = level_shapes[2 * level + 1];
     TORCH_CHECK_VALUE(
-        height > 0 && width > 0 && height <= sizes.pixels && width <= sizes.pixels,
+        height > 0 && width > 0 && height <= sizes.pixels / width,
         "level_shapes must be positive and fit in value, got ", level_shapes);
     pixels += height * width;
   }
   TORCH_CHECK_VALUE(
-      pixels == sizes.pixels && pixels < std::numeric_limits<int32_t>::max(),
-      "level_shapes describe ", pixels, " pixels, but value has ", sizes.pixels);
+      pixels == sizes.pixels, "level_shapes describe ", pixels, " pixels, but value has ",
+      sizes.pixels);
   const auto value_type = value.scalar_type();
   TORCH_CHECK_VALUE(
       value_type == at::kFloat || value_type == at::kDouble || value_type == at::kBFloat16 ||

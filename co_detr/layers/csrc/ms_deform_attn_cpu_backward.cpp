@@ -59,8 +59,10 @@ CO_DETR_INLINE void differentiate_points(
         bottom[i] * (slope_left[i] * d2 + slope_right[i] * d3);
     const T along_y = slope_top[i] * upper + slope_bottom[i] * lower;
     grad_weights[i] = top[i] * upper + bottom[i] * lower;
-    grad_locations[2 * i] = weights[i] * static_cast<T>(problem.width[i]) * along_x;
-    grad_locations[2 * i + 1] = weights[i] * static_cast<T>(problem.height[i]) * along_y;
+    // Selected: the weight of a point outside, whose slopes are zero, may be NaN.
+    const T weight = slope_left[i] * slope_top[i] != T(0) ? weights[i] : T(0);
+    grad_locations[2 * i] = weight * static_cast<T>(problem.width[i]) * along_x;
+    grad_locations[2 * i + 1] = weight * static_cast<T>(problem.height[i]) * along_y;
   }
 }
 

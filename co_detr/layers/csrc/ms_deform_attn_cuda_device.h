@@ -14,6 +14,10 @@
 #include <algorithm>
 #include <type_traits>
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 700
+#error "co_detr's CUDA kernels need compute capability 7.0 or newer, because of __grid_constant__"
+#endif
+
 namespace co_detr {
 
 constexpr int block_threads = 256;
