@@ -33,7 +33,7 @@ def adopt_class_count(cfg: DictConfig, overrides: Sequence[str], eval_only: bool
     if f"data.{split}" not in given or "model.num_classes" in given:
         return
     if "num_classes" in cfg.model:
-        cfg.model.num_classes = len(read_coco(cfg.data[split])["categories"])
+        cfg.model.num_classes = len(read_coco(cfg.data[split]).categories)
 
 
 def check_data(cfg: DictConfig, eval_only: bool = False) -> None:
