@@ -71,7 +71,7 @@ def load_coco(
         images = [image | {"file_name": image_path(image)} for image in images]
     if partial_classes and num_classes is not None and len(content.categories) < num_classes:
         num_classes = None
-    contiguous_ids = _register_categories(content, image_root, num_classes)
+    contiguous_ids = _register_categories(content, image_root, num_classes, partial_classes)
     records = _image_records(images, annotation_file, image_root)
     if not content.annotations:
         logger.warning("%s has no annotations: all its images count as empty.", annotation_file)
@@ -172,7 +172,7 @@ def _require_ids(ids: list[Any], key: str, annotation_file: str) -> None:
 
 
 def _register_categories(
-    content: CocoFile, image_root: str, num_classes: int | None
+    content: CocoFile, image_root: str, num_classes: int | None, partial_classes: bool
 ) -> dict[int | str, int]:
     """Fills the metadata and returns category id -> contiguous id."""
     annotation_file = content.path
@@ -186,9 +186,12 @@ def _register_categories(
     if len(contiguous_ids) != len(content.categories):
         raise DataError(f"'categories' of {annotation_file} repeats an id: make the ids unique.")
     if num_classes is not None and len(names) != num_classes:
+        mend = f"set model.num_classes={len(names)}"
+        if partial_classes:
+            mend = f"remove those that it does not know and their boxes, or {mend}"
         raise DataError(
             f"{annotation_file} has {len(names)} categories ({shortened(names)}) but the model "
-            f"has {num_classes}: set model.num_classes={len(names)}."
+            f"has {num_classes}: {mend}."
         )
     name = dataset_name(annotation_file)
     # A file can be loaded again with other content (in one process, for example in notebooks).

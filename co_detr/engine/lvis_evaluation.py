@@ -60,7 +60,11 @@ class LvisBoxEvaluator(BoxEvaluator):
         evaluation.run()
         evaluation.print_results()
         results = evaluation.get_results()
-        metrics = {name: 100 * float(results[name]) for name in _METRICS}
+        # -1 stands for undefined.
+        metrics = {
+            name: 100 * float(results[name]) if results[name] >= 0 else math.nan
+            for name in _METRICS
+        }
         logger.info("Evaluation results for boxes:\n%s", create_small_table(metrics))
         return metrics
 
