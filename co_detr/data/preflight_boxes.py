@@ -276,7 +276,7 @@ def repeated(values: Iterable[Any]) -> list[str]:
 
 
 def _case(entry: Entry) -> str:
-    return f"{name_of(entry)}, bbox {entry['bbox']}"
+    return f"{name_of(entry)}, bbox {entry['bbox']!r}"
 
 
 def _purpose(report: SplitReport) -> str:
