@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from co_detr.data.boxes import BoxChecker, is_typed_box
+from co_detr.data.boxes import ROUNDING_PIXELS, BoxChecker, is_typed_box
 from co_detr.data.coco_file import Entry, is_box
 from co_detr.data.preflight_report import SplitReport
 
@@ -17,10 +17,10 @@ Images = Mapping[int | str, Entry]
 
 # A box whose numbers all are at most this is in no pixels: it would be smaller than one.
 _LARGEST_PART = 1.1
-# A box with less of its area in the image than this does not fit it; rounding does no such thing.
+# A box with less of its area in the image than this is not meant for it.
 _INSIDE = 0.9
 # Few boxes may be wrong one by one, and say nothing about the file.
-_FEWEST = 3
+_FEWEST = 10
 _MANY_CROWDS = 0.05  # part of all boxes; COCO has 0.01
 
 
@@ -82,10 +82,6 @@ def check_boxes(
     return good
 
 
-# Ways to write a box as four numbers -> corners (x0, y0, x1, y1), for arrays (N, 4).
-_Corners = Callable[[np.ndarray], np.ndarray]
-
-
 def _from_size(box: np.ndarray) -> np.ndarray:
     return np.concatenate([box[:, :2], box[:, :2] + box[:, 2:]], axis=1)
 
@@ -94,14 +90,47 @@ def _from_center(box: np.ndarray) -> np.ndarray:
     return np.concatenate([box[:, :2] - box[:, 2:] / 2, box[:, :2] + box[:, 2:] / 2], axis=1)
 
 
-_OTHER_NOTATIONS: dict[str, tuple[str, _Corners]] = {
-    "corners (x0, y0, x1, y1)": ("subtract x0 from x1 and y0 from y1", lambda box: box),
-    "corners (y0, x0, y1, x1)": (
+@dataclass(frozen=True)
+class _Notation:
+    """A way to write a box as four numbers.
+
+    Attributes:
+        name: with the numbers.
+        mend: what makes (x, y, w, h) of it.
+        corners: gives (x0, y0, x1, y1) for an array (N, 4).
+        tolerance: part of a side of the image, but at least a pixel, that a box may reach out of it
+            and still fit. Objects that fill their images, with labels that are a little too large,
+            look like corners.
+    """
+
+    name: str
+    mend: str
+    corners: Callable[[np.ndarray], np.ndarray]
+    tolerance: float
+
+
+_OTHER_NOTATIONS = (
+    # Before corners: boxes that fit as both are centers. Corners taken as a center and a size leave
+    # the image on the left or above, unless objects are small.
+    _Notation(
+        "centers (cx, cy, w, h)",
+        "subtract half of w from cx and half of h from cy",
+        _from_center,
+        tolerance=0.002,
+    ),
+    _Notation(
+        "corners (x0, y0, x1, y1)",
+        "subtract x0 from x1 and y0 from y1",
+        lambda box: box,
+        tolerance=0.01,
+    ),
+    _Notation(
+        "corners (y0, x0, y1, x1)",
         "write (x0, y0, x1 - x0, y1 - y0)",
         lambda box: box[:, [1, 0, 3, 2]],
+        tolerance=0.01,
     ),
-    "centers (cx, cy, w, h)": ("subtract half of w from cx and half of h from cy", _from_center),
-}
+)
 
 
 def _judge_file(report: SplitReport, entries: list[Entry], images: Images) -> bool:
@@ -119,7 +148,7 @@ def _judge_file(report: SplitReport, entries: list[Entry], images: Images) -> bo
         return _note_parts(report, finite, boxes)
     report.add(
         "warning",
-        [_case(each) for each, is_small in zip(finite, small, strict=True) if is_small],
+        _cases(finite, small),
         "boxes smaller than a pixel, with numbers from 0 to 1 only",
         "taken as pixels: write them in pixels, or remove them",
     )
@@ -128,12 +157,12 @@ def _judge_file(report: SplitReport, entries: list[Entry], images: Images) -> bo
 
 def _note_parts(report: SplitReport, entries: list[Entry], boxes: np.ndarray) -> bool:
     """All boxes are from 0 to 1: an error, whatever their notation."""
-    notation, _ = _best_notation(boxes, np.ones((len(boxes), 2)))
+    other = _other_notation(boxes, np.ones((len(boxes), 2)))
     mend = "multiply x and w by the width of the image, y and h by its height"
     kind = "normalized (from 0 to 1) instead of in pixels"
-    if notation is not None:
-        kind += f", and {notation} instead of (x, y, w, h)"
-        mend = f"{_OTHER_NOTATIONS[notation][0]}, and {mend}"
+    if other is not None:
+        kind += f", and {other.notation.name} instead of (x, y, w, h)"
+        mend = f"{other.notation.mend}, and {mend}"
     report.add("error", [_case(each) for each in entries], f"boxes that are {kind}", mend)
     return True
 
@@ -141,54 +170,70 @@ def _note_parts(report: SplitReport, entries: list[Entry], boxes: np.ndarray) ->
 def _note_notation(
     report: SplitReport, entries: list[Entry], boxes: np.ndarray, sizes: np.ndarray
 ) -> bool:
-    leaving = ~_fits(_from_size(boxes), sizes)
-    number, share = int(leaving.sum()), float(leaving.mean())
-    cases = [_case(each) for each, leaves in zip(entries, leaving, strict=True) if leaves]
-    if number < _FEWEST:
-        return False
-    notation, explained = _best_notation(boxes, sizes)
-    if notation is not None and explained:
-        is_error = share >= 0.2
-        what = f"boxes that do not fit their image as (x, y, w, h), but as {notation}"
-        mend = _OTHER_NOTATIONS[notation][0]
-        if is_error:
-            report.add("error", cases, what, f"{mend} in the whole file")
-        else:
-            report.add("warning", cases, what, f"if the file has these, {mend}")
+    other = _other_notation(boxes, sizes)
+    if other is not None and other.leaving.sum() >= 2:
+        # Of centers only boxes at the right and lower edge leave their image.
+        is_error = other.leaving.mean() >= (0.1 if len(entries) >= _FEWEST else 0.5)
+        in_file = "in the whole file" if is_error else "if all boxes of the file are these"
+        report.add(
+            "error" if is_error else "warning",
+            _cases(entries, other.leaving),
+            f"boxes that leave their image as (x, y, w, h), but fit as {other.notation.name}",
+            f"{other.notation.mend} {in_file}",
+        )
         return is_error
-    if share > 0.5:
+    corners = _from_size(boxes)
+    area = (corners[:, 2:] - corners[:, :2]).clip(min=0).prod(axis=1)
+    inside = np.minimum(corners[:, 2:], sizes) - corners[:, :2].clip(min=0)
+    astray = (area > 0) & (inside.clip(min=0).prod(axis=1) < _INSIDE * area)
+    if astray.sum() > max(2, 0.5 * len(entries)):
         report.add(
             "error",
-            cases,
-            f"boxes that do not fit their image ({share:.0%} of all)",
+            _cases(entries, astray),
+            f"boxes that do not fit their image ({astray.mean():.0%} of all)",
             "are they of another size of the images, of other images, or not (x, y, w, h) in "
             "pixels? write them for these images",
         )
-    return share > 0.5
+        return True
+    reach = (corners[:, 2:] / sizes).max(axis=0)
+    if len(entries) >= _FEWEST and reach.max() < 0.5:
+        report.add(
+            "warning",
+            [f"none of {len(entries)} reaches beyond {reach[0]:.0%} of the width, {reach[1]:.0%} "
+             "of the height"],
+            "boxes in one corner of their images only",
+            "are they in percent, or of a smaller copy of the images?",
+        )  # fmt: skip
+    return False
 
 
-def _best_notation(boxes: np.ndarray, sizes: np.ndarray) -> tuple[str | None, bool]:
-    """The other notation in which most boxes fit, and whether it explains the misfits.
+@dataclass(frozen=True)
+class _Suspicion:
+    """Another notation, and which boxes, (N,) bool, do not fit without it."""
 
-    None: no other notation is better than (x, y, w, h). It explains them if hardly any are left.
-    """
-    misfits = int((~_fits(_from_size(boxes), sizes)).sum())
-    others = {
-        notation: int((~_fits(corners(boxes), sizes)).sum())
-        for notation, (_, corners) in _OTHER_NOTATIONS.items()
-    }
-    best = min(others, key=others.__getitem__)
-    if others[best] >= misfits:
-        return None, False
-    return best, others[best] <= 0.1 * misfits
+    notation: _Notation
+    leaving: np.ndarray
 
 
-def _fits(corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """(N,) bool: the box has an area, and nearly all of it lies in its image."""
+def _other_notation(boxes: np.ndarray, sizes: np.ndarray) -> _Suspicion | None:
+    """The notation that explains most of the boxes that leave their image as (x, y, w, h)."""
+    best, most = None, 0
+    for notation in _OTHER_NOTATIONS:
+        leaving = ~_stays(_from_size(boxes), sizes, notation.tolerance)
+        left = ~_stays(notation.corners(boxes), sizes, notation.tolerance)
+        gain = int(leaving.sum()) - int(left.sum())
+        if gain > most and left.sum() <= 0.1 * leaving.sum():
+            best, most = _Suspicion(notation, leaving), gain
+    return best
+
+
+def _stays(corners: np.ndarray, sizes: np.ndarray, tolerance: float) -> np.ndarray:
+    """(N,) bool: the box has an area, and does not leave its image; normalized with sizes of 1."""
     low, high = corners[:, :2], corners[:, 2:]
-    area = (high - low).clip(min=0).prod(axis=1)
-    inside = (np.minimum(high, sizes) - low.clip(min=0)).clip(min=0).prod(axis=1)
-    return (area > 0) & (inside >= _INSIDE * area)
+    margin = tolerance * sizes
+    if (sizes > 1).all():
+        margin = np.maximum(margin, ROUNDING_PIXELS)
+    return ((high > low) & (low >= -margin) & (high <= sizes + margin)).all(axis=1)
 
 
 def count_objects(report: SplitReport, good: list[Entry], images: Images, limits: Limits) -> None:
@@ -273,6 +318,10 @@ def name_of(entry: Entry) -> str:
 def repeated(values: Iterable[Any]) -> list[str]:
     """Those that occur more than once."""
     return [str(value) for value, count in Counter(values).items() if count > 1]
+
+
+def _cases(entries: list[Entry], chosen: np.ndarray) -> list[str]:
+    return [_case(each) for each, is_chosen in zip(entries, chosen, strict=True) if is_chosen]
 
 
 def _case(entry: Entry) -> str:

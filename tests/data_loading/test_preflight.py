@@ -393,6 +393,15 @@ def test_some_boxes_outside_say_nothing_about_the_file(data):
     ]
 
 
+def test_boxes_in_percent_are_suspected(data):
+    for content in (data.train, data.val):
+        for image in content["images"]:
+            image.update(width=1000, height=600)
+    data.write()
+    report = data.report(images="off")
+    assert "none of 12 reaches beyond 3% of the width, 6% of the height" in report.text()
+
+
 def test_objects_that_fill_their_images_are_no_corners(data):
     for annotation in data.train["annotations"]:
         annotation["bbox"] = [1, 1, WIDTH, HEIGHT - 1]  # a pixel too far
