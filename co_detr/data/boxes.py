@@ -73,7 +73,7 @@ class BoxChecker:
         if not is_typed_box(box):
             raise DataError(
                 f"{where} in {self.annotation_file} has the bbox {box!r}, which is no list of four "
-                "numbers (x, y, w, h): write numbers, not text."
+                "numbers: write x, y, w and h as numbers, without quotes."
             )
         if not is_box(box):
             problem = f"its bbox {box} is not four finite numbers (x, y, w, h)"

@@ -61,7 +61,7 @@ def check_boxes(
         "error",
         [_case(each) for each in entries if not is_typed_box(each["bbox"])],
         "annotations whose bbox is no list of four numbers",
-        "write numbers (x, y, w, h), not text",
+        "write x, y, w and h as numbers, without quotes",
     )
     if _judge_file(report, typed, images):
         return typed  # what follows would be said of most of the boxes
@@ -238,8 +238,8 @@ def _stays(corners: np.ndarray, sizes: np.ndarray, tolerance: float) -> np.ndarr
 
 def count_objects(report: SplitReport, good: list[Entry], images: Images, limits: Limits) -> None:
     """Counts boxes, crowds and empty images, and compares images with what can be found."""
-    objects = [each for each in good if not each.get("iscrowd", 0)]
-    crowds = [each for each in good if each.get("iscrowd", 0)]
+    crowds = [each for each in good if each.get("iscrowd", 0) == 1]
+    objects = [each for each in good if each.get("iscrowd", 0) != 1]
     report.crowd, report.boxes = len(crowds), len(objects)
     report.empty = len(images) - len({each["image_id"] for each in objects})
     _check_crowds(report, crowds, len(good))
