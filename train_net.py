@@ -46,7 +46,7 @@ def command_line() -> int:
     args = parse_arguments()
     try:
         cfg = load_config(args.config_file, args.opts)
-        adopt_class_count(cfg, args.opts, args.eval_only)
+        adopt_class_count(cfg, args.opts, args.eval_only, args.resume)
         return launch(main, cfg, args)
     except UserError as error:
         report(error, args.debug)

@@ -62,6 +62,8 @@ def run(options: argparse.Namespace) -> None:
         UserError: if an argument or the data set is wrong.
     """
     layout = _find(options)
+    for note in layout.notes:
+        print(printable(f"note: {note}"))
     splits = share_out(layout.splits, options.val_fraction, options.source)
     files = {split: options.output / f"{split}.json" for split in splits}
     there = [str(path) for path in files.values() if path.exists()]
@@ -108,14 +110,16 @@ def _find(options: argparse.Namespace) -> Layout:
         raise DataError(f"{source} does not exist: correct the path.")
     names = read_class_names(options.classes) if options.classes else None
     rules = VocRules(options.zero_based, options.keep_difficult)
+    # What --val-fraction draws need not be where a file says it is.
+    optional = ("test",) if options.val_fraction is None else ("test", "val")
     kind = options.format or ("voc" if _has_xml(source) else "yolo")
     if kind == "yolo":
         if rules != VocRules():
             raise ConfigError("--zero-based and --keep-difficult are about VOC: leave them out.")
-        return find_yolo(source, names)
+        return find_yolo(source, names, optional)
     if not source.is_dir():
         raise ConfigError(f"{source} is no folder: name the folder that holds Annotations.")
-    return find_voc(source, rules, names)
+    return find_voc(source, rules, names, optional)
 
 
 def _has_xml(source: Path) -> bool:

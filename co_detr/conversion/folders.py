@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
-from co_detr.conversion.structures import Example
+from co_detr.conversion.structures import SPLITS, Example
 from co_detr.errors import ConfigError, DataError
 from co_detr.prediction.inputs import IMAGES
 
@@ -27,16 +27,67 @@ def first_folder(candidates: Iterable[Path]) -> Path | None:
     return next((path for path in candidates if path.is_dir()), None)
 
 
-def require_labels(splits: dict[str, list[Example]], expected: str) -> None:
-    """Raises a DataError if no image of a split has a label file: the search must have failed."""
-    for split, examples in splits.items():
-        if not examples:
-            raise DataError(f"the {split} set has no image: add images, or remove the set.")
-        if all(example.label is None for example in examples):
-            raise DataError(
-                f"none of the {len(examples)} {split} images has a label file ({expected}, for "
-                f"{examples[0].image}): put them there."
-            )
+def places_of(entry: str, folders: Iterable[Path]) -> Iterator[Path]:
+    """Where a path in a file may lead, the likeliest first.
+
+    Lists and yaml files are written on other systems (backslashes) and machines: without the
+    folders in front, which are not there, a path may be right. A last part that only says "images"
+    is no trace of it.
+    """
+    path = entry.replace("\\", "/")
+    folders = list(folders)
+    yield from (folder / path for folder in folders)
+    parts = [part for part in path.split("/") if part not in ("", ".", "..")]
+    for start in range(len(parts)):
+        if parts[start:] != ["images"] or start == 0:
+            yield from (folder.joinpath(*parts[start:]) for folder in folders)
+
+
+def find_splits(
+    find: Callable[[str], list[Example] | None],
+    expected: str,
+    optional: Collection[str],
+    notes: list[str],
+) -> dict[str, list[Example]]:
+    """Looks for train, val and test.
+
+    Args:
+        find: examples of a set; None: there is none.
+        expected: where label files should be, for a message.
+        optional: sets that are left out if something is wrong with where they are.
+        notes: gets a sentence for each of those.
+
+    Raises:
+        DataError: if `find` does, or if no image of a set has a label file: the search must have
+            failed. A test set need not have labels.
+    """
+    splits = {}
+    for split in SPLITS:
+        try:
+            examples = find(split)
+            if examples is None:
+                continue
+            _require_labels(split, examples, expected)
+        except DataError as error:
+            if split in optional:
+                notes.append(f"the {split} set is left out: {error.sentence}")
+                continue
+            if split == "val":
+                advice = "or add --val-fraction 0.2 to draw it from train"
+                raise DataError(f"{error.sentence.rstrip('.')}, {advice}.") from error
+            raise
+        splits[split] = examples
+    return splits
+
+
+def _require_labels(split: str, examples: list[Example], expected: str) -> None:
+    if not examples:
+        raise DataError(f"the {split} set has no image: add images, or remove the set.")
+    if split != "test" and all(example.label is None for example in examples):
+        raise DataError(
+            f"none of the {len(examples)} {split} images has a label file ({expected}, for "
+            f"{examples[0].image}): put them there."
+        )
 
 
 def share_out(
@@ -51,7 +102,7 @@ def share_out(
         DataError: if there is no train set.
     """
     if "train" not in splits:
-        raise DataError(f"{folder} has no train set (only {', '.join(splits)}): add it.")
+        raise DataError(f"{folder} has no train set (only {', '.join(splits) or 'none'}): add it.")
     if "val" in splits:
         if val_fraction is not None:
             raise ConfigError(f"{folder} has a val set: leave --val-fraction out.")

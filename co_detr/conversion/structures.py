@@ -58,11 +58,13 @@ class Layout(Protocol):
         splits: the examples of "train", "val" and "test", as far as there are such.
         class_names: in their order; None: those that occur, sorted.
         orphans: label files that belong to no image.
+        notes: sentences about sets that were left out.
     """
 
     splits: dict[str, list[Example]]
     class_names: Sequence[str] | None
     orphans: list[Path]
+    notes: list[str]
 
     def read(self, label: Path, size: ImageSize) -> Labels:
         """Reads a label file.

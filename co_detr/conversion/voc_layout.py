@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from co_detr.conversion.folders import first_folder, image_files, require_labels
+from co_detr.conversion.folders import find_splits, first_folder, image_files
 from co_detr.conversion.image_size import ImageSize
 from co_detr.conversion.structures import SPLITS, Example, Labels
 from co_detr.conversion.text_file import read_text
 from co_detr.conversion.voc_labels import VocRules, read_voc_labels
 from co_detr.errors import DataError
 
+_EXPECTED = "the same name with .xml, in Annotations or beside it"
 # The lists of a class, such as cat_train.txt, and some tools have a column behind the name.
 _LINE = re.compile(r"(.*?)(\s+-?[01])?")
 
@@ -25,59 +26,79 @@ class VocLayout:
     splits: dict[str, list[Example]]
     class_names: Sequence[str] | None
     orphans: list[Path]
+    notes: list[str]
     rules: VocRules
 
     def read(self, label: Path, size: ImageSize) -> Labels:
         return read_voc_labels(label, size, self.rules)
 
 
-def find_voc(folder: Path, rules: VocRules, class_names: Sequence[str] | None = None) -> VocLayout:
+def find_voc(
+    folder: Path,
+    rules: VocRules,
+    class_names: Sequence[str] | None = None,
+    optional: Collection[str] = ("test",),
+) -> VocLayout:
     """Finds the parts of a VOC data set.
 
     These are JPEGImages, Annotations and, as far as there are any, the lists train.txt, val.txt
     and test.txt in ImageSets/Main; or folders train, valid and test (or just `folder`) with xml
     files beside the images.
 
+    Args:
+        optional: see `find_splits`.
+
     Raises:
         DataError: if a part is missing.
     """
+    notes: list[str] = []
     if (folder / "Annotations").is_dir():
-        splits, orphans = _by_lists(folder)
+        find, everything, orphans = _by_lists(folder)
     else:
-        splits, orphans = _by_folders(folder)
-    require_labels(splits, "the same name with .xml, in Annotations or beside it")
-    return VocLayout(splits, class_names, orphans, rules)
+        find, everything, orphans = _by_folders(folder)
+    splits = find_splits(find, _EXPECTED, optional, notes)
+    if not splits and not notes:
+        splits = find_splits({"train": everything()}.get, _EXPECTED, (), notes)
+    return VocLayout(splits, class_names, orphans, notes, rules)
 
 
-def _by_lists(folder: Path) -> tuple[dict[str, list[Example]], list[Path]]:
+_Find = Callable[[str], list[Example] | None]
+
+
+def _by_lists(folder: Path) -> tuple[_Find, Callable[[], list[Example]], list[Path]]:
+    """What finds a set, what gives all images as one, and labels without an image."""
     annotations = folder / "Annotations"
     places = (folder / name for name in ("JPEGImages", "images", "Images"))
     images = _by_stem(image_files(first_folder(places) or annotations))
     labels = {path.stem: path for path in annotations.glob("*.xml")}
     lists = first_folder((folder / "ImageSets" / "Main", folder / "ImageSets"))
-    splits = {}
-    for split, aliases in SPLITS.items():
-        files = [lists / f"{alias}.txt" for alias in aliases] if lists else []
+
+    def examples(stems: Iterable[str]) -> list[Example]:
+        return [Example(_the_image(images[stem], stem), labels.get(stem)) for stem in stems]
+
+    def find(split: str) -> list[Example] | None:
+        files = [lists / f"{alias}.txt" for alias in SPLITS[split]] if lists else []
         file = next((path for path in files if path.is_file()), None)
-        if file:
-            stems = dict.fromkeys(_listed_stems(file, images))
-            splits[split] = [Example(_the_image(images[s], s), labels.get(s)) for s in stems]
-    if not splits:
-        stems = sorted(images)
-        splits["train"] = [Example(_the_image(images[s], s), labels.get(s)) for s in stems]
-    return splits, sorted(path for stem, path in labels.items() if stem not in images)
+        return file and examples(dict.fromkeys(_listed_stems(file, images)))
+
+    orphans = sorted(path for stem, path in labels.items() if stem not in images)
+    return find, lambda: examples(sorted(images)), orphans
 
 
-def _by_folders(folder: Path) -> tuple[dict[str, list[Example]], list[Path]]:
-    splits, orphans = {}, []
-    for split, aliases in SPLITS.items():
-        found = first_folder(folder / alias for alias in aliases)
-        if found:
-            splits[split], lonely = _beside(found)
-            orphans += lonely
-    if not splits:
-        splits["train"], orphans = _beside(folder)
-    return splits, orphans
+def _by_folders(folder: Path) -> tuple[_Find, Callable[[], list[Example]], list[Path]]:
+    """As `_by_lists`; the labels without an image are known when the sets are found."""
+    orphans: list[Path] = []
+
+    def examples(place: Path) -> list[Example]:
+        found, lonely = _beside(place)
+        orphans.extend(lonely)
+        return found
+
+    def find(split: str) -> list[Example] | None:
+        place = first_folder(folder / alias for alias in SPLITS[split])
+        return place and examples(place)
+
+    return find, lambda: examples(folder), orphans
 
 
 def _beside(folder: Path) -> tuple[list[Example], list[Path]]:

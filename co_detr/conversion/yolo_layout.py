@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from co_detr.conversion.folders import first_folder, image_files, require_labels
+from co_detr.conversion.folders import find_splits, first_folder, image_files, places_of
 from co_detr.conversion.image_size import ImageSize
 from co_detr.conversion.structures import SPLITS, Example, Labels
 from co_detr.conversion.text_file import read_class_names, read_text, unique_names
@@ -17,6 +17,7 @@ from co_detr.conversion.yolo_labels import read_yolo_labels
 from co_detr.errors import DataError
 
 _CLASS_FILES = ("classes.txt", "obj.names", "labels/classes.txt", "train/labels/classes.txt")
+_EXPECTED = "the same name with .txt, in labels/ instead of images/ or beside it"
 _NO_LABELS = frozenset(Path(name).name for name in _CLASS_FILES)
 
 
@@ -27,19 +28,25 @@ class YoloLayout:
     splits: dict[str, list[Example]]
     class_names: Sequence[str]
     orphans: list[Path]
+    notes: list[str]
     keypoints: bool
 
     def read(self, label: Path, size: ImageSize) -> Labels:
         return read_yolo_labels(label, size, self.class_names, self.keypoints)
 
 
-def find_yolo(source: Path, class_names: Sequence[str] | None = None) -> YoloLayout:
+def find_yolo(
+    source: Path,
+    class_names: Sequence[str] | None = None,
+    optional: Collection[str] = ("test",),
+) -> YoloLayout:
     """Finds the parts of a YOLO data set.
 
     Args:
         source: its folder or its yaml file.
         class_names: in the order of their numbers; by default those of the yaml file, or of
             classes.txt or obj.names.
+        optional: see `find_splits`.
 
     Raises:
         DataError: if a part is missing.
@@ -48,13 +55,23 @@ def find_yolo(source: Path, class_names: Sequence[str] | None = None) -> YoloLay
     root = source.parent if source.is_file() else source
     content = {} if file is None else _read_yaml(file)
     names = class_names or _class_names(content, file, root)
-    images = _listed_images(content, file) if file and _has_splits(content) else _images(root)
-    splits = {
-        split: [Example(path, _label_file(path)) for path in dict.fromkeys(paths)]
-        for split, paths in images.items()
-    }
-    require_labels(splits, "the same name with .txt, in labels/ instead of images/ or beside it")
-    return YoloLayout(splits, names, _orphans(splits), "kpt_shape" in content)
+    notes: list[str] = []
+
+    def find(split: str) -> list[Example] | None:
+        if file and _has_splits(content):
+            images = _named_images(content, file, split)
+        else:
+            images = _images(root, split)
+        return images and [Example(path, _label_file(path)) for path in dict.fromkeys(images)]
+
+    splits = find_splits(find, _EXPECTED, optional, notes)
+    if not splits and not notes and not _has_splits(content):
+        # A single set counts as train.
+        images = image_files(first_folder([root / "images"]) or root)
+        examples = [Example(path, _label_file(path)) for path in images]
+        single = {"train": examples}.get
+        splits = find_splits(single, _EXPECTED, (), notes)
+    return YoloLayout(splits, names, _orphans(splits), notes, "kpt_shape" in content)
 
 
 def _yaml_file(folder: Path) -> Path | None:
@@ -103,29 +120,26 @@ def _class_names(content: dict[str, Any], file: Path | None, root: Path) -> list
     return unique_names([str(name) for name in names], file)
 
 
-def _listed_images(content: dict[str, Any], file: Path) -> dict[str, list[Path]]:
-    """Images of the sets that a yaml file names: folders, text files, or lists of them."""
+def _named_images(content: dict[str, Any], file: Path, split: str) -> list[Path] | None:
+    """Images of a set that a yaml file names: a folder, a text file, or a list of them."""
+    value = next((content[alias] for alias in SPLITS[split] if content.get(alias)), None)
+    if value is None:
+        return None
     root = file.parent / str(content.get("path") or "")
     if not root.is_dir():
         root = file.parent  # the data set was moved
-    images = {}
-    for split, aliases in SPLITS.items():
-        value = next((content[alias] for alias in aliases if content.get(alias)), None)
-        if value is None:
-            continue
-        images[split] = []
-        for entry in value if isinstance(value, list) else [value]:
-            images[split] += _images_of(_resolve(str(entry), root, file), root)
+    images = []
+    for entry in value if isinstance(value, list) else [value]:
+        images += _images_of(_resolve(str(entry), root, file), root)
     return images
 
 
 def _resolve(entry: str, root: Path, file: Path) -> Path:
     # Exports often write ../train/images where they mean train/images.
-    inner = Path(*[part for part in Path(entry).parts if part != ".."])
-    for path in (root / entry, file.parent / entry, root / inner, file.parent / inner):
-        if path.exists():
-            return path
-    raise DataError(f"{file} names {entry}, which is not in {root}: correct the path.")
+    found = next((path for path in places_of(entry, (root, file.parent)) if path.exists()), None)
+    if found is None:
+        raise DataError(f"{file} names {entry}, which is not in {root}: correct the path.")
+    return found
 
 
 def _images_of(path: Path, root: Path) -> list[Path]:
@@ -143,7 +157,7 @@ def _listed_in(path: Path, root: Path) -> list[Path]:
         if not entry:
             continue
         # Lists are written from the view of their own folder, of the data set or above it.
-        places = [folder / entry for folder in (path.parent, root, root.parent)]
+        places = places_of(entry, (path.parent, root, root.parent))
         found = next((place for place in places if place.is_file()), None)
         if found is None:
             raise DataError(
@@ -153,17 +167,14 @@ def _listed_in(path: Path, root: Path) -> list[Path]:
     return images
 
 
-def _images(root: Path) -> dict[str, list[Path]]:
-    """Images of a data set without a yaml file; a single set counts as train."""
-    images = {}
-    for split, aliases in SPLITS.items():
-        for alias in aliases:
-            places = (root / "images" / alias, root / alias / "images", root / alias)
-            folder, listing = first_folder(places), root / f"{alias}.txt"
-            if folder or listing.is_file():
-                images[split] = image_files(folder) if folder else _listed_in(listing, root)
-                break
-    return images or {"train": image_files(first_folder([root / "images"]) or root)}
+def _images(root: Path, split: str) -> list[Path] | None:
+    """Images of a set of a data set without a yaml file."""
+    for alias in SPLITS[split]:
+        places = (root / "images" / alias, root / alias / "images", root / alias)
+        folder, listing = first_folder(places), root / f"{alias}.txt"
+        if folder or listing.is_file():
+            return image_files(folder) if folder else _listed_in(listing, root)
+    return None
 
 
 def _label_file(image: Path) -> Path | None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from co_detr.data.coco_file import is_box
 from co_detr.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,21 @@ class SkippedBox:
     kind: str
 
 
+def is_typed_box(box: Any) -> bool:
+    """Whether it is a list of four numbers, of which some may be missing (NaN, infinite, null).
+
+    Anything else, such as text, is a mistake of the whole file rather than of one box.
+    """
+    return (
+        isinstance(box, list)
+        and len(box) == 4
+        and all(
+            value is None or (isinstance(value, Real) and not isinstance(value, bool))
+            for value in box
+        )
+    )
+
+
 class BoxChecker:
     """Clips boxes to their images and counts what it had to change.
 
@@ -50,15 +65,17 @@ class BoxChecker:
         """Returns the box (x, y, w, h) inside the image, or None if it is to be left out.
 
         Raises:
-            DataError: if the box is not four finite numbers or has no area inside the image.
+            DataError: if the box is no list of four numbers, whatever `invalid_boxes` is; or if
+                one of them is not finite, or the box has no area inside the image.
         """
         box = annotation["bbox"]
-        where = f"annotation {annotation.get('id')} of image {record['file_name']}"
-        if not (
-            isinstance(box, list)
-            and len(box) == 4
-            and all(isinstance(value, Real) and math.isfinite(value) for value in box)
-        ):
+        where = f"annotation {annotation.get('id')!r} of image {record['file_name']}"
+        if not is_typed_box(box):
+            raise DataError(
+                f"{where} in {self.annotation_file} has the bbox {box!r}, which is no list of four "
+                "numbers: write x, y, w and h as numbers, without quotes."
+            )
+        if not is_box(box):
             problem = f"its bbox {box} is not four finite numbers (x, y, w, h)"
             return self._invalid(where, "are not four finite numbers", problem)
         x, y, width, height = (float(value) for value in box)

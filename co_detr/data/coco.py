@@ -16,7 +16,16 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 
 from co_detr.data.boxes import BoxChecker
-from co_detr.data.coco_file import listed_files, read_coco, shortened
+from co_detr.data.coco_file import (
+    CocoFile,
+    Entry,
+    display_names,
+    is_id,
+    is_number,
+    read_coco,
+    shortened,
+)
+from co_detr.data.image_files import locate_files
 from co_detr.data.polygons import checked_polygons
 from co_detr.errors import DataError
 
@@ -35,11 +44,14 @@ def load_coco(
     """Reads a COCO-format json and registers its classes under `dataset_name(annotation_file)`.
 
     Args:
-        annotation_file: json with the lists `images`, `annotations` and `categories`.
+        annotation_file: json with the lists `images`, `annotations` and `categories`, of which
+            `read_coco` mends what has only one meaning. Without annotations, as a test set is, it
+            may also lack the categories.
         image_root: directory that the paths of the images are relative to.
         num_classes: what the model was built for; None: not checked.
         invalid_boxes: "error", or "skip" to leave out boxes that have no area inside the image.
-        image_path: gives the path of an entry of `images`; None: its `file_name`.
+        image_path: gives the path of an entry of `images`; None: its `file_name`. Both as
+            `locate_files` understands them.
         partial_classes: let the file have fewer classes than `num_classes`, as a val set may have;
             `align_classes` then has to say which ones they are.
         with_masks: keep the polygons, for heads that learn masks (crowds have none).
@@ -54,39 +66,44 @@ def load_coco(
         DataError: in one sentence that names the file, image or annotation and the mend.
     """
     content = read_coco(annotation_file)
+    images = content.images
     if image_path is not None:
-        for image in content["images"]:
-            image["file_name"] = image_path(image)
-    if partial_classes and num_classes is not None and len(content["categories"]) < num_classes:
+        images = [image | {"file_name": image_path(image)} for image in images]
+    if partial_classes and num_classes is not None and len(content.categories) < num_classes:
         num_classes = None
-    contiguous_ids = _register_categories(content, annotation_file, image_root, num_classes)
-    records = _image_records(content["images"], annotation_file, image_root)
+    contiguous_ids = _register_categories(content, image_root, num_classes, partial_classes)
+    records = _image_records(images, annotation_file, image_root)
+    if not content.annotations:
+        logger.warning("%s has no annotations: all its images count as empty.", annotation_file)
     boxes = BoxChecker(annotation_file, invalid_boxes)
-    for annotation in content["annotations"]:
-        where = f"annotation {annotation.get('id')} of {annotation_file}"
+    for annotation in content.annotations:
+        where = f"annotation {annotation.get('id')!r} of {annotation_file}"
         missing = {"image_id", "category_id", "bbox"} - annotation.keys()
         if missing:
             raise DataError(f"{where} has no {' and no '.join(sorted(missing))}: add it.")
-        record = records.get(annotation["image_id"])
+        image_id, category_id = annotation["image_id"], annotation["category_id"]
+        record = records.get(image_id) if is_id(image_id) else None
         if record is None:
             raise DataError(
-                f"{where} belongs to image id {annotation['image_id']}, which is not in 'images': "
-                "add the image or remove the annotation."
+                f"{where} belongs to image id {image_id!r}, which is not in 'images' "
+                f"({shortened(map(repr, records))}): add the image or remove the annotation."
             )
-        category_id = annotation["category_id"]
-        if category_id not in contiguous_ids:
+        if not is_id(category_id) or category_id not in contiguous_ids:
             raise DataError(
-                f"{where} (image {record['file_name']}) has category_id {category_id}, which is "
-                f"not in 'categories' ({shortened(contiguous_ids)}): add the category or correct "
-                "the id."
+                f"{where} (image {record['file_name']}) has category_id {category_id!r}, which "
+                f"is not in 'categories' ({shortened(map(repr, contiguous_ids))}): add the "
+                "category or correct the id."
             )
+        crowd = annotation.get("iscrowd", 0)
+        if crowd not in (0, 1):
+            raise DataError(f"{where} has iscrowd {crowd!r}: write 0 or 1.")
         box = boxes.clip(annotation, record)
         if box is not None:
             kept = {
                 "bbox": box,
                 "bbox_mode": BoxMode.XYWH_ABS,
                 "category_id": contiguous_ids[category_id],
-                "iscrowd": int(annotation.get("iscrowd", 0)),
+                "iscrowd": int(crowd),
             }
             if with_masks and not kept["iscrowd"]:
                 image = f"{where} (image {record['file_name']})"
@@ -113,8 +130,9 @@ def align_classes(annotation_file: str, names: Sequence[str]) -> None:
     """Makes contiguous ids of a loaded file mean `names`, the classes of the model, by name.
 
     For the evaluation of files whose ids or order differ, or that lack some of the classes; those
-    get keys in `thing_dataset_id_to_contiguous_id` that are no category of the file. Only the
-    metadata changes, not the records, whose categories an evaluation does not read.
+    get keys in `thing_dataset_id_to_contiguous_id` that are no category of the file. A file without
+    categories, as a test set may be, gets all of them, numbered from 1. Only the metadata changes,
+    not the records, whose categories an evaluation does not read.
 
     Raises:
         DataError: if the file has a class that is not in `names`, or if names occur twice.
@@ -123,6 +141,7 @@ def align_classes(annotation_file: str, names: Sequence[str]) -> None:
     own = metadata.thing_classes
     if own == list(names):
         return
+    aligned: dict[int | str, int]
     unknown = [name for name in own if name not in names]
     if unknown or len(set(own)) < len(own) or len(set(names)) < len(names):
         raise DataError(
@@ -131,7 +150,10 @@ def align_classes(annotation_file: str, names: Sequence[str]) -> None:
             "a name of its own."
         )
     ids = dict(zip(own, metadata.thing_dataset_id_to_contiguous_id, strict=True))
-    aligned = {ids.get(name, f"not in the file: {name}"): i for i, name in enumerate(names)}
+    if own:
+        aligned = {ids.get(name, f"not in the file: {name}"): i for i, name in enumerate(names)}
+    else:
+        aligned = {i + 1: i for i in range(len(names))}
     # In place: evaluators and visualisers hold this metadata, and Detectron2 lets nobody set it.
     metadata.thing_dataset_id_to_contiguous_id.clear()
     metadata.thing_dataset_id_to_contiguous_id.update(aligned)
@@ -139,25 +161,37 @@ def align_classes(annotation_file: str, names: Sequence[str]) -> None:
     logger.info("%s: classes are matched with the model's by name.", annotation_file)
 
 
+def _require_ids(ids: list[Any], key: str, annotation_file: str) -> None:
+    wrong = [value for value in ids if not is_id(value)]
+    if wrong or len({type(value) for value in ids}) > 1:
+        shown = wrong or [next(v for v in ids if type(v) is kind) for kind in (int, str)]
+        raise DataError(
+            f"'{key}' of {annotation_file} has the id{'s' * (len(shown) > 1)} "
+            f"{shortened(map(repr, shown))}: use whole numbers as ids, not text beside numbers."
+        )
+
+
 def _register_categories(
-    content: dict[str, list[dict[str, Any]]],
-    annotation_file: str,
-    image_root: str,
-    num_classes: int | None,
-) -> dict[int, int]:
+    content: CocoFile, image_root: str, num_classes: int | None, partial_classes: bool
+) -> dict[int | str, int]:
     """Fills the metadata and returns category id -> contiguous id."""
-    for category in content["categories"]:
+    annotation_file = content.path
+    for category in content.categories:
         if "id" not in category or "name" not in category:
             raise DataError(f"category {category} of {annotation_file} needs an id and a name.")
-    categories = sorted(content["categories"], key=lambda category: category["id"])
-    names = [str(category["name"]) for category in categories]
-    contiguous_ids = {category["id"]: i for i, category in enumerate(categories)}
-    if len(contiguous_ids) != len(categories):
+    _require_ids([category["id"] for category in content.categories], "categories", content.path)
+    by_id = display_names(content.categories)
+    names = list(by_id.values())
+    contiguous_ids = {key: i for i, key in enumerate(by_id)}
+    if len(contiguous_ids) != len(content.categories):
         raise DataError(f"'categories' of {annotation_file} repeats an id: make the ids unique.")
     if num_classes is not None and len(names) != num_classes:
+        mend = f"set model.num_classes={len(names)}"
+        if partial_classes:
+            mend = f"remove those that it does not know and their boxes, or {mend}"
         raise DataError(
             f"{annotation_file} has {len(names)} categories ({shortened(names)}) but the model "
-            f"has {num_classes}: set model.num_classes={len(names)}."
+            f"has {num_classes}: {mend}."
         )
     name = dataset_name(annotation_file)
     # A file can be loaded again with other content (in one process, for example in notebooks).
@@ -174,8 +208,8 @@ def _register_categories(
 
 
 def _image_records(
-    images: list[dict[str, Any]], annotation_file: str, image_root: str
-) -> dict[int, dict[str, Any]]:
+    images: list[Entry], annotation_file: str, image_root: str
+) -> dict[int | str, dict[str, Any]]:
     if not images:
         raise DataError(f"'images' of {annotation_file} is empty: the data set has no image.")
     if not os.path.isdir(image_root):
@@ -183,9 +217,6 @@ def _image_records(
             f"image directory {image_root} does not exist: set data.train_images and "
             f"data.val_images to the directories of the images of {annotation_file}."
         )
-    directories = {os.path.dirname(image.get("file_name", "")) for image in images}
-    present = listed_files(image_root, directories)
-    records: dict[int, dict[str, Any]] = {}
     for image in images:
         missing = {"id", "file_name", "height", "width"} - image.keys()
         if missing:
@@ -193,20 +224,41 @@ def _image_records(
                 f"image {image.get('file_name', image.get('id'))} of {annotation_file} has no "
                 f"{' and no '.join(sorted(missing))}: add it."
             )
-        path = os.path.join(image_root, image["file_name"])
-        if image["file_name"] not in present and not os.path.isfile(path):
+        if not isinstance(image["file_name"], str):
             raise DataError(
-                f"image {path} (id {image['id']} of {annotation_file}) does not exist: add the "
-                "file, or set data.train_images or data.val_images to the right directory."
+                f"image id {image['id']!r} of {annotation_file} has the file_name "
+                f"{image['file_name']!r}: write text."
+            )
+    _require_ids([image["id"] for image in images], "images", annotation_file)
+    located = locate_files((image["file_name"] for image in images), image_root)
+    if located.moved:
+        name = located.moved[0]
+        logger.warning(
+            "%s: %d images are not where it says, and were found elsewhere; the first is %r, read "
+            "from %s.",
+            *(annotation_file, len(located.moved), name),
+            os.path.join(image_root, located.paths[name]),
+        )
+    records: dict[int | str, dict[str, Any]] = {}
+    for image in images:
+        name = image["file_name"]
+        path = os.path.join(image_root, located.paths.get(name, name))
+        if name not in located.paths:
+            hint = located.hint()
+            raise DataError(
+                f"image {path} (id {image['id']!r} of {annotation_file}) does not exist: add the "
+                "file, or set data.train_images or data.val_images to the right directory"
+                f"{f' ({hint})' * bool(hint)}."
             )
         if image["id"] in records:
             raise DataError(
-                f"image id {image['id']} ({path}) occurs twice in {annotation_file}: make the "
+                f"image id {image['id']!r} ({path}) occurs twice in {annotation_file}: make the "
                 "ids unique."
             )
-        if not (image["height"] > 0 and image["width"] > 0):
+        size = (image["width"], image["height"])
+        if not all(is_number(side) and side > 0 for side in size):
             raise DataError(
-                f"image {path} has width {image['width']} and height {image['height']} in "
+                f"image {path} has width {size[0]!r} and height {size[1]!r} in "
                 f"{annotation_file}: write its true size."
             )
         records[image["id"]] = {

@@ -5,6 +5,8 @@ from __future__ import annotations
 from numbers import Real
 from typing import Any
 
+import pycocotools.mask as mask_utils
+
 from co_detr.errors import DataError
 
 
@@ -36,3 +38,32 @@ def checked_polygons(segmentation: Any, where: str) -> list[list[float]]:
                 "mend or remove it."
             )
     return segmentation
+
+
+def enclosing_box(segmentation: Any) -> list[float] | None:
+    """The box (x, y, w, h) around polygons or a run-length mask; None if there is no area."""
+    if isinstance(segmentation, dict):
+        return _box_of_mask(segmentation)
+    polygons = segmentation if isinstance(segmentation, list) else []
+    numbers = [polygon for polygon in polygons if isinstance(polygon, list)]
+    if not numbers or not all(isinstance(value, Real) for part in numbers for value in part):
+        return None
+    xs = [value for part in numbers for value in part[0::2]]
+    ys = [value for part in numbers for value in part[1::2]]
+    if len(xs) < 3 or len(xs) != len(ys):
+        return None
+    box = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+    return box if box[2] > 0 and box[3] > 0 else None
+
+
+def _box_of_mask(segmentation: dict[str, Any]) -> list[float] | None:
+    counts, size = segmentation.get("counts"), segmentation.get("size")
+    if not isinstance(size, list) or len(size) != 2 or not isinstance(counts, list | str):
+        return None
+    try:
+        if isinstance(counts, list):
+            segmentation = mask_utils.frPyObjects(segmentation, *size)
+        box = mask_utils.toBbox(segmentation).tolist()
+    except (TypeError, ValueError):  # numbers that are none
+        return None
+    return box if box[2] > 0 and box[3] > 0 else None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from co_detr.data.boxes import require_choice
 from co_detr.data.coco_file import read_coco
 from co_detr.data.preflight_annotations import check_annotations
+from co_detr.data.preflight_boxes import Limits
 from co_detr.data.preflight_images import check_images
 from co_detr.data.preflight_report import PreflightReport, SplitReport
 from co_detr.errors import ConfigError
@@ -52,11 +53,15 @@ def preflight(
     splits: list[SplitFiles],
     settings: PreflightSettings | None = None,
     invalid_boxes: str = "skip",
+    limits: Limits | None = None,
+    unlabeled: bool = False,
 ) -> PreflightReport:
     """Inspects "train" and "val", or one of them.
 
     Args:
         invalid_boxes: as in `load_coco`; decides whether boxes without area are errors.
+        limits: of the model and the evaluation, which the objects of each image are compared with.
+        unlabeled: whether a file without annotations is that of a test set, and no error.
 
     Raises:
         DataError: if an annotation file cannot be read at all. Everything else is in the report;
@@ -68,12 +73,15 @@ def preflight(
     paths: list[set[str]] = []
     for files in splits:
         report = SplitReport(files.split, files.annotations)
-        images = check_annotations(report, read_coco(files.annotations), invalid_boxes)
+        # Kept, as the file is loaded next.
+        content = read_coco(files.annotations, keep=True)
+        limits = limits or Limits()
+        images = check_annotations(report, content, invalid_boxes, limits, unlabeled)
         count = {"all": None, "sample": settings.sample_size, "off": 0}[settings.images]
-        check_images(report, images, files.images, count)
+        found = check_images(report, images, files.images, count)
         reports.append(report)
         root = os.path.realpath(files.images)
-        paths.append({os.path.normpath(os.path.join(root, i["file_name"])) for i in images})
+        paths.append({os.path.normpath(os.path.join(root, i["file_name"])) for i in found})
     if len(reports) == 2:
         train, val = reports
         _compare_classes(train, val)
@@ -87,34 +95,31 @@ def preflight(
 
 
 def _compare_classes(train: SplitReport, val: SplitReport) -> None:
-    unknown = [name for name in val.class_names if name not in train.class_names]
+    known, named = train.class_names, val.class_names
+    unknown = [name for name in named if name not in known]
+    similar = {_plain(name): name for name in known}
+    near = [similar[_plain(name)] for name in unknown if _plain(name) in similar]
+    cause = f" (train has {near[0]!r}: upper and lower case and spaces count)" if near else ""
     val.add(
         "error",
-        unknown,
-        f"categories that train lacks (it has {', '.join(train.class_names[:8]) or 'none'})",
-        "give both files the same names, or remove the categories and their boxes from val",
+        list(map(repr, unknown)) if near else unknown,
+        f"categories that train lacks (it has {', '.join(known[:8]) or 'none'})",
+        f"give both files the same names, or remove the categories and their boxes from val{cause}",
     )
-    absent = [name for name in train.class_names if name not in val.class_names]
+    absent = [name for name in known if name not in named]
     val.add(
         "warning", absent, "categories of train that val lacks", "they are learned, not evaluated"
     )
-    if unknown or train.categories == val.categories:
+    if unknown:
         return
-    repeats = len(set(train.class_names)) < len(train.categories)
-    if train.class_names != val.class_names and (
-        repeats or len(set(val.class_names)) < len(val.categories)
-    ):
-        val.add(
-            "error",
-            ["a name occurs twice"],
-            "list of categories that cannot be matched with train's",
-            "make the names unique, or give both files the same categories in the same order",
-        )
-        return
-    ids = {name: key for key, name in train.categories}
+    ids = {name: key for name, (key, _) in zip(known, train.categories, strict=True)}
     moved = [
         f"{name}, id {key} here and {ids[name]} in train"
-        for key, name in val.categories
+        for name, (key, _) in zip(named, val.categories, strict=True)
         if ids[name] != key
     ]
     val.add("warning", moved, "categories with another id than in train", "matched by name")
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.casefold().split())

@@ -2,34 +2,57 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterable
-from numbers import Real
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from co_detr.data.boxes import BoxChecker
+from co_detr.data.coco_file import CocoFile, Entry, is_id, is_number
+from co_detr.data.preflight_boxes import (
+    Images,
+    Limits,
+    check_boxes,
+    count_objects,
+    name_of,
+    repeated,
+)
 from co_detr.data.preflight_report import SplitReport
 
-Entry = dict[str, Any]
 _IDS = "use whole numbers as ids, and text as names"
 
 
 def check_annotations(
-    report: SplitReport, content: dict[str, list[Entry]], invalid_boxes: str
+    report: SplitReport,
+    content: CocoFile,
+    invalid_boxes: str,
+    limits: Limits,
+    unlabeled: bool = False,
 ) -> list[Entry]:
     """Fills `report` from the content of an annotation file.
 
     Args:
-        content: the lists `images`, `annotations` and `categories` (see `read_coco`).
         invalid_boxes: "error" or "skip", what `load_coco` does with boxes without area.
+        limits: of the model and the evaluation.
+        unlabeled: whether the file may be that of a test set, without annotations.
 
     Returns:
         The entries of `images` that can be used.
     """
-    images = _check_images(report, content["images"])
-    _check_categories(report, content["categories"])
-    _check_annotations(report, content["annotations"], images, invalid_boxes)
+    for mend, cases in content.mended.items():
+        report.add("warning", cases, mend.what, mend.how)
+    images = _check_images(report, content.images)
+    if unlabeled and not content.annotations:
+        if content.categories:
+            _check_categories(report, content.categories)
+        report.empty = len(images)
+        report.add(
+            "warning",
+            [f"all {len(images)} images"],
+            "no annotations, as in a test set",
+            "detections are written, nothing is evaluated",
+        )
+    else:
+        _check_categories(report, content.categories)
+        good = _check_annotations(report, content.annotations, images, invalid_boxes)
+        count_objects(report, good, images, limits)
     return list(images.values())
 
 
@@ -39,11 +62,16 @@ def _check_images(report: SplitReport, entries: list[Entry]) -> dict[int | str, 
         report.add("error", ["'images' is []"], "empty list of images", "add the images")
     needed = ("id", "file_name", "height", "width")
     complete = _complete(report, "images", entries, needed)
-    good_ids = [image for image in complete if _is_id(image["id"])]
-    report.add("error", _names(complete, good_ids), "images whose id is no number or text", _IDS)
-    if len({type(image["id"]) for image in good_ids}) > 1:
-        mixed = [f"{good_ids[0]['id']!r} beside text or numbers"]
-        report.add("error", mixed, "mix of numbers and text as image ids", _IDS)
+    good_ids = [image for image in complete if is_id(image["id"])]
+    report.add(
+        "error",
+        [f"{name_of(image)}, id {image['id']!r}" for image in complete if not is_id(image["id"])],
+        "images whose id is no whole number or text",
+        _IDS,
+    )
+    mixed = _mixed(image["id"] for image in good_ids)
+    if mixed:
+        report.add("error", [mixed], "mix of numbers and text as image ids", _IDS)
         good_ids = []
     named = [image for image in good_ids if _is_utf8(image["file_name"])]
     report.add(
@@ -55,14 +83,18 @@ def _check_images(report: SplitReport, entries: list[Entry]) -> dict[int | str, 
     sized = [image for image in named if _is_length(image["width"], image["height"])]
     report.add(
         "error",
-        _names(named, sized),
+        [
+            f"{name_of(image)}, width {image['width']!r}, height {image['height']!r}"
+            for image in named
+            if not _is_length(image["width"], image["height"])
+        ],
         "images whose width or height is not a positive number",
         "write their true size",
     )
     by_id = {image["id"]: image for image in sized}
-    repeated = _repeated(image["id"] for image in sized)
-    report.add("error", repeated, "image ids that occur twice", "make the ids unique")
-    names = _repeated(image["file_name"] for image in sized)
+    twice = repeated(repr(image["id"]) for image in sized)
+    report.add("error", twice, "image ids that occur twice", "make the ids unique")
+    names = repeated(image["file_name"] for image in sized)
     report.add("warning", names, "image files that are listed twice", "list each file once")
     return by_id
 
@@ -71,40 +103,50 @@ def _check_categories(report: SplitReport, entries: list[Entry]) -> None:
     if not entries:
         report.add("error", ["'categories' is []"], "empty list of categories", "add the classes")
     complete = _complete(report, "categories", entries, ("id", "name"))
-    usable = [entry for entry in complete if _is_id(entry["id"]) and _is_utf8(str(entry["name"]))]
-    bad = [f"category {entry['id']}" for entry in complete if entry not in usable]
-    if len({type(entry["id"]) for entry in usable}) > 1:
-        bad, usable = ["numbers beside text"], []
+    usable = [entry for entry in complete if is_id(entry["id"]) and _is_name(entry["name"])]
+    bad = [
+        f"id {entry['id']!r}, name {entry['name']!r}" for entry in complete if entry not in usable
+    ]
+    mixed = _mixed(entry["id"] for entry in usable)
+    if mixed:
+        bad, usable = [mixed], []
     report.add("error", bad, "categories with an unusable id or name", _IDS)
     report.categories = sorted((entry["id"], str(entry["name"])) for entry in usable)
-    repeated = _repeated(key for key, _ in report.categories)
-    report.add("error", repeated, "category ids that occur twice", "make the ids unique")
+    twice = repeated(repr(key) for key, _ in report.categories)
+    report.add("error", twice, "category ids that occur twice", "make the ids unique")
+    names = repeated(name for _, name in report.categories)
+    ids = [key for key, name in report.categories if names and name == names[0]]
     report.add(
         "warning",
-        _repeated(report.class_names),
+        names,
         "category names that occur twice",
-        "each is a class of its own; merge them if they mean the same",
+        "each is a class of its own, told apart by its id as in "
+        f"{f'{names[0]} (id {ids[0]})' if names else ''!r}; merge them if they mean the same",
     )
 
 
 def _check_annotations(
     report: SplitReport,
     entries: list[Entry],
-    images: dict[int | str, Entry],
+    images: Images,
     invalid_boxes: str,
-) -> None:
+) -> list[Entry]:
     complete = _complete(report, "annotations", entries, ("image_id", "category_id", "bbox"))
     _check_references(report, complete, images)
-    ids = [each["id"] if _is_id(each.get("id")) else "missing" for each in complete]
+    ids = [repr(each["id"]) if is_id(each.get("id")) else "missing" for each in complete]
     if "missing" in ids:
         ids.append("missing")  # one without an id is worth a warning, too
     report.add(
         "warning",
-        _repeated(ids),
+        repeated(ids),
         "annotation ids that occur twice or are missing",
         "numbered anew for the evaluation",
     )
-    bad_crowds = [_name(each) for each in complete if each.get("iscrowd", 0) not in (0, 1)]
+    bad_crowds = [
+        f"{name_of(each)}, iscrowd {each['iscrowd']!r}"
+        for each in complete
+        if each.get("iscrowd", 0) not in (0, 1)
+    ]
     report.add("error", bad_crowds, "annotations whose iscrowd is not 0 or 1", "write 0 or 1")
     names = dict(report.categories)
     known = [
@@ -112,83 +154,48 @@ def _check_annotations(
         for each in complete
         if _known(each["image_id"], images) and _known(each["category_id"], names)
     ]
-    good = _check_boxes(report, known, images, invalid_boxes)
-    _count_objects(report, good, images)
+    return check_boxes(report, known, images, invalid_boxes)
 
 
-def _check_references(
-    report: SplitReport, entries: list[Entry], images: dict[int | str, Entry]
-) -> None:
+def _check_references(report: SplitReport, entries: list[Entry], images: Images) -> None:
     # With a bad list of images, every annotation would be reported: the images come first.
     if len(images) == report.images:
+        unknown = [each for each in entries if not _known(each["image_id"], images)]
         report.add(
             "error",
-            [
-                f"{_name(each)}, image_id {each['image_id']}"
-                for each in entries
-                if not _known(each["image_id"], images)
-            ],
+            [f"{name_of(each)}, image_id {each['image_id']!r}" for each in unknown],
             "annotations of an image_id that is not in 'images'",
-            "add the images or remove the annotations",
+            "add the images or remove the annotations"
+            + _other_type((each["image_id"] for each in unknown), images),
         )
     names = dict(report.categories)
+    unknown = [each for each in entries if not _known(each["category_id"], names)]
+    cause = _other_type((each["category_id"] for each in unknown), names)
     report.add(
         "error",
-        [
-            f"{_name(each)}, category_id {each['category_id']}"
-            for each in entries
-            if not _known(each["category_id"], names)
-        ],
+        [f"{name_of(each)}, category_id {each['category_id']!r}" for each in unknown],
         "annotations of a category_id that is not in 'categories'",
-        "add the categories or correct the ids (are they shifted, from 0 against from 1?)",
+        "add the categories or correct the ids"
+        + (cause or " (are they shifted, from 0 against from 1?)"),
     )
 
 
-def _check_boxes(
-    report: SplitReport,
-    entries: list[Entry],
-    images: dict[int | str, Entry],
-    invalid_boxes: str,
-) -> list[Entry]:
-    """Returns the annotations whose box has an area inside its image."""
-    boxes = BoxChecker(report.file, "skip")
-    good = [each for each in entries if boxes.clip(each, images[each["image_id"]]) is not None]
-    by_kind: dict[str, list[str]] = {}
-    for skipped in boxes.skipped:
-        by_kind.setdefault(skipped.kind, []).append(skipped.where)
-    for kind, cases in by_kind.items():
-        if invalid_boxes == "skip":
-            report.add("warning", cases, f"boxes that {kind}", "left out")
-        else:
-            mend = "correct or remove them, or set data.invalid_boxes=skip to leave them out"
-            report.add("error", cases, f"boxes that {kind}", mend)
-    report.add("warning", boxes.clipped, "boxes that are partly outside their image", "clipped")
-    places = _repeated((each["image_id"], each["category_id"], *each["bbox"]) for each in good)
-    report.add("warning", places, "boxes that occur twice (image, category, box)", "remove them")
-    return good
-
-
-def _count_objects(report: SplitReport, good: list[Entry], images: dict[int | str, Entry]) -> None:
-    objects = [each for each in good if not each.get("iscrowd", 0)]
-    report.crowd, report.boxes = len(good) - len(objects), len(objects)
-    report.empty = len(images) - len({each["image_id"] for each in objects})
-    if not objects:
-        purpose = "learn from" if report.split == "train" else "evaluate on"
-        none = [f"all {len(images)} images are empty"] if images else []
-        mend = "annotate objects, or give the right file"
-        report.add("error", none, f"no box to {purpose}", mend)
-        return
-    used = {each["category_id"] for each in objects}
-    unused = [name for key, name in report.categories if key not in used]
-    effect = "they cannot be learned" if report.split == "train" else "their AP is undefined"
-    report.add("warning", unused, "classes without a box", effect)
+def _other_type(values: Iterable[Any], known: Mapping[Any, Any]) -> str:
+    """The cause, if ids are unknown only because they are text in one place and not in another."""
+    texts = {str(key) for key in known}
+    for value in values:
+        plain = value.strip().removesuffix(".0") if isinstance(value, str) else value
+        if is_id(plain) and str(plain) in texts:
+            right = next(key for key in known if str(key) == str(plain))
+            return f" ({value!r} is not {right!r}: write numbers in both lists, not text)"
+    return ""
 
 
 def _complete(
     report: SplitReport, key: str, entries: list[Entry], needed: tuple[str, ...]
 ) -> list[Entry]:
     lacking = [
-        f"{_name(entry)} has no {' and no '.join(each for each in needed if each not in entry)}"
+        f"{name_of(entry)} has no {' and no '.join(each for each in needed if each not in entry)}"
         for entry in entries
         if not set(needed) <= entry.keys()
     ]
@@ -196,22 +203,26 @@ def _complete(
     return [entry for entry in entries if set(needed) <= entry.keys()]
 
 
-def _name(entry: Entry) -> str:
-    return str(entry.get("file_name") or entry.get("name") or f"id {entry.get('id')}")
-
-
 def _names(entries: list[Entry], without: list[Entry]) -> list[str]:
     """Names of the entries that are not in `without`."""
     kept = {id(entry) for entry in without}
-    return [_name(entry) for entry in entries if id(entry) not in kept]
+    return [name_of(entry) for entry in entries if id(entry) not in kept]
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int | str) and not isinstance(value, bool)
+def _mixed(ids: Iterable[Any]) -> str:
+    """One id of each type, if there are numbers and text."""
+    first: dict[type, Any] = {}
+    for key in ids:
+        first.setdefault(type(key), key)
+    return " and ".join(map(repr, first.values())) if len(first) > 1 else ""
 
 
-def _known(key: Any, among: dict[Any, Any]) -> bool:
-    return _is_id(key) and key in among
+def _known(key: Any, among: Mapping[Any, Any]) -> bool:
+    return is_id(key) and key in among
+
+
+def _is_name(value: Any) -> bool:
+    return _is_utf8(value) or is_number(value)
 
 
 def _is_utf8(text: Any) -> bool:
@@ -225,8 +236,4 @@ def _is_utf8(text: Any) -> bool:
 
 
 def _is_length(*values: Any) -> bool:
-    return all(isinstance(each, Real) and math.isfinite(each) and each > 0 for each in values)
-
-
-def _repeated(values: Iterable[Any]) -> list[str]:
-    return [str(value) for value, count in Counter(values).items() if count > 1]
+    return all(is_number(each) and each > 0 for each in values)

@@ -12,7 +12,7 @@ from detectron2.data.detection_utils import read_image
 from PIL import Image
 from tqdm import tqdm
 
-from co_detr.data.coco_file import listed_files
+from co_detr.data.image_files import locate_files
 from co_detr.data.preflight_report import SplitReport
 
 
@@ -27,11 +27,14 @@ class _Decoded:
 
 def check_images(
     report: SplitReport, images: list[dict[str, Any]], image_root: str, count: int | None
-) -> None:
+) -> list[dict[str, Any]]:
     """Looks every file up, and decodes `count` of those there are (None: all, with a bar).
 
     Args:
         images: entries of `images` with a `file_name` of text and a `width` and `height`.
+
+    Returns:
+        Those whose file is there; their `file_name` is where it is, relative to `image_root`.
     """
     key = f"data.{report.split}_images"
     if not os.path.isdir(image_root):
@@ -41,19 +44,30 @@ def check_images(
             "image directory that does not exist",
             f"set {key} to the directory of the images",
         )
-        return
-    present = listed_files(image_root, {os.path.dirname(image["file_name"]) for image in images})
-    found, missing = [], []
-    for image in images:
-        path = os.path.join(image_root, image["file_name"])
-        there = image["file_name"] in present or os.path.isfile(path)
-        (found if there else missing).append(image)
+        return []
+    located = locate_files((image["file_name"] for image in images), image_root)
+    report.add(
+        "warning",
+        [
+            f"{name!r}, found at {os.path.join(image_root, located.paths[name])}"
+            for name in located.moved
+        ],
+        "image files that are not where the json says",
+        "read from where they were found",
+    )
+    hint = located.hint()
     report.add(
         "error",
-        [os.path.join(image_root, image["file_name"]) for image in missing],
+        [os.path.join(image_root, name) for name in located.missing],
         "image files that do not exist",
-        f"add the files, remove their entries, or set {key} to the right directory",
+        f"add the files, remove their entries, or set {key} to the right directory"
+        f"{f' ({hint})' * bool(hint)}",
     )
+    found = [
+        image | {"file_name": located.paths[image["file_name"]]}
+        for image in images
+        if image["file_name"] in located.paths
+    ]
     if count is None or count >= len(found):
         chosen = found
     else:
@@ -82,6 +96,7 @@ def check_images(
         "image files of another size than the json says",
         "write the true sizes (width x height), or remove a rotation from the EXIF data",
     )
+    return found
 
 
 def _decode(image: dict[str, Any], image_root: str) -> _Decoded:

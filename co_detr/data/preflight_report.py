@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from co_detr.data.coco_file import display_names
 from co_detr.errors import DataError
 
 Level = Literal["error", "warning"]
@@ -61,7 +62,9 @@ class SplitReport:
 
     @property
     def class_names(self) -> list[str]:
-        return [name for _, name in self.categories]
+        """Names as the model knows them, see `display_names`."""
+        entries = [{"id": key, "name": name} for key, name in self.categories]
+        return list(display_names(entries).values())
 
     def add(self, level: Level, cases: Sequence[str], what: str, mend: str) -> None:
         """Notes a defect if there are cases of it."""

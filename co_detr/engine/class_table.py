@@ -35,13 +35,16 @@ class ClassResult:
     ground_truths: int
 
 
-def class_results(coco_eval: Any, coco: COCO, order: Mapping[int, int]) -> list[ClassResult]:
+def class_results(
+    coco_eval: Any, coco: COCO, order: Mapping[int | str, int], names: Sequence[str]
+) -> list[ClassResult]:
     """What an accumulated `COCOeval` found.
 
     Args:
         coco_eval: of boxes, with its precisions.
         coco: the ground truth.
         order: category id of the file -> position of the class, which the result is sorted by.
+        names: of the classes, by their position.
     """
     parameters = coco_eval.params
     # (thresholds, recalls, classes) over all sizes, with the largest number of detections
@@ -51,7 +54,7 @@ def class_results(coco_eval: Any, coco: COCO, order: Mapping[int, int]) -> list[
     for index, category in enumerate(parameters.catIds):
         boxes = coco.getAnnIds(parameters.imgIds, [category], iscrowd=False)
         results[category] = ClassResult(
-            coco.cats[category]["name"],
+            names[order[category]],
             _mean(precisions[:, :, index]),
             _mean(precisions[at_50, :, index]),
             len(boxes),

@@ -10,122 +10,231 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
+import torch
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import (
-    COCOEvaluator,
-    DatasetEvaluator,
-    inference_on_dataset,
-    print_csv_format,
-)
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
+from detectron2.evaluation.coco_evaluation import COCOevalMaxDets, instances_to_coco_json
 from detectron2.utils import comm
+from detectron2.utils.logger import create_small_table
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torch.utils.data import DataLoader
 
 from co_detr.data.boxes import BoxChecker
 from co_detr.data.coco import dataset_name
+from co_detr.data.coco_file import CocoFile, Entry, read_coco
 from co_detr.engine.class_table import class_results, format_classes, write_classes
+from co_detr.errors import ConfigError
 from co_detr.files import written_whole
 
 logger = logging.getLogger(__name__)
 
+COCO_LIMIT = 100  # detections per image and class that COCO's AP looks at
+
 
 class BoxEvaluator(DatasetEvaluator):
-    """Base of evaluators that can read other detections than those of ``instances``.
+    """Gathers the detections of all processes, writes them in COCO's result format, judges them.
+
+    Detections are those of a file that `load_coco` has read, and are written with its ids of images
+    and categories. A file without annotations has nothing to judge by.
 
     A model may return several kinds of detections for one image, under ``instances`` and
     ``instances_<kind>`` (see ``CoDETR.compare_top_k``).
+
+    Args:
+        annotation_file: read again, as `read_coco` mends it.
+        output_dir: where files are written; None: nowhere.
+        max_detections: best detections that count.
+
+    Raises:
+        ConfigError: if ``max_detections`` is below 1.
     """
 
-    kind = ""
-    _output_dir: str | None
+    results_name: str
+
+    def __init__(self, annotation_file: str, output_dir: str | None, max_detections: int) -> None:
+        if not (isinstance(max_detections, int) and max_detections >= 1):
+            raise ConfigError(
+                f"dataloader.evaluator.max_detections={max_detections} must be a whole number of "
+                "at least 1."
+            )
+        self.annotation_file = annotation_file
+        self.output_dir = output_dir
+        self.max_detections = max_detections
+        self.kind = ""
+        self.metadata = MetadataCatalog.get(dataset_name(annotation_file))
+        self.dataset = usable_dataset(read_coco(annotation_file))
+        self._detections: list[list[Entry]] = []
+
+    @property
+    def labeled(self) -> bool:
+        """Whether there is something to judge detections by."""
+        return bool(self.dataset["annotations"])
+
+    @property
+    def results_path(self) -> str | None:
+        """Of the file with the detections."""
+        return self.output_dir and os.path.join(self.output_dir, self.results_name)
 
     def of_kind(self, kind: str) -> BoxEvaluator:
         """A copy that reads ``instances_<kind>``, writes its files to the directory ``<kind>``
         inside its own, and reports its metrics under ``kind`` instead of ``bbox``."""
         other = copy.copy(self)
         other.kind = kind
-        if self._output_dir:
-            other._output_dir = os.path.join(self._output_dir, kind)
+        other.reset()
+        if self.output_dir:
+            other.output_dir = os.path.join(self.output_dir, kind)
         return other
+
+    def reset(self) -> None:
+        self._detections = []
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         key = f"instances_{self.kind}" if self.kind else "instances"
-        super().process(inputs, [{"instances": output[key]} for output in outputs])
+        for sample, output in zip(inputs, outputs, strict=True):
+            found = output[key].to(torch.device("cpu"))
+            self._detections.append(instances_to_coco_json(found, sample["image_id"]))
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
-        results = super().evaluate()
-        if self.kind and results and "bbox" in results:
-            return {self.kind: results["bbox"]}
-        return results
+        """Metrics under "bbox", or the kind, in the main process; {} without annotations."""
+        comm.synchronize()
+        gathered = comm.gather(self._detections, dst=0)
+        if not comm.is_main_process():
+            return {}
+        detections = self._with_own_ids(chain.from_iterable(chain.from_iterable(gathered)))
+        if self.results_path is not None:
+            os.makedirs(os.path.dirname(self.results_path) or ".", exist_ok=True)
+            logger.info("Saving detections to %s", self.results_path)
+            with written_whole(self.results_path) as file:
+                json.dump(detections, file)
+        if not self.labeled:
+            logger.warning(
+                "%s has no annotations: there is nothing to evaluate. %s",
+                self.annotation_file,
+                f"The {len(detections)} detections are in {self.results_path}."
+                if self.results_path
+                else f"There are {len(detections)} detections.",
+            )
+            return {}
+        return {self.kind or "bbox": self.judge(detections)}
+
+    def judge(self, detections: list[Entry]) -> dict[str, float]:
+        """Metrics from 0 to 100, NaN where undefined; may change the detections."""
+        raise NotImplementedError
+
+    def _with_own_ids(self, detections: Any) -> list[Entry]:
+        """Detections with category ids of the file; those of classes that it lacks are left out."""
+        numbers = self.metadata.thing_dataset_id_to_contiguous_id
+        own = {category["id"] for category in self.dataset["categories"]}
+        ids = {number: key for key, number in numbers.items() if key in own or not own}
+        return [
+            detection | {"category_id": ids[detection["category_id"]]}
+            for detection in detections
+            if detection["category_id"] in ids
+        ]
 
 
-class CocoBoxEvaluator(BoxEvaluator, COCOEvaluator):
-    """Detectron2's `COCOEvaluator` for box detections on a file that `load_coco` has read.
+def usable_dataset(content: CocoFile) -> dict[str, list[Entry]]:
+    """What evaluations of boxes read of an annotation file, as a copy that they may change.
 
-    It uses the official COCO API (no compiled code), writes `coco_instances_results.json` and
-    `per_class_ap.csv` to `output_dir`, and accepts what `load_coco` accepts:
+    Boxes that have no area inside their image, which no detection could match, are left out, and
+    annotations are numbered anew: the COCO API miscounts ids that are 0, missing or repeated.
+    """
+    images = {image["id"]: {"file_name": "", **image} for image in content.images}
+    boxes = BoxChecker(content.path, "skip")
+    annotations = [
+        {key: value for key, value in annotation.items() if key != "segmentation"}
+        for annotation in content.annotations
+        if boxes.clip(annotation, images[annotation["image_id"]]) is not None
+    ]
+    return {
+        "info": {},
+        "images": content.images,
+        "annotations": [each | {"id": number} for number, each in enumerate(annotations, start=1)],
+        "categories": content.categories,
+    }
 
-    - annotations without `iscrowd` and `area`, which default to 0 and the box area;
-    - boxes that have no area inside their image, which no detection could match: left out;
-    - annotation ids that are 0, missing or repeated, for which the COCO API miscounts: renumbered;
-    - fewer classes than the model's (`align_classes`): detections of others are left out.
+
+class CocoDataset(COCO):
+    """The COCO API on a data set in memory, where its own constructor wants a file."""
+
+    def __init__(self, dataset: dict[str, list[Entry]]) -> None:
+        super().__init__()
+        self.dataset = dataset
+        with contextlib.redirect_stdout(io.StringIO()):  # it says "creating index..."
+            self.createIndex()
+
+
+class CocoBoxEvaluator(BoxEvaluator):
+    """The official COCO API (no compiled code) for box detections.
+
+    Writes `coco_instances_results.json` and `per_class_ap.csv` to `output_dir`. The file may have
+    fewer classes than the model (`align_classes`): detections of others are left out.
+
+    Args:
+        max_detections: best detections of each image and class that count; 100 is COCO's own limit,
+            with which numbers can be compared with those of others. Images with more objects need
+            more.
     """
 
-    def __init__(self, annotation_file: str, output_dir: str | None = None) -> None:
-        # The loader has registered the name already; the evaluator only needs the json path.
-        name = dataset_name(annotation_file)
-        if not MetadataCatalog.get(name).get("json_file"):
-            MetadataCatalog.get(name).json_file = annotation_file
-        with _numbered_annotations():
-            super().__init__(name, tasks=("bbox",), output_dir=output_dir, use_fast_impl=False)
-        dataset = self._coco_api.dataset
-        dataset.setdefault("info", {})
-        images = {image["id"]: image for image in dataset["images"]}
-        boxes = BoxChecker(annotation_file, "skip")
-        dataset["annotations"] = [
-            annotation
-            for annotation in dataset["annotations"]
-            if boxes.clip(annotation, images[annotation["image_id"]]) is not None
-        ]
-        for number, annotation in enumerate(dataset["annotations"], start=1):
-            _, _, width, height = annotation["bbox"]
-            annotation["id"] = number
-            annotation.setdefault("iscrowd", 0)
-            annotation.setdefault("area", width * height)
-        with contextlib.redirect_stdout(io.StringIO()):  # it says "creating index..."
-            self._coco_api.createIndex()
+    results_name = "coco_instances_results.json"
 
-    def _eval_predictions(
-        self, predictions: list[dict[str, Any]], img_ids: list[int] | None = None
+    def __init__(
+        self,
+        annotation_file: str,
+        output_dir: str | None = None,
+        max_detections: int = COCO_LIMIT,
     ) -> None:
-        ids = self._metadata.thing_dataset_id_to_contiguous_id
-        judged = {contiguous for key, contiguous in ids.items() if key in self._coco_api.cats}
-        kept = [
-            prediction
-            | {"instances": [d for d in prediction["instances"] if d["category_id"] in judged]}
-            for prediction in predictions
-        ]
-        super()._eval_predictions(kept, img_ids)
+        super().__init__(annotation_file, output_dir, max_detections)
+        self.truth = CocoDataset(self.dataset)
 
-    def _derive_coco_results(
-        self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None
-    ) -> dict[str, float]:
-        results = super()._derive_coco_results(coco_eval, iou_type)  # without its table of classes
-        if coco_eval is None:  # there is no detection at all
-            return results
-        order = self._metadata.thing_dataset_id_to_contiguous_id
-        classes = class_results(coco_eval, self._coco_api, order)
+    def judge(self, detections: list[Entry]) -> dict[str, float]:
+        result = self._accumulated(detections)
+        metrics = {
+            name: 100 * float(value) if value >= 0 else math.nan
+            for name, value in zip(
+                ("AP", "AP50", "AP75", "APs", "APm", "APl"), result.stats, strict=False
+            )
+        }
+        logger.info("Evaluation results for boxes:\n%s", create_small_table(metrics))
+        order = self.metadata.thing_dataset_id_to_contiguous_id
+        classes = class_results(result, self.truth, order, self.metadata.thing_classes)
         logger.info(
             "Results by class%s:\n%s",
             f" ({self.kind})" if self.kind else "",
             format_classes(classes),
         )
-        if self._output_dir:
-            write_classes(classes, self._output_dir)
-        return results | {f"AP-{each.name}": each.ap for each in classes}
+        if self.output_dir:
+            write_classes(classes, self.output_dir)
+        return metrics | {f"AP-{each.name}": each.ap for each in classes}
+
+    def _accumulated(self, detections: list[Entry]) -> COCOeval:
+        limit = self.max_detections
+        if limit == COCO_LIMIT:
+            evaluation = COCOeval(self.truth, self._results(detections), "bbox")
+        else:
+            logger.info("Up to %d detections of each class count in an image.", limit)
+            # The summary of the COCO API knows its own limit only.
+            evaluation = COCOevalMaxDets(self.truth, self._results(detections), "bbox")
+            # In rising order, as the last one is the limit of AP.
+            evaluation.params.maxDets = [min(1, limit), min(10, limit), limit]
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        return evaluation
+
+    def _results(self, detections: list[Entry]) -> COCO:
+        with contextlib.redirect_stdout(io.StringIO()):
+            # The API wants at least one.
+            return (
+                self.truth.loadRes(detections)
+                if detections
+                else CocoDataset(self.dataset | {"annotations": []})
+            )
 
 
 class EvaluationStopped(Exception):
@@ -182,14 +291,15 @@ def evaluate(
     Returns:
         AP, AP50, AP75, APs, APm, APl and AP-<class>, from 0 to 100, on the main process, where
         the file has null for what is undefined (no box of that size or class); {} elsewhere.
-        Detections of another kind, from the same pass, add `<kind>/AP` and so on.
+        Detections of another kind, from the same pass, add `<kind>/AP` and so on. Without
+        annotations there are no metrics, and `metrics.json` is not written.
     """
     kinds = ["top_k"] if getattr(model, "compare_top_k", False) else []
     evaluators = [evaluator, *(evaluator.of_kind(kind) for kind in kinds)]
     results = inference_on_dataset(
         model, _Stoppable(loader, should_stop), [_StopCheck(should_stop), *evaluators]
     )
-    if not comm.is_main_process():
+    if not comm.is_main_process() or not evaluator.labeled:
         return {}
     print_csv_format(results)
     metrics = {name: float(value) for name, value in results.get("bbox", {}).items()}
@@ -204,20 +314,3 @@ def evaluate(
         file.write("\n")
     logger.info("Metrics are in %s", path)
     return defined
-
-
-@contextlib.contextmanager
-def _numbered_annotations() -> Iterator[None]:
-    """The COCO API wants an id of every annotation as soon as it reads a file."""
-    create_index = COCO.createIndex
-
-    def number_first(coco: COCO) -> None:
-        for number, annotation in enumerate(coco.dataset["annotations"], start=1):
-            annotation["id"] = number
-        create_index(coco)
-
-    COCO.createIndex = number_first
-    try:
-        yield
-    finally:
-        COCO.createIndex = create_index

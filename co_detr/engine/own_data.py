@@ -3,37 +3,64 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
+from typing import Any
 
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from co_detr.checkpoint import stored_class_names
+from co_detr.checkpoint_reading import read_checkpoint
 from co_detr.data.coco import align_classes, class_names, load_coco
 from co_detr.data.coco_file import read_coco, shortened
 from co_detr.data.preflight import PreflightSettings, SplitFiles, preflight
+from co_detr.data.preflight_boxes import Limit, Limits
+from co_detr.engine.checkpoint_files import has_checkpoints, last_readable
+from co_detr.engine.evaluation import COCO_LIMIT
 from co_detr.engine.joint import raise_jointly
 from co_detr.errors import DataError, UserError
 
 logger = logging.getLogger(__name__)
 
 
-def adopt_class_count(cfg: DictConfig, overrides: Sequence[str], eval_only: bool = False) -> None:
+def adopt_class_count(
+    cfg: DictConfig, overrides: Sequence[str], eval_only: bool = False, resume: bool = False
+) -> None:
     """Sets model.num_classes to the number of categories of a data.train from the command line.
 
-    In an evaluation without data.train, data.val counts. A model.num_classes on the command line
-    stays, and so does the config's own where it is used with the config's own data; `load_coco`
-    raises an error if that does not fit the file.
+    In an evaluation the classes that the checkpoint names count, whatever the data have; if it
+    names none, or is to be fitted to other classes, those of data.train or else data.val do. A
+    model.num_classes on the command line stays, and so does the config's own where it is used with
+    the config's own data; `load_coco` raises an error if that does not fit the file.
 
     Raises:
         DataError: if the annotation file cannot be read.
+        CheckpointError: if the checkpoint of an evaluation cannot be read.
     """
     given = {override.lstrip("+").partition("=")[0] for override in overrides}
-    split = "val" if eval_only and "data.train" not in given else "train"
-    if f"data.{split}" not in given or "model.num_classes" in given:
+    if "num_classes" not in cfg.model or "model.num_classes" in given:
         return
-    if "num_classes" in cfg.model:
-        cfg.model.num_classes = len(read_coco(cfg.data[split])["categories"])
+    trained = _trained_classes(cfg, resume) if eval_only else None
+    split = "val" if eval_only and "data.train" not in given else "train"
+    if trained is not None:
+        cfg.model.num_classes = len(trained)
+    elif f"data.{split}" in given:
+        # A test set may have no categories: then the config counts.
+        cfg.model.num_classes = len(read_coco(cfg.data[split]).categories) or cfg.model.num_classes
+
+
+def _trained_classes(cfg: DictConfig, resume: bool) -> list[str] | None:
+    """Class names in the checkpoint that an evaluation loads as it is; None: not known."""
+    if cfg.train.init_checkpoint_mismatch != "error":
+        return None
+    path = cfg.train.init_checkpoint
+    if resume:
+        path = last_readable(cfg.train.output_dir) if has_checkpoints(cfg.train.output_dir) else ""
+    if not os.path.isfile(path):  # empty, an address, or missing, which loading will tell
+        return None
+    return stored_class_names(read_checkpoint(path, cfg.train.init_checkpoint_unsafe))
 
 
 def check_data(cfg: DictConfig, eval_only: bool = False) -> None:
@@ -58,13 +85,16 @@ def check_data(cfg: DictConfig, eval_only: bool = False) -> None:
     problem = None
     if splits and comm.is_main_process():
         try:
-            report = preflight(splits, settings, cfg.data.invalid_boxes)
+            report = preflight(
+                splits, settings, cfg.data.invalid_boxes, limits_of(cfg), unlabeled=eval_only
+            )
             logger.info("Preflight of the data:\n%s", report.text())
             report.raise_on_errors()
             logger.info(
-                "model.num_classes = %d (%s)",
+                "model.num_classes = %d (%s has %s)",
                 cfg.model.num_classes,
-                ", ".join(report.splits[0].class_names[:20]),
+                f"data.{report.splits[0].split}",
+                shortened(report.splits[0].class_names, 20) or "no categories",
             )
         except UserError as error:
             problem = error
@@ -78,7 +108,8 @@ def align_with_checkpoint(cfg: DictConfig, trained: Sequence[str] | None) -> Non
         trained: class names that the checkpoint stores, if it does.
 
     Raises:
-        DataError: if data.val has fewer classes than the model and nothing says which ones.
+        DataError: if data.val has fewer classes than the model and nothing says which ones, or one
+            that the checkpoint does not know.
     """
     own, count = class_names(cfg.data.val), cfg.model.num_classes
     if cfg.train.init_checkpoint_mismatch == "by_name":
@@ -93,6 +124,19 @@ def align_with_checkpoint(cfg: DictConfig, trained: Sequence[str] | None) -> Non
                 cfg.data.val,
                 shortened(own),
             )
+    elif not own:
+        logger.warning(
+            "Neither %s nor the checkpoint names classes: category ids of the detections are "
+            "numbers of the model's classes, from 1 on.",
+            cfg.data.val,
+        )
+        align_classes(cfg.data.val, [f"class {index}" for index in range(count)])
+    elif trained and len(trained) == count:
+        raise DataError(
+            f"{cfg.data.val} has the categories ({shortened(n for n in own if n not in trained)}), "
+            f"which the checkpoint was not trained on; it knows ({shortened(trained)}): give them "
+            "the same names, or remove the categories and their boxes."
+        )
     else:
         raise DataError(
             f"{cfg.data.val} has {len(own)} categories ({shortened(own)}) but the model has "
@@ -101,6 +145,40 @@ def align_with_checkpoint(cfg: DictConfig, trained: Sequence[str] | None) -> Non
         )
 
 
+def limits_of(cfg: DictConfig) -> Limits:
+    """How many objects of an image a config can find and count."""
+    evaluator = cfg.dataloader.get("evaluator") or {}
+    return Limits(
+        queries=_query_limit(cfg.model.get("queries")),
+        detections=_limit(cfg, "model.postprocessor.max_detections"),
+        # A config.yaml of an earlier version does not say it.
+        evaluated=_limit(cfg, "dataloader.evaluator.max_detections")
+        or (Limit("dataloader.evaluator.max_detections", COCO_LIMIT) if evaluator else None),
+    )
+
+
+def _limit(cfg: DictConfig, key: str) -> Limit | None:
+    number = OmegaConf.select(cfg, key)
+    return Limit(key, number) if isinstance(number, int) else None
+
+
+def _query_limit(sources: ListConfig | DictConfig | None) -> Limit | None:
+    """Of the one query source that inference uses."""
+    if not sources:
+        return None
+    for name, source in sources.items() if isinstance(sources, DictConfig) else enumerate(sources):
+        number = source.get("num_queries") if source else None
+        if isinstance(number, int) and not source.get(
+            "training_only", getattr(_target(source), "training_only", False)
+        ):
+            return Limit(f"model.queries.{name}.num_queries", number)
+    return None
+
+
 def _is_plain_coco(node: DictConfig) -> bool:
+    return _target(node) is load_coco
+
+
+def _target(node: DictConfig) -> Any:
     target = node.get("_target_")
-    return (locate(target) if isinstance(target, str) else target) is load_coco
+    return locate(target) if isinstance(target, str) else target

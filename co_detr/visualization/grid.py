@@ -18,6 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from co_detr.data.coco_file import display_names, is_box, read_coco
+from co_detr.data.image_files import locate_files
+
 _PAIRS_PER_ROW = 3
 # Ten hues that show on light, dark and grey ground alike, under white text.
 _TEN_COLOURS = (
@@ -55,21 +58,23 @@ def load_images(
 
     Raises:
         FileNotFoundError: one of the files does not exist.
-        ValueError: a file has another format, or the two do not belong together.
+        ValueError: a file has another format, or the two do not belong together (a DataError, if
+            it is the annotation file).
     """
-    coco = _read_json(annotations, "give the annotation file that the run was evaluated on")
+    coco = read_coco(str(annotations))
     predictions = _read_json(results, "evaluate first: train_net.py --eval-only writes it")
-    if not isinstance(coco, dict) or not {"images", "annotations", "categories"} <= coco.keys():
-        raise ValueError(f"{annotations} is not a COCO annotation file: a main key is missing.")
-    if not coco["images"]:
+    if not coco.images:
         raise ValueError(f"{annotations} lists no images; there is nothing to draw.")
     if not isinstance(predictions, list):
         raise ValueError(f"{results} is not in COCO's result format: it must hold a list.")
-    names = {category["id"]: category["name"] for category in coco["categories"]}
-    known = {image["id"] for image in coco["images"]}
+    names = display_names(coco.categories)
+    if not names:  # a test set: its detections are numbered as the model's classes
+        numbers = sorted({entry["category_id"] for entry in predictions})
+        names = {number: f"class {number}" for number in numbers}
+    known = {image["id"] for image in coco.images}
 
     truth: dict[int, list[Box]] = defaultdict(list)
-    for entry in coco["annotations"]:
+    for entry in filter(lambda each: is_box(each.get("bbox")), coco.annotations):
         truth[entry["image_id"]].append(_to_box(entry, names, annotations))
     found: dict[int, list[Box]] = defaultdict(list)
     for entry in predictions:
@@ -81,12 +86,13 @@ def load_images(
         if entry["score"] >= score_threshold:
             found[entry["image_id"]].append(_to_box(entry, names, results))
 
-    number = min(max(1, count), len(coco["images"]))
-    chosen = np.linspace(0, len(coco["images"]) - 1, number).round().astype(int)
+    number = min(max(1, count), len(coco.images))
+    chosen = np.linspace(0, len(coco.images) - 1, number).round().astype(int)
+    located = locate_files((coco.images[index]["file_name"] for index in chosen), str(image_dir))
     images = []
     for index in chosen:
-        image = coco["images"][index]
-        path = image_dir / image["file_name"]
+        image = coco.images[index]
+        path = image_dir / located.paths.get(image["file_name"], image["file_name"])
         if not path.is_file():
             raise FileNotFoundError(
                 f"The image {path} does not exist; check the image folder of {annotations}."

@@ -156,6 +156,25 @@ def test_layouts(convert, tmp_path, change):
     assert names == ["blue", "green", "red"]  # sorted: the format has no order
 
 
+def test_optional_lists(convert, tmp_path):
+    source = write_voc(tmp_path / "voc")
+    lists = source / "ImageSets" / "Main"
+    (lists / "test.txt").write_text("gone\n")
+    result = convert(source)
+    assert "note: the test set is left out: " in result.printed
+    assert "test.txt line 1 names gone, but there is no image" in result.printed
+    assert not (result.folder / "test.json").exists()
+    # Test images without labels are a set, too.
+    (source / "Annotations" / "c.xml").rename(source / "c.xml")
+    (lists / "test.txt").write_text("c\n")
+    (lists / "val.txt").write_text("gone\n")
+    with pytest.raises(DataError, match=r"names gone, .* or add --val-fraction 0\.2"):
+        convert(source, "--force")
+    result = convert(source, "--val-fraction", "0.5", "--force")
+    assert "note: the val set is left out: " in result.printed
+    assert result.boxes("test") == {"c.webp": []} and len(result.boxes("val")) == 2
+
+
 def test_missing_files(convert, tmp_path):
     source = write_voc(tmp_path / "voc")
     (source / "Annotations" / "b.xml").unlink()

@@ -145,6 +145,95 @@ def test_a_test_set_is_written_too(convert, tmp_path):
     assert result.boxes("test") == result.boxes("val")
 
 
+def _names_no_test_folder(source: Path) -> None:
+    with (source / "data.yaml").open("a") as file:
+        file.write("test: images/test\n")
+
+
+def _empty_test_folder(source: Path) -> None:
+    (source / "images" / "test").mkdir()
+    _names_no_test_folder(source)
+
+
+def _list_of_missing_test_images(source: Path) -> None:
+    (source / "test.txt").write_text("images/test/a.jpg\n")
+    with (source / "data.yaml").open("a") as file:
+        file.write("test: test.txt\n")
+
+
+def _empty_test_folder_without_yaml(source: Path) -> None:
+    without_yaml(source)
+    (source / "images" / "test").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (_names_no_test_folder, "names images/test, which is not in"),
+        (_empty_test_folder, "the test set has no image"),
+        (_list_of_missing_test_images, "line 1 names images/test/a.jpg, which is not in"),
+        (_empty_test_folder_without_yaml, "the test set has no image"),
+    ],
+)
+def test_a_wrong_test_set_is_left_out_with_a_note(convert, tmp_path, change, sentence):
+    source = write_yolo(tmp_path / "yolo")
+    change(source)
+    result = convert(source)
+    assert "note: the test set is left out: " in result.printed and sentence in result.printed
+    assert not (result.folder / "test.json").exists()
+    assert result.boxes("train").keys() == NAMES and "Train on it with" in result.printed
+
+
+def test_a_test_set_without_labels_is_written(convert, tmp_path):
+    source = write_yolo(tmp_path / "yolo")
+    shutil.copytree(source / "images" / "val", source / "images" / "test")
+    _names_no_test_folder(source)
+    result = convert(source)
+    assert result.boxes("test") == {"c.webp": []}
+    assert "images without a label file: 1 (the first: " in result.printed
+
+
+def test_a_val_set_that_is_not_there(convert, tmp_path):
+    source = write_yolo(tmp_path / "yolo")
+    shutil.rmtree(source / "images" / "val")
+    with pytest.raises(DataError, match=r"names images/val, .* or add --val-fraction 0\.2 to draw"):
+        convert(source)
+    result = convert(source, "--val-fraction", "0.5")
+    assert "note: the val set is left out: " in result.printed
+    assert result.boxes("train").keys() | result.boxes("val").keys() == NAMES
+
+
+@pytest.mark.parametrize(
+    "start", ["..\\", "D:\\work\\yolo\\", "/content/yolo/", "/kaggle/input/x/yolo/"]
+)
+def test_paths_of_other_machines(convert, tmp_path, start):
+    expected = convert(write_yolo(tmp_path / "plain"))
+    source = write_yolo(tmp_path / "changed")
+    names = sorted((source / "images" / "train").iterdir())
+    separator = "\\" if "\\" in start else "/"
+    lines = [separator.join(["images", "train", path.name]) for path in names]
+    (source / "list.txt").write_text("\n".join(start + line for line in lines))
+    (source / "data.yaml").write_text(
+        f"train: {start}list.txt\nval: {start}images{separator}val\nnames: [{', '.join(CLASSES)}]\n"
+    )
+    result = convert(source, "--force")
+    for split in ("train", "val"):
+        assert result.boxes(split) == expected.boxes(split)
+
+
+def test_the_folder_of_all_images_is_no_test_set(convert, tmp_path):
+    source = write_yolo(tmp_path / "yolo")
+    with (source / "data.yaml").open("a") as file:
+        file.write("test: ../test/images\n")
+    assert "the test set is left out" in convert(source).printed
+
+
+def test_files_in_utf_16(convert, tmp_path):
+    source = write_yolo(tmp_path / "yolo", yaml=False)
+    (source / "classes.txt").write_text("\n".join(CLASSES), encoding="utf-16")
+    assert convert(source).boxes("train").keys() == NAMES
+
+
 def test_missing_and_superfluous_label_files(convert, tmp_path):
     source = write_yolo(tmp_path / "yolo")
     (source / "labels" / "train" / "b.txt").unlink()

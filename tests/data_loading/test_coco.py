@@ -140,8 +140,7 @@ def test_duplicate_ids(tmp_path, content):
         ([5, -20, 10, 8], "is outside the 40x30 image"),
         ([5, float("nan"), 10, 8], "is not four finite numbers"),
         ([5, 6, float("inf"), 8], "is not four finite numbers"),
-        ([5, 6, 10], "is not four finite numbers"),
-        ("box", "is not four finite numbers"),
+        ([5, None, 10, 8], "is not four finite numbers"),
     ],
 )
 def test_boxes_without_area_in_their_image(tmp_path, content, caplog, box, problem):
@@ -153,6 +152,13 @@ def test_boxes_without_area_in_their_image(tmp_path, content, caplog, box, probl
     records = _load(tmp_path, content, invalid_boxes="skip")
     assert len(records[0]["annotations"]) == 1
     assert "1 boxes have no area inside their image and were left out" in caplog.text
+
+
+@pytest.mark.parametrize("box", [[5, 6, 10], "box", ["5", "6", "10", "8"], [5, 6, 10, True], None])
+def test_boxes_of_a_wrong_type_always_stop(tmp_path, content, box):
+    content["annotations"][0]["bbox"] = box
+    message = _error(tmp_path, content, invalid_boxes="skip")
+    assert f"has the bbox {box!r}, which is no list of four numbers" in message
 
 
 def test_boxes_partly_outside_are_clipped_with_one_warning(tmp_path, content, caplog):

@@ -99,8 +99,32 @@ def test_evaluation_without_the_package(lvis_file, monkeypatch):
         LvisBoxEvaluator(str(lvis_file))
 
 
-def test_perfect_lvis_detections_score_100(lvis_file, tmp_path):
+def _as_floats(path):
+    """Writes ids as 1.0, areas as null and a byte-order mark."""
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        image["id"] = float(image["id"])
+        image["neg_category_ids"] = [float(2 - image["id"] + 1)]
+    for annotation in content["annotations"]:
+        for key in ("image_id", "category_id"):
+            annotation[key] = float(annotation[key])
+        annotation["area"] = None
+    content["categories"] = [each | {"id": float(each["id"])} for each in content["categories"]]
+    path.write_text(json.dumps(content), encoding="utf-8-sig")
+
+
+def test_lvis_files_are_mended(lvis_file, tmp_path):
+    _as_floats(lvis_file)
+    records = load_lvis(str(lvis_file), str(tmp_path), num_classes=2)
+    assert [type(record["image_id"]) for record in records] == [int, int]
+    assert [record["annotations"][0]["category_id"] for record in records] == [0, 1]
+
+
+@pytest.mark.parametrize("mended", [False, True])
+def test_perfect_lvis_detections_score_100(lvis_file, tmp_path, mended):
     pytest.importorskip("lvis")
+    if mended:
+        _as_floats(lvis_file)
     records = load_lvis(str(lvis_file), str(tmp_path))
     evaluator = LvisBoxEvaluator(str(lvis_file), str(tmp_path / "out"))
     evaluator.reset()
@@ -111,5 +135,22 @@ def test_perfect_lvis_detections_score_100(lvis_file, tmp_path):
         evaluator.process([record], [{"instances": found}])
     metrics = evaluator.evaluate()["bbox"]
     assert metrics["AP"] == pytest.approx(100) and metrics["APf"] == pytest.approx(100)
+    assert np.isnan(metrics["APl"])  # no box of that size
     assert (tmp_path / "out" / "lvis_instances_results.json").is_file()
     assert not hasattr(np, "float")
+
+
+def test_an_lvis_test_set_gets_a_result_file(lvis_file, tmp_path, caplog):
+    pytest.importorskip("lvis")
+    content = json.loads(lvis_file.read_text())
+    del content["annotations"]
+    lvis_file.write_text(json.dumps(content))
+    records = load_lvis(str(lvis_file), str(tmp_path))
+    evaluator = LvisBoxEvaluator(str(lvis_file), str(tmp_path / "out"))
+    evaluator.reset()
+    found = Instances((30, 40), pred_boxes=Boxes(torch.tensor([[5.0, 6.0, 15.0, 14.0]])))
+    found.scores, found.pred_classes = torch.ones(1), torch.tensor([1])
+    evaluator.process(records[:1], [{"instances": found}])
+    assert evaluator.evaluate() == {} and "nothing to evaluate" in caplog.text
+    (detection,) = json.loads((tmp_path / "out" / "lvis_instances_results.json").read_text())
+    assert (detection["image_id"], detection["category_id"]) == (1, 2)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from co_detr.data.coco import align_classes, class_names, load_coco
 from co_detr.data.preflight import PreflightSettings, SplitFiles, preflight
+from co_detr.data.preflight_boxes import Limit, Limits
 from co_detr.engine.evaluation import CocoBoxEvaluator
 from co_detr.errors import ConfigError, DataError
 
@@ -324,6 +325,239 @@ def test_sampling_and_reading_all(data):
 def test_wrong_settings(settings):
     with pytest.raises(ConfigError, match=r"data\.preflight\."):
         PreflightSettings(**settings)
+
+
+# What shows over the whole file.
+
+
+def _rewrite(data, function, split="train"):
+    """Gives every box another notation."""
+    sizes = {
+        image["id"]: (image["width"], image["height"]) for image in getattr(data, split)["images"]
+    }
+    for annotation in getattr(data, split)["annotations"]:
+        annotation["bbox"] = function(*annotation["bbox"], *sizes[annotation["image_id"]])
+    data.write()
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "mend"),
+    [
+        (lambda x, y, w, h, *_: [x, y, x + w, y + h], "corners (x0, y0, x1, y1)", "subtract x0"),
+        (
+            lambda x, y, w, h, *_: [x + w / 2, y + h / 2, w, h],
+            "centers (cx, cy, w, h)",
+            "subtract half of w",
+        ),
+        (
+            lambda x, y, w, h, W, H: [x / W, y / H, w / W, h / H],
+            "normalized (from 0 to 1) instead of in pixels:",
+            "multiply x and w by the width",
+        ),
+        (
+            lambda x, y, w, h, W, H: [x / W, y / H, (x + w) / W, (y + h) / H],
+            "normalized (from 0 to 1) instead of in pixels, and corners (x0, y0, x1, y1)",
+            "subtract x0 from x1 and y0 from y1, and multiply",
+        ),
+        (
+            lambda x, y, w, h, W, H: [(x + w / 2) / W, (y + h / 2) / H, w / W, h / H],
+            "normalized (from 0 to 1) instead of in pixels, and centers (cx, cy, w, h)",
+            "subtract half of w from cx and half of h from cy, and multiply",
+        ),
+        (lambda x, y, w, h, *_: [3 * x, 3 * y, 3 * w, 3 * h], "of all)", "another size"),
+    ],
+)
+def test_boxes_in_another_notation_stop_the_run(data, function, kind, mend):
+    rng = np.random.default_rng(3)
+    for annotation in data.train["annotations"]:
+        w, h = rng.integers(8, 20, 2)
+        x, y = rng.integers(0, WIDTH - w), rng.integers(0, HEIGHT - h)
+        annotation["bbox"] = [int(value) for value in (x, y, w, h)]
+    data.write()
+    data.warnings()  # as (x, y, w, h) they are right
+    _rewrite(data, function)
+    sentence = data.error()
+    assert f"{kind}" in sentence and mend in sentence and "train.json" in sentence
+    assert "more kind" not in sentence  # what follows from it is not told as well
+    assert kind in data.error(invalid_boxes="error")
+
+
+def test_some_boxes_outside_say_nothing_about_the_file(data):
+    for annotation in data.train["annotations"][:2]:
+        annotation["bbox"] = [30, 25, 40, 35]
+    data.train["annotations"][5]["bbox"] = [0.0, 0.0, 1.0, 1.0]  # stands for nothing in some sets
+    data.write()
+    assert data.warnings() == [
+        (1, "boxes smaller than a pixel, with numbers from 0 to 1 only"),
+        (2, "boxes that are partly outside their image"),
+    ]
+
+
+def test_boxes_in_percent_are_suspected(data):
+    for content in (data.train, data.val):
+        for image in content["images"]:
+            image.update(width=1000, height=600)
+    data.write()
+    report = data.report(images="off")
+    assert "none of 12 reaches beyond 3% of the width, 6% of the height" in report.text()
+
+
+def test_objects_that_fill_their_images_are_no_corners(data):
+    for annotation in data.train["annotations"]:
+        annotation["bbox"] = [1, 1, WIDTH, HEIGHT - 1]  # a pixel too far
+    data.write()
+    assert data.warnings() == []
+
+
+@pytest.mark.parametrize(
+    "box", [["1", "2", "3", "4"], "1 2 3 4", [1, 2, 3], [1, 2, 3, [4]], {"x": 1}, [True, 1, 2, 3]]
+)
+def test_boxes_of_a_wrong_type_stop_the_run(data, box):
+    for annotation in data.train["annotations"][::2]:
+        annotation["bbox"] = box
+    data.write()
+    sentence = data.error()
+    assert "annotations whose bbox is no list of four numbers: 6 (the first: id 1, " in sentence
+    assert f"bbox {box!r}" in sentence
+
+
+def test_null_in_a_box_is_like_nan(data):
+    data.train["annotations"][4]["bbox"] = [1, None, 3, 4]
+    data.val["annotations"][0]["bbox"] = [None] * 4
+    data.write()
+    assert data.warnings() == [(1, "boxes that are not four finite numbers")] * 2
+
+
+def _mask_of(annotation):
+    return {"size": [HEIGHT, WIDTH], "counts": [0, HEIGHT * WIDTH]} | {"id": annotation["id"]}
+
+
+def test_many_crowds_are_a_warning_and_only_crowds_an_error(data):
+    for annotation in data.train["annotations"][::2]:
+        annotation.update(iscrowd=1, segmentation=_mask_of(annotation))
+    data.write()
+    assert data.warnings() == [(6, "boxes marked as crowd (iscrowd 1), 50% of all")]
+    (finding,) = data.report().findings
+    assert "6 of them have masks in run-length form, which label tools mark" in finding.sentence()
+    assert "write iscrowd 0" in finding.sentence()
+    for annotation in data.train["annotations"]:
+        annotation["iscrowd"] = True
+    data.write()
+    sentence = data.error()
+    assert "no box to learn from, as all are marked as crowd (iscrowd 1): 12 " in sentence
+    assert "write iscrowd 0" in sentence
+    data.val["annotations"][0]["iscrowd"] = "0"
+    data.write()
+    assert "id 1, iscrowd '0'" in data.report().text()
+
+
+def test_more_objects_than_the_model_finds(data):
+    limits = Limits(
+        Limit("model.queries.0.num_queries", 2),
+        Limit("model.postprocessor.max_detections", 3),
+        Limit("dataloader.evaluator.max_detections", 1),
+    )
+    for annotation in data.val["annotations"][:2]:
+        annotation.update(category_id=1, image_id=1)
+    data.write()
+    report = preflight([data.files("train"), data.files("val")], limits=limits)
+    found = {(f.split, f.what): f for f in report.findings if "more objects" in f.what}
+    assert [(split, what) for split, what in found] == [
+        ("train", "images with more objects than the model has queries (2)"),
+        ("val", "images with more objects than the model has queries (2)"),
+        ("val", "images with more objects than the model gives detections (3)"),
+        ("val", "images with more objects of one class than the evaluation looks at (1)"),
+    ]
+    queries, detections, evaluated = (f for (split, _), f in found.items() if split == "val")
+    assert queries.count == 2 and queries.first == "1.jpg with 5"
+    assert queries.mend.endswith("set model.queries.0.num_queries=100")
+    assert detections.mend.endswith("set model.postprocessor.max_detections=100")
+    assert evaluated.first == "1.jpg with 3"
+    assert evaluated.mend.endswith("set dataloader.evaluator.max_detections=100")
+
+
+def test_mended_values_are_counted_and_do_not_change_the_ap(data):
+    for content in (data.train, data.val):
+        for annotation in content["annotations"]:
+            annotation["area"] = None
+    for image in data.val["images"]:
+        image["id"] = float(image["id"])
+    for annotation in data.val["annotations"]:
+        annotation["image_id"] = float(annotation["image_id"])
+        annotation["category_id"] = float(annotation["category_id"])
+    for category in data.val["categories"]:
+        category["id"] = float(category["id"])
+    data.write()
+    assert sorted(data.warnings()) == [
+        (9, "annotations whose area is no positive number"),
+        (12, "annotations whose area is no positive number"),
+        (24, "ids that are written with a decimal point"),
+    ]
+    assert data.perfect_ap()["AP"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"category_id": "1"}, "category_id '1'); add the categories or correct the ids ('1' is n"),
+        ({"category_id": "1.0"}, "correct the ids ('1.0' is not 1: write numbers in both lists"),
+        (
+            {"image_id": "0"},
+            "image_id '0'); add the images or remove the annotations ('0' is not 0",
+        ),
+        ({"category_id": 1.5}, "category_id 1.5); add"),
+        ({"category_id": 0}, "category_id 0); add the categories or correct the ids (are they sh"),
+    ],
+)
+def test_ids_are_told_apart_in_messages(data, change, sentence):
+    data.train["annotations"][0].update(change)
+    data.write()
+    assert sentence in data.error()
+
+
+def test_text_and_numbers_as_ids_of_images(data):
+    for image in data.train["images"][1:]:
+        image["id"] = str(image["id"])
+    data.write()
+    assert "mix of numbers and text as image ids: 1 (the first: 0 and '1')" in data.error()
+
+
+def test_file_names_of_another_system(data):
+    for image in data.train["images"]:
+        image["file_name"] = f"C:\\data\\train\\{image['file_name']}"
+    data.write()
+    assert data.warnings() == [(4, "image files that are not where the json says")]
+    assert f"found at {data.root / 'train' / '0.jpg'}" in data.report().text()
+    data.train["images"][0]["file_name"] = "0.png"
+    data.write()
+    assert f"({data.root / 'train' / '0.jpg'} has a similar name)" in data.error()
+
+
+def test_two_classes_of_one_name_are_kept_apart(data):
+    for content in (data.train, data.val):
+        content["categories"][2]["name"] = "cell"
+    data.write()
+    assert data.warnings() == [(1, "category names that occur twice")] * 2
+    assert "told apart by its id as in 'cell (id 1)'" in data.report().text()
+    names = dict(zip((1, 2, 3), ("cell (id 1)", "disc", "cell (id 3)"), strict=True))
+    for annotation in data.val["annotations"]:
+        if annotation["category_id"] == 3:
+            annotation["bbox"][2] = 30
+    data.write()
+    for category in data.val["categories"]:  # as `perfect_ap` looks them up
+        category["name"] = names[category["id"]]
+    metrics = data.perfect_ap()
+    assert metrics["AP-cell (id 1)"] == metrics["AP-cell (id 3)"] == pytest.approx(100)
+    assert [row.split(",")[0] for row in (data.root / "per_class_ap.csv").open()] == [
+        "class",
+        *names.values(),
+    ]
+
+
+def test_names_that_differ_in_letter_case_only(data):
+    data.val["categories"][0]["name"] = "Cell "
+    data.write()
+    assert "'Cell '); give both" in data.error() and "train has 'cell'" in data.error()
 
 
 @pytest.mark.skipif(not BCCD.is_dir(), reason="the blood-cell data set is not here")

@@ -11,7 +11,7 @@ from torch import nn
 
 from co_detr.data.coco import align_classes, class_names, load_coco
 from co_detr.engine.run import _build_evaluation, run_evaluation_only, run_training
-from co_detr.errors import CheckpointError, DataError
+from co_detr.errors import CheckpointError, ConfigError, DataError
 
 
 class Oracle(nn.Module):
@@ -67,6 +67,136 @@ def test_annotations_without_area_and_iscrowd(oracle_cfg, tiny_data, tmp_path):
         del annotation["area"], annotation["iscrowd"]
     path.write_text(json.dumps(content))
     assert run_evaluation_only(oracle_cfg(), resume=False)["APs"] == pytest.approx(100)
+
+
+def _edit_val(tiny_data, change):
+    path = tiny_data.root / "val.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return content
+
+
+def test_odd_values_are_the_same_for_loader_and_evaluation(oracle_cfg, tiny_data, tmp_path):
+    """What the loader mends, the evaluation does not read again by itself."""
+
+    def change(content):
+        for image in content["images"]:
+            image["id"] = float(image["id"])
+        for number, annotation in enumerate(content["annotations"]):
+            annotation["area"] = [None, "240", -1, float("nan")][number % 4]
+            annotation["iscrowd"] = [None, False, 0.0][number % 3]
+            annotation["image_id"] = float(annotation["image_id"])
+            annotation["category_id"] = float(annotation["category_id"])
+
+    _edit_val(tiny_data, change)
+    metrics = run_evaluation_only(oracle_cfg(), resume=False)
+    assert metrics["AP"] == metrics["APs"] == pytest.approx(100)
+    detections = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
+    assert all(type(d["image_id"]) is type(d["category_id"]) is int for d in detections)
+
+
+def _crowded(content):
+    """130 small boxes of one class in the first image."""
+    image = content["images"][0]
+    content["annotations"] = [
+        {"id": number + 1, "image_id": image["id"], "category_id": 3}
+        | {"bbox": [4 * (number % 12), 4 * (number // 12), 3, 3]}
+        for number in range(130)
+    ]
+
+
+def test_images_with_more_objects_than_coco_looks_at(oracle_cfg, tiny_data, tmp_path):
+    _edit_val(tiny_data, _crowded)
+    assert run_evaluation_only(oracle_cfg(), resume=False)["AP"] < 80
+    more = oracle_cfg("dataloader.evaluator.max_detections=130")
+    metrics = run_evaluation_only(more, resume=False)
+    assert metrics["AP"] == metrics["APs"] == metrics["AP-cell"] == pytest.approx(100)
+    rows = (tmp_path / "out" / "per_class_ap.csv").read_text().splitlines()
+    assert rows[1] == "cell,100.000,100.000,130"
+
+
+@pytest.mark.parametrize("limit", [1, 2, 7, 10, 50, 100, 120])
+def test_limits_are_those_of_the_coco_api(oracle_cfg, tiny_data, tmp_path, limit):
+    _edit_val(tiny_data, _crowded)
+    cfg = oracle_cfg(f"dataloader.evaluator.max_detections={limit}")
+    metrics = run_evaluation_only(cfg, resume=False)
+    path = tiny_data.root / "val.json"
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"]:
+        annotation |= {"area": 9, "iscrowd": 0}
+    content["info"] = {}
+    path.write_text(json.dumps(content))
+    truth = COCO(str(path))
+    found = truth.loadRes(str(tmp_path / "out" / "coco_instances_results.json"))
+    judged = COCOeval(truth, found, "bbox")
+    judged.params.maxDets = [limit]
+    judged.evaluate(), judged.accumulate()
+    precisions = judged.eval["precision"][:, :, :, 0, 0]
+    assert metrics["AP"] == pytest.approx(100 * precisions[precisions > -1].mean())
+
+
+@pytest.mark.parametrize("limit", [0, -3, 1.5])
+def test_limits_that_are_none(oracle_cfg, limit):
+    cfg = oracle_cfg()
+    cfg.dataloader.evaluator.max_detections = limit
+    with pytest.raises(ConfigError, match=f"evaluator.max_detections={limit} must be a whole"):
+        run_evaluation_only(cfg, resume=False)
+
+
+class Blind(Oracle):
+    """Finds nothing at all."""
+
+    def _detect(self, sample):
+        result = super()._detect(sample)
+        return {"instances": result["instances"][:0]}
+
+
+def test_no_detection_is_an_ap_of_zero(oracle_cfg, tmp_path):
+    cfg = oracle_cfg()
+    cfg.model._target_ = Blind
+    assert run_evaluation_only(cfg, resume=False)["AP"] == 0
+    assert json.loads((tmp_path / "out" / "coco_instances_results.json").read_text()) == []
+
+
+@pytest.mark.parametrize("annotations", ["absent", [], None])
+def test_a_test_set_gets_a_result_file(tiny_cfg, tiny_data, tmp_path, caplog, annotations):
+    def change(content):
+        content["annotations"] = annotations
+        if annotations == "absent":
+            del content["annotations"]
+        for image in content["images"]:
+            image["id"] += 1000
+        content["categories"].reverse()
+
+    _edit_val(tiny_data, change)
+    assert run_evaluation_only(tiny_cfg(), resume=False) == {}
+    detections = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
+    assert {d["image_id"] for d in detections} == set(range(1001, 1011))
+    assert {d["category_id"] for d in detections} == {3, 7}
+    assert "has no annotations: there is nothing to evaluate. The 20 detections are in" in (
+        caplog.text
+    )
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_two_classes_of_one_name_have_an_ap_each(oracle_cfg, tiny_data, tmp_path, caplog):
+    caplog.set_level("INFO")
+
+    def change(content):
+        for category in content["categories"]:
+            category["name"] = "cell"
+        for annotation in content["annotations"][:4]:
+            annotation["bbox"][0] += 5
+
+    _edit_val(tiny_data, change)
+    metrics = run_evaluation_only(oracle_cfg(), resume=False)
+    assert list(metrics)[-2:] == ["AP-cell (id 3)", "AP-cell (id 7)"]
+    written = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert {"AP-cell (id 3)", "AP-cell (id 7)"} <= written.keys()
+    rows = (tmp_path / "out" / "per_class_ap.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows[1:]] == ["cell (id 3)", "cell (id 7)"]
+    assert "| cell (id 7) |" in caplog.text
 
 
 def test_training_ends_with_an_evaluation_that_eval_only_repeats(tiny_cfg, tmp_path):

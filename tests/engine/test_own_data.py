@@ -6,10 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import instantiate
+from omegaconf import OmegaConf
+from tiny_detector import TinyDetector
 
 from co_detr.data.coco import class_names
-from co_detr.engine.config import load_config
-from co_detr.engine.own_data import adopt_class_count, align_with_checkpoint, check_data
+from co_detr.data.preflight_boxes import Limit
+from co_detr.engine.config import apply_overrides, load_config
+from co_detr.engine.own_data import (
+    adopt_class_count,
+    align_with_checkpoint,
+    check_data,
+    limits_of,
+)
+from co_detr.engine.run import run_evaluation_only
 from co_detr.errors import DataError
 
 CONFIG_FILE = str(Path(__file__).parent / "tiny_config.py")
@@ -56,7 +65,7 @@ def test_one_command_trains_and_evaluates_other_val_sets(train_net, three_classe
     arguments = [*three_classes.overrides(tmp_path / "out"), "train.max_iter=2"]
     result = train_net(*arguments)
     assert result.returncode == 0, result.stderr
-    assert "model.num_classes = 3 (cell, plate, disc)" in result.stdout
+    assert "model.num_classes = 3 (data.train has cell, plate, disc)" in result.stdout
     assert "images that are in train, too: 10" in result.stdout
     weights = torch.load(tmp_path / "out" / "model_final.pth", weights_only=False)
     assert weights["class_names"] == ["cell", "plate", "disc"]
@@ -126,3 +135,143 @@ def test_classes_of_a_checkpoint(tiny_cfg, caplog, mismatch, trained, order, war
     align_with_checkpoint(cfg, trained)
     assert class_names(cfg.data.val) == order
     assert ("matched by position" in caplog.text) == warned
+
+
+NAMES = ["disc", "cell", "plate"]
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A checkpoint for the classes of NAMES."""
+    torch.manual_seed(0)
+    path = tmp_path / "trained.pth"
+    torch.save({"model": TinyDetector(3).state_dict(), "class_names": NAMES}, path)
+    return path
+
+
+def _evaluate(tiny_data, output, *overrides, resume=False, config=CONFIG_FILE):
+    given = [each for each in tiny_data.overrides(output) if "data.train" not in each]
+    given += overrides
+    cfg = load_config(config, given)
+    adopt_class_count(cfg, given, eval_only=True, resume=resume)
+    check_data(cfg, eval_only=True)
+    run_evaluation_only(cfg, resume=resume)
+    return json.loads((output / "coco_instances_results.json").read_text())
+
+
+def test_a_val_set_that_lacks_a_class_of_the_checkpoint(trained, tiny_data, tmp_path):
+    """Without data.train: the checkpoint says how many classes the model has."""
+    out = tmp_path / "out"
+    found = _evaluate(tiny_data, out, f"train.init_checkpoint={trained}")
+    assert {each["category_id"] for each in found} == {3, 7}
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert {"AP-cell", "AP-plate"} <= metrics.keys() and "AP-disc" not in metrics
+    # The same weights as the last checkpoint of a run.
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "model_final.pth").write_bytes(trained.read_bytes())
+    (run / "last_checkpoint").write_text("model_final.pth")
+    assert _evaluate(tiny_data, run, resume=True) == found
+
+
+@pytest.mark.parametrize("mismatch", ["by_name", "reset"])
+def test_a_checkpoint_that_is_fitted_to_the_data_does_not_decide(trained, tiny_data, mismatch):
+    given = [*tiny_data.overrides("out")[2:], f"train.init_checkpoint={trained}"]
+    given.append(f"train.init_checkpoint_mismatch={mismatch}")
+    cfg = load_config(CONFIG_FILE, [*given])
+    cfg.model.num_classes = 9
+    adopt_class_count(cfg, given, eval_only=True)
+    assert cfg.model.num_classes == 2
+    adopt_class_count(cfg, [*given, "model.num_classes=9"], eval_only=True)
+    assert cfg.model.num_classes == 2
+
+
+def test_a_class_that_the_checkpoint_does_not_know(trained, tiny_data, tmp_path):
+    checkpoint = f"train.init_checkpoint={trained}"
+    path = tiny_data.root / "val.json"
+    _edit(path, lambda content: content["categories"][0].update(name="dust"))
+    with pytest.raises(DataError, match=r"categories \(dust\), which the checkpoint was not"):
+        _evaluate(tiny_data, tmp_path / "out", checkpoint)
+    for key in (50, 51):
+        _edit(path, lambda content, key=key: content["categories"].append({"id": key, "name": "x"}))
+    with pytest.raises(DataError, match="but the model has 3: remove those that it does not know"):
+        _evaluate(tiny_data, tmp_path / "out", checkpoint)
+
+
+def test_a_test_set_without_categories_is_numbered_as_the_checkpoint(trained, tiny_data, tmp_path):
+    def strip(content):
+        del content["annotations"], content["categories"]
+
+    _edit(tiny_data.root / "val.json", strip)
+    found = _evaluate(tiny_data, tmp_path / "out", f"train.init_checkpoint={trained}")
+    assert {each["category_id"] for each in found} == {1, 2, 3}
+    assert {each["image_id"] for each in found} == set(range(1, 11))
+    # Nothing says what the classes are.
+    content = torch.load(trained)
+    torch.save({"model": content["model"]}, trained)
+    given = (f"train.init_checkpoint={trained}", "model.num_classes=3")
+    assert _evaluate(tiny_data, tmp_path / "other", *given) == found
+
+
+def test_a_test_set_is_none_to_train_with(tiny_cfg, tiny_data):
+    _edit(tiny_data.root / "val.json", lambda content: content.pop("annotations"))
+    cfg = tiny_cfg()
+    check_data(cfg, eval_only=True)
+    with pytest.raises(DataError, match="data.val .* has no box to evaluate on"):
+        check_data(cfg)
+
+
+def test_each_file_is_parsed_once_for_preflight_and_training(tiny_cfg, tiny_data, monkeypatch):
+    cfg = tiny_cfg()
+    parsed, loads = [], json.loads
+    monkeypatch.setattr(json, "loads", lambda text: parsed.append(1) or loads(text))
+    check_data(cfg)
+    instantiate(cfg.dataloader.train.dataset)
+    instantiate(cfg.dataloader.test.dataset)
+    assert len(parsed) == 2
+    # A file that was written in between is read again.
+    check_data(cfg)
+    _edit(tiny_data.train, lambda content: content.update(annotations=[], images=IMAGES))
+    assert len(instantiate(cfg.dataloader.train.dataset)) == 1
+
+
+IMAGES = [{"id": 1, "file_name": "0.png", "width": 48, "height": 64}]
+
+
+@pytest.mark.parametrize(
+    ("config", "queries", "detections"),
+    [
+        ("co_detr_small", ("model.queries.0.num_queries", 60), 100),
+        ("co_dino_r50", ("model.queries.0.num_queries", 900), 300),
+        ("baselines/group_detr_small", ("model.queries.0.num_queries", 60), 100),
+        ("baselines/atss_on_encoder_small", None, None),
+    ],
+)
+def test_limits_of_a_config(config, queries, detections):
+    cfg = load_config(str(Path(__file__).parents[2] / "configs" / f"{config}.py"))
+    limits = limits_of(cfg)
+    assert limits.queries == (queries and Limit(*queries))
+    key = "model.postprocessor.max_detections"
+    assert limits.detections == (detections and Limit(key, detections))
+    assert limits.evaluated == Limit("dataloader.evaluator.max_detections", 100)
+    del cfg.dataloader.evaluator.max_detections  # a config.yaml of an earlier version
+    assert limits_of(cfg).evaluated == limits.evaluated
+    for limit in (limits.queries, limits.detections, limits.evaluated):
+        if limit is not None:
+            apply_overrides(cfg, [f"{limit.key}=700"])
+            assert OmegaConf.select(cfg, limit.key) == 700
+
+
+def test_crowded_images_are_told_before_training(tiny_cfg, tiny_data, caplog):
+    caplog.set_level("INFO")
+
+    def crowd(content):
+        content["annotations"] = [
+            {"id": i, "image_id": 1, "category_id": 3, "bbox": [i % 40, i // 40, 2, 3]}
+            for i in range(101)
+        ]
+
+    _edit(tiny_data.root / "val.json", crowd)
+    check_data(tiny_cfg())
+    assert "than the evaluation looks at (100): 1 (the first: 0.png with 101)" in caplog.text
+    assert "set dataloader.evaluator.max_detections=200" in caplog.text

@@ -126,6 +126,25 @@ def test_load_images_joins_truth_and_predictions(tmp_path: Path, make_run: MakeR
     assert len(load(tmp_path / "run", count=1)) == 1
 
 
+def test_load_images_reads_what_training_reads(tmp_path: Path, make_run: MakeRun) -> None:
+    make_run(tmp_path / "run")
+    file = tmp_path / "run" / "val.json"
+    coco = json.loads(file.read_text())
+    for image in coco["images"]:
+        image |= {"id": float(image["id"]), "file_name": f"C:\\set\\{image['file_name']}"}
+    for category in coco["categories"]:
+        category |= {"id": float(category["id"]), "name": "digit"}
+    file.write_text(json.dumps(coco), encoding="utf-8-sig")
+    first, _ = load(tmp_path / "run")
+    assert first.path.name == "a.png"
+    assert [box.class_name for box in first.truth] == ["digit (id 4)"]
+    assert [box.class_name for box in first.predictions] == ["digit (id 9)"]
+    # A test set: no annotations and no categories.
+    file.write_text(json.dumps({"images": coco["images"]}))
+    first, _ = load(tmp_path / "run")
+    assert first.truth == [] and [b.class_name for b in first.predictions] == ["class 9"]
+
+
 def test_grid_draws_boxes(tmp_path: Path, make_run: MakeRun) -> None:
     make_run(tmp_path / "run")
     images = load(tmp_path / "run")

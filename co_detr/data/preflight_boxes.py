@@ -1,0 +1,332 @@
+"""Preflight of boxes: one by one, and what can only be seen over the whole file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from co_detr.data.boxes import ROUNDING_PIXELS, BoxChecker, is_typed_box
+from co_detr.data.coco_file import Entry, is_box
+from co_detr.data.preflight_report import SplitReport
+
+Images = Mapping[int | str, Entry]
+
+# A box whose numbers all are at most this is in no pixels: it would be smaller than one.
+_LARGEST_PART = 1.1
+# A box with less of its area in the image than this is not meant for it.
+_INSIDE = 0.9
+# Few boxes may be wrong one by one, and say nothing about the file.
+_FEWEST = 10
+_MANY_CROWDS = 0.05  # part of all boxes; COCO has 0.01
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A setting that bounds how many objects can be found: its key for an override, its value."""
+
+    key: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the objects of an image are compared with; None: not known.
+
+    Attributes:
+        queries: of the model, per image.
+        detections: that the model gives, per image.
+        evaluated: detections that the evaluation looks at, per image and class.
+    """
+
+    queries: Limit | None = None
+    detections: Limit | None = None
+    evaluated: Limit | None = None
+
+
+def check_boxes(
+    report: SplitReport, entries: list[Entry], images: Images, invalid_boxes: str
+) -> list[Entry]:
+    """Returns the annotations whose box has an area inside its image.
+
+    Args:
+        entries: annotations of `images` that have a `bbox`.
+        invalid_boxes: "error" or "skip", what `load_coco` does with boxes without area.
+    """
+    typed = [each for each in entries if is_typed_box(each["bbox"])]
+    report.add(
+        "error",
+        [_case(each) for each in entries if not is_typed_box(each["bbox"])],
+        "annotations whose bbox is no list of four numbers",
+        "write x, y, w and h as numbers, without quotes",
+    )
+    if _judge_file(report, typed, images):
+        return typed  # what follows would be said of most of the boxes
+    boxes = BoxChecker(report.file, "skip")
+    good = [each for each in typed if boxes.clip(each, images[each["image_id"]]) is not None]
+    by_kind: dict[str, list[str]] = {}
+    for skipped in boxes.skipped:
+        by_kind.setdefault(skipped.kind, []).append(skipped.where)
+    for kind, cases in by_kind.items():
+        if invalid_boxes == "skip":
+            report.add("warning", cases, f"boxes that {kind}", "left out")
+        else:
+            mend = "correct or remove them, or set data.invalid_boxes=skip to leave them out"
+            report.add("error", cases, f"boxes that {kind}", mend)
+    report.add("warning", boxes.clipped, "boxes that are partly outside their image", "clipped")
+    places = repeated((each["image_id"], each["category_id"], *each["bbox"]) for each in good)
+    report.add("warning", places, "boxes that occur twice (image, category, box)", "remove them")
+    return good
+
+
+def _from_size(box: np.ndarray) -> np.ndarray:
+    return np.concatenate([box[:, :2], box[:, :2] + box[:, 2:]], axis=1)
+
+
+def _from_center(box: np.ndarray) -> np.ndarray:
+    return np.concatenate([box[:, :2] - box[:, 2:] / 2, box[:, :2] + box[:, 2:] / 2], axis=1)
+
+
+@dataclass(frozen=True)
+class _Notation:
+    """A way to write a box as four numbers.
+
+    Attributes:
+        name: with the numbers.
+        mend: what makes (x, y, w, h) of it.
+        corners: gives (x0, y0, x1, y1) for an array (N, 4).
+        tolerance: part of a side of the image, but at least a pixel, that a box may reach out of it
+            and still fit. Objects that fill their images, with labels that are a little too large,
+            look like corners.
+    """
+
+    name: str
+    mend: str
+    corners: Callable[[np.ndarray], np.ndarray]
+    tolerance: float
+
+
+_OTHER_NOTATIONS = (
+    # Before corners: boxes that fit as both are centers. Corners taken as a center and a size leave
+    # the image on the left or above, unless objects are small.
+    _Notation(
+        "centers (cx, cy, w, h)",
+        "subtract half of w from cx and half of h from cy",
+        _from_center,
+        tolerance=0.002,
+    ),
+    _Notation(
+        "corners (x0, y0, x1, y1)",
+        "subtract x0 from x1 and y0 from y1",
+        lambda box: box,
+        tolerance=0.01,
+    ),
+    _Notation(
+        "corners (y0, x0, y1, x1)",
+        "write (x0, y0, x1 - x0, y1 - y0)",
+        lambda box: box[:, [1, 0, 3, 2]],
+        tolerance=0.01,
+    ),
+)
+
+
+def _judge_file(report: SplitReport, entries: list[Entry], images: Images) -> bool:
+    """Notes that all boxes are in another notation or unit; returns whether that is an error."""
+    finite = [each for each in entries if is_box(each["bbox"])]
+    if not finite:
+        return False
+    boxes = np.array([each["bbox"] for each in finite], dtype=np.float64)  # (N, 4)
+    sides = [
+        (images[each["image_id"]]["width"], images[each["image_id"]]["height"]) for each in finite
+    ]
+    sizes = np.array(sides, dtype=np.float64)  # (N, 2): width, height
+    small = (np.abs(boxes).max(axis=1) <= _LARGEST_PART) & (sizes.min(axis=1) > 4)
+    if small.all():
+        return _note_parts(report, finite, boxes)
+    report.add(
+        "warning",
+        _cases(finite, small),
+        "boxes smaller than a pixel, with numbers from 0 to 1 only",
+        "taken as pixels: write them in pixels, or remove them",
+    )
+    return _note_notation(report, finite, boxes, sizes)
+
+
+def _note_parts(report: SplitReport, entries: list[Entry], boxes: np.ndarray) -> bool:
+    """All boxes are from 0 to 1: an error, whatever their notation."""
+    other = _other_notation(boxes, np.ones((len(boxes), 2)))
+    mend = "multiply x and w by the width of the image, y and h by its height"
+    kind = "normalized (from 0 to 1) instead of in pixels"
+    if other is not None:
+        kind += f", and {other.notation.name} instead of (x, y, w, h)"
+        mend = f"{other.notation.mend}, and {mend}"
+    report.add("error", [_case(each) for each in entries], f"boxes that are {kind}", mend)
+    return True
+
+
+def _note_notation(
+    report: SplitReport, entries: list[Entry], boxes: np.ndarray, sizes: np.ndarray
+) -> bool:
+    other = _other_notation(boxes, sizes)
+    if other is not None and other.leaving.sum() >= 2:
+        # Of centers only boxes at the right and lower edge leave their image.
+        is_error = other.leaving.mean() >= (0.1 if len(entries) >= _FEWEST else 0.5)
+        in_file = "in the whole file" if is_error else "if all boxes of the file are these"
+        report.add(
+            "error" if is_error else "warning",
+            _cases(entries, other.leaving),
+            f"boxes that leave their image as (x, y, w, h), but fit as {other.notation.name}",
+            f"{other.notation.mend} {in_file}",
+        )
+        return is_error
+    corners = _from_size(boxes)
+    area = (corners[:, 2:] - corners[:, :2]).clip(min=0).prod(axis=1)
+    inside = np.minimum(corners[:, 2:], sizes) - corners[:, :2].clip(min=0)
+    astray = (area > 0) & (inside.clip(min=0).prod(axis=1) < _INSIDE * area)
+    if astray.sum() > max(2, 0.5 * len(entries)):
+        report.add(
+            "error",
+            _cases(entries, astray),
+            f"boxes that do not fit their image ({astray.mean():.0%} of all)",
+            "are they of another size of the images, of other images, or not (x, y, w, h) in "
+            "pixels? write them for these images",
+        )
+        return True
+    reach = (corners[:, 2:] / sizes).max(axis=0)
+    if len(entries) >= _FEWEST and reach.max() < 0.5:
+        report.add(
+            "warning",
+            [f"none of {len(entries)} reaches beyond {reach[0]:.0%} of the width, {reach[1]:.0%} "
+             "of the height"],
+            "boxes in one corner of their images only",
+            "are they in percent, or of a smaller copy of the images?",
+        )  # fmt: skip
+    return False
+
+
+@dataclass(frozen=True)
+class _Suspicion:
+    """Another notation, and which boxes, (N,) bool, do not fit without it."""
+
+    notation: _Notation
+    leaving: np.ndarray
+
+
+def _other_notation(boxes: np.ndarray, sizes: np.ndarray) -> _Suspicion | None:
+    """The notation that explains most of the boxes that leave their image as (x, y, w, h)."""
+    best, most = None, 0
+    for notation in _OTHER_NOTATIONS:
+        leaving = ~_stays(_from_size(boxes), sizes, notation.tolerance)
+        left = ~_stays(notation.corners(boxes), sizes, notation.tolerance)
+        gain = int(leaving.sum()) - int(left.sum())
+        if gain > most and left.sum() <= 0.1 * leaving.sum():
+            best, most = _Suspicion(notation, leaving), gain
+    return best
+
+
+def _stays(corners: np.ndarray, sizes: np.ndarray, tolerance: float) -> np.ndarray:
+    """(N,) bool: the box has an area, and does not leave its image; normalized with sizes of 1."""
+    low, high = corners[:, :2], corners[:, 2:]
+    margin = tolerance * sizes
+    if (sizes > 1).all():
+        margin = np.maximum(margin, ROUNDING_PIXELS)
+    return ((high > low) & (low >= -margin) & (high <= sizes + margin)).all(axis=1)
+
+
+def count_objects(report: SplitReport, good: list[Entry], images: Images, limits: Limits) -> None:
+    """Counts boxes, crowds and empty images, and compares images with what can be found."""
+    crowds = [each for each in good if each.get("iscrowd", 0) == 1]
+    objects = [each for each in good if each.get("iscrowd", 0) != 1]
+    report.crowd, report.boxes = len(crowds), len(objects)
+    report.empty = len(images) - len({each["image_id"] for each in objects})
+    _check_crowds(report, crowds, len(good))
+    if not objects:
+        if not crowds:
+            none = [f"all {len(images)} images are empty"] if images else []
+            mend = "annotate objects, or give the right file"
+            report.add("error", none, f"no box to {_purpose(report)}", mend)
+        return
+    used = {each["category_id"] for each in objects}
+    unused = [name for key, name in report.categories if key not in used]
+    effect = "they cannot be learned" if report.split == "train" else "their AP is undefined"
+    report.add("warning", unused, "classes without a box", effect)
+    _compare_with_limits(report, objects, images, limits)
+
+
+def _check_crowds(report: SplitReport, crowds: list[Entry], number: int) -> None:
+    masks = sum(isinstance(each.get("segmentation"), dict) for each in crowds)
+    cause = "label tools mark masks in run-length form as crowd"
+    if masks:
+        cause = f"{masks} of them have masks in run-length form, which label tools mark as crowd"
+    cases = [name_of(each) for each in crowds]
+    if crowds and len(crowds) == number:
+        report.add(
+            "error",
+            cases,
+            f"no box to {_purpose(report)}, as all are marked as crowd (iscrowd 1)",
+            f"{cause}: write iscrowd 0 for single objects",
+        )
+    elif len(crowds) > max(1, _MANY_CROWDS * number):
+        report.add(
+            "warning",
+            cases,
+            f"boxes marked as crowd (iscrowd 1), {len(crowds) / number:.0%} of all",
+            f"neither learned nor counted as found or missed; {cause}: write iscrowd 0 for single "
+            "objects",
+        )
+
+
+def _compare_with_limits(
+    report: SplitReport, objects: list[Entry], images: Images, limits: Limits
+) -> None:
+    per_image = Counter(each["image_id"] for each in objects)
+    per_class = Counter((each["image_id"], each["category_id"]) for each in objects)
+    of_one_class: dict[int | str, int] = {}
+    for (image, _), count in per_class.items():
+        of_one_class[image] = max(count, of_one_class.get(image, 0))
+    rows = [
+        (limits.queries, per_image, "than the model has queries", "the others cannot be found"),
+        (limits.detections, per_image, "than the model gives detections", "the others are lost"),
+    ]
+    if report.split != "train":
+        rows.append(
+            (limits.evaluated, of_one_class, "of one class than the evaluation looks at", "AP "
+             "stays below 100")
+        )  # fmt: skip
+    for limit, counts, than, effect in rows:
+        if limit is None:
+            continue
+        over = {key: count for key, count in counts.items() if count > limit.number}
+        fullest = sorted(over, key=over.__getitem__, reverse=True)
+        most = -(-max(over.values(), default=0) // 100) * 100
+        report.add(
+            "warning",
+            [f"{images[key]['file_name']} with {over[key]}" for key in fullest],
+            f"images with more objects {than} ({limit.number})",
+            f"{effect}: set {limit.key}={most}",
+        )
+
+
+def name_of(entry: Entry) -> str:
+    """What a report calls an entry of the file."""
+    return str(entry.get("file_name") or entry.get("name") or f"id {entry.get('id')!r}")
+
+
+def repeated(values: Iterable[Any]) -> list[str]:
+    """Those that occur more than once."""
+    return [str(value) for value, count in Counter(values).items() if count > 1]
+
+
+def _cases(entries: list[Entry], chosen: np.ndarray) -> list[str]:
+    return [_case(each) for each, is_chosen in zip(entries, chosen, strict=True) if is_chosen]
+
+
+def _case(entry: Entry) -> str:
+    return f"{name_of(entry)}, bbox {entry['bbox']!r}"
+
+
+def _purpose(report: SplitReport) -> str:
+    return "learn from" if report.split == "train" else "evaluate on"
