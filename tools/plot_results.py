@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from co_detr.data.images import ImageReader
 from co_detr.visualization.curves import plot_training_curves, read_log
 from co_detr.visualization.grid import load_images, plot_predictions
 
@@ -32,20 +33,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_data_paths(output_dir: Path) -> dict[str, Any]:
-    """Returns the `data` node of the config that the run saved."""
+def read_data_node(output_dir: Path) -> dict[str, Any]:
+    """Returns the `data` node of the config that the run saved, {} without a config."""
+    path = output_dir / "config.yaml"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)["data"])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} has no readable `data` node; restore the file.") from error
+
+
+def require_paths(data: dict[str, Any], output_dir: Path) -> None:
+    """Raises an error if the node does not say where the evaluated set is."""
     path = output_dir / "config.yaml"
     mend = "give --annotations and --images"
-    if not path.is_file():
+    if not data:
         raise FileNotFoundError(f"{path} does not exist; {mend}.")
-    try:
-        data = yaml.load(path.read_text(), Loader=_PlainLoader)["data"]
-    except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} has no readable `data` node; {mend}.") from error
     missing = [key for key in ("val", "val_images") if not isinstance(data.get(key), str)]
     if missing:
         raise ValueError(f"{path} has no path under data.{missing[0]}; {mend}.")
-    return data
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,8 +70,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"Wrote {curve}")
 
         annotations, images = args.annotations, args.images
+        data = read_data_node(output_dir)
         if annotations is None or images is None:
-            data = read_data_paths(output_dir)
+            require_paths(data, output_dir)
             annotations = annotations or Path(data["val"])
             images = images or Path(data["val_images"])
         grid = output_dir / "predictions.png"
@@ -75,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
             score_threshold=args.score,
             count=args.count,
         )
-        plot_predictions(joined, grid)
+        plot_predictions(joined, grid, ImageReader.of_data(data))
         print(f"Wrote {grid}")
     except (OSError, ValueError) as error:
         print(f"plot_results: {error}", file=sys.stderr)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from co_detr.data.boxes import require_choice
 from co_detr.data.coco_file import read_coco
+from co_detr.data.images import ImageReader
 from co_detr.data.preflight_annotations import check_annotations
-from co_detr.data.preflight_images import check_images
+from co_detr.data.preflight_images import DeepImage, check_images, check_values
 from co_detr.data.preflight_report import PreflightReport, SplitReport
 from co_detr.errors import ConfigError
 
@@ -52,28 +53,33 @@ def preflight(
     splits: list[SplitFiles],
     settings: PreflightSettings | None = None,
     invalid_boxes: str = "skip",
+    reader: ImageReader | None = None,
 ) -> PreflightReport:
     """Inspects "train" and "val", or one of them.
 
     Args:
         invalid_boxes: as in `load_coco`; decides whether boxes without area are errors.
+        reader: opens the images; None: one with its defaults.
 
     Raises:
         DataError: if an annotation file cannot be read at all. Everything else is in the report;
             see `PreflightReport.raise_on_errors`.
     """
     settings = settings or PreflightSettings()
+    reader = reader or ImageReader()
     require_choice("data.invalid_boxes", invalid_boxes, ("error", "skip"))
     reports: list[SplitReport] = []
     paths: list[set[str]] = []
+    deep: list[DeepImage] = []
     for files in splits:
         report = SplitReport(files.split, files.annotations)
         images = check_annotations(report, read_coco(files.annotations), invalid_boxes)
         count = {"all": None, "sample": settings.sample_size, "off": 0}[settings.images]
-        check_images(report, images, files.images, count)
+        deep += check_images(report, images, files.images, count, reader)
         reports.append(report)
         root = os.path.realpath(files.images)
         paths.append({os.path.normpath(os.path.join(root, i["file_name"])) for i in images})
+    check_values(reports[0], deep)
     if len(reports) == 2:
         train, val = reports
         _compare_classes(train, val)

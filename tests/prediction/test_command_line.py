@@ -13,10 +13,11 @@ from PIL import Image
 from pycocotools.coco import COCO
 from trained_run import CLASSES
 
+from co_detr.data.images import image_suffixes
 from co_detr.errors import ConfigError, DataError
 from co_detr.prediction import Predictor
 from co_detr.prediction.command_line import parse_arguments, run
-from co_detr.prediction.inputs import IMAGES, find_inputs
+from co_detr.prediction.inputs import find_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -137,7 +138,7 @@ def test_inputs(photos, tmp_path):
     (photos / "drawn" / "a.jpg").touch()
 
     def names(*arguments):
-        found = find_inputs([str(each) for each in arguments], IMAGES, photos / "drawn")
+        found = find_inputs([str(each) for each in arguments], image_suffixes(), photos / "drawn")
         return [str(path.relative_to(photos)) for path in found.files], found.problems
 
     assert names(photos) == (["a.png", "b.png", "c.png", "odd[1].png", "sub/D.JPG"], [])
@@ -149,16 +150,16 @@ def test_inputs(photos, tmp_path):
     files, problems = names(photos / "a.png", photos / "*.webp", tmp_path / "nowhere")
     assert files == ["a.png"]
     assert problems == [
-        f"no file matches {photos / '*.webp'}.",
+        f"no file of a kind that is read matches {photos / '*.webp'}.",
         f"{tmp_path / 'nowhere'} does not exist.",
     ]
 
 
 def test_no_inputs(tmp_path):
-    with pytest.raises(DataError, match="nothing to read: the folder .* has no file that ends in"):
-        find_inputs([str(tmp_path)], IMAGES, tmp_path / "drawn")
-    with pytest.raises(DataError, match="nothing to read: no file matches"):
-        find_inputs([str(tmp_path / "*.jpg")], IMAGES, tmp_path / "drawn")
+    with pytest.raises(DataError, match="nothing to read: the folder .* has no file of a kind"):
+        find_inputs([str(tmp_path)], image_suffixes(), tmp_path / "drawn")
+    with pytest.raises(DataError, match="nothing to read: no file of a kind that is read matches"):
+        find_inputs([str(tmp_path / "*.jpg")], image_suffixes(), tmp_path / "drawn")
 
 
 def test_a_video_is_not_taken_for_an_image(predict, tmp_path):

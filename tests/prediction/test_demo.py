@@ -19,6 +19,7 @@ from trained_run import CLASSES
 pytest.importorskip("flask")
 pytest.importorskip("waitress")
 
+from co_detr.data.images import ImageReader
 from co_detr.demo import command_line
 from co_detr.demo.server import MEGABYTES, create_app, listen
 from co_detr.errors import ConfigError, NonFiniteError
@@ -106,21 +107,22 @@ def test_exif_orientation(client, pixels):
 def test_what_is_no_image_is_explained(client, pixels):
     answer = detect(client, b"some text", name="notes.txt")
     assert answer.status_code == 400
-    assert answer.json["error"].startswith("notes.txt is not an image that can be read: choose")
+    assert answer.json["error"].startswith("notes.txt cannot be decoded (it is none of JPEG, PNG,")
     answer = detect(client, encoded(pixels)[:3000], name="half.png")
     assert answer.status_code == 400
     assert answer.json["error"].startswith("half.png: the image cannot be decoded")
 
 
-def test_refusals(client, pixels, monkeypatch, caplog):
+def test_refusals(client, predictor, pixels, monkeypatch, caplog):
     other_type = client.post("/detect", data=encoded(pixels), content_type="text/plain")
     assert other_type.status_code == 415 and RAW in other_type.json["error"]
     large = detect(client, bytes(MEGABYTES * 2**20 + 1), name="large.png")
     assert large.status_code == 413 and f"{MEGABYTES} MB" in large.json["error"]
     assert client.get("/nowhere").status_code == 404
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    monkeypatch.setattr(predictor, "reader", ImageReader(max_pixels=1000))
     bomb = detect(client, encoded(pixels), name="huge.png")
-    assert bomb.status_code == 400 and bomb.json["error"].startswith("huge.png has too many pixels")
+    assert bomb.status_code == 400
+    assert bomb.json["error"].startswith("huge.png of 80x60 pixels has more than the 1,000")
 
 
 @pytest.mark.parametrize(
