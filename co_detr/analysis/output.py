@@ -19,7 +19,7 @@ from co_detr.analysis.section import Chart, Picture, Section, Table
 from co_detr.data.images import ImageReader
 from co_detr.errors import WriteError
 from co_detr.files import written_whole
-from co_detr.visualization.fonts import make_legible
+from co_detr.visualization.fonts import save_figure
 
 _DPI = 150
 _CSS_DPI = 96
@@ -86,11 +86,10 @@ def _page_picture(picture: Picture) -> PageImage:
 def chart_bytes(chart: Chart, file_format: str) -> bytes:
     """The figure as a "png" or "svg" file on white, the same bytes each time."""
     buffer = io.BytesIO()
-    make_legible(chart.figure)
     metadata = {"Date": None} if file_format == "svg" else {"Software": None}
     with matplotlib.rc_context({"svg.hashsalt": "co_detr"}):
-        chart.figure.savefig(
-            buffer, format=file_format, dpi=_DPI, facecolor="white", metadata=metadata
+        save_figure(
+            chart.figure, buffer, format=file_format, dpi=_DPI, facecolor="white", metadata=metadata
         )
     return buffer.getvalue()
 

@@ -42,6 +42,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--score", type=float, default=0.3, help="where the slider starts (default: 0.3)")
     add("--port", type=int, default=7860, help="port of the page (default: 7860)")
     add("--host", default=LOCAL_HOST, help=f"address to listen on (default: {LOCAL_HOST})")
+    add(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another name under which browsers open the page, as behind a proxy; can be repeated",
+    )
     return parser.parse_args(argv)
 
 
@@ -67,7 +74,8 @@ def run(options: argparse.Namespace) -> None:
         unsafe=options.unsafe,
         max_image_pixels=options.max_image_pixels,
     )
-    app = create_app(predictor, options.score, _title(options))
+    hosts = [options.host, *options.allow_host]
+    app = create_app(predictor, options.score, _title(options), hosts)
     server = listen(app, options.host, options.port)
     where = "localhost" if options.host in (LOCAL_HOST, "0.0.0.0", "::") else options.host
     print(f"Open http://{where}:{options.port} in a browser; Ctrl+C stops the page.", flush=True)

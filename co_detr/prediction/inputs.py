@@ -29,8 +29,8 @@ class Inputs:
     def remark(self) -> str:
         """One line about the files that are passed over, of which there have to be some."""
         return (
-            f"Passed over {_listed(self.passed_over)}: of another kind; what should be read has to "
-            "be converted, to JPEG or PNG if it is an image."
+            f"Passed over {_listed(self.passed_over)} of kinds that are not read; images among "
+            "them have to be converted, for example to JPEG."
         )
 
 

@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from co_detr.visualization.fonts import make_legible
+from co_detr.visualization.fonts import save_figure
 
 TOTAL_LOSS = "total_loss"
 VALIDATION_LOSS = "val_loss/total"
@@ -109,8 +109,7 @@ def plot_training_curves(logs: list[TrainingLog], path: Path) -> None:
         axes.set_xlabel("iteration")
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
-    make_legible(figure)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
     plt.close(figure)
 
 

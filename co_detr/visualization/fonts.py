@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import matplotlib
 from matplotlib import font_manager
@@ -16,7 +18,7 @@ from PIL import ImageDraw, ImageFont
 
 from co_detr.errors import ConfigError, first_line
 
-VARIABLE = "CO_DETR_FONT"  # of the environment; names a font file
+VARIABLE = "CO_DETR_FONT"  # of the environment; font files, separated as the folders of PATH are
 
 # On every machine, and has more than Latin letters.
 _OWN = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
@@ -56,7 +58,9 @@ class PictureFont:
         """The text in parts of one font each."""
         parts: list[tuple[str, Path]] = []
         fonts = fonts_for(text)
-        for letter in text:
+        for letter in (" " if each.isspace() else each for each in text):
+            if letter != " " and not _is_drawn(letter):
+                continue
             path = next((path for path in fonts if ord(letter) in _letters(path)), _OWN)
             if parts and parts[-1][1] == path:
                 parts[-1] = (parts[-1][0] + letter, path)
@@ -65,8 +69,15 @@ class PictureFont:
         return [(part, _loaded(path, self._size)) for part, path in parts]
 
 
-def make_legible(figure: Figure) -> None:
-    """Gives all texts of a figure fonts for letters that Matplotlib's own one lacks."""
+def save_figure(figure: Figure, target: Path | BinaryIO, **options: Any) -> None:
+    """Matplotlib's ``savefig``, with fonts for letters that its own one lacks."""
+    _make_legible(figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # said once already
+        figure.savefig(target, **options)
+
+
+def _make_legible(figure: Figure) -> None:
     texts = [each for each in figure.findobj(Text) if each.get_text()]
     fonts = fonts_for("".join(each.get_text() for each in texts))[1:]
     if not fonts:
@@ -95,7 +106,8 @@ def fonts_for(text: str) -> list[Path]:
 @lru_cache(maxsize=1024)  # pictures have the same few names again and again
 def _fonts_beside(missing: frozenset[int], given: str | None) -> list[Path]:
     fonts = []
-    for path in [*([_readable(given)] if given else []), *_installed()]:
+    first = [_readable(path) for path in given.split(os.pathsep)] if given else []
+    for path in [*first, *_installed()]:
         if missing & _letters(path):
             fonts.append(path)
             missing -= _letters(path)
@@ -106,12 +118,13 @@ def _fonts_beside(missing: frozenset[int], given: str | None) -> list[Path]:
 
 
 def _wanted(text: str) -> set[int]:
-    # Line breaks and marks that choose the form of the letter before them are not drawn.
-    return {
-        ord(letter)
-        for letter in text
-        if letter.isprintable() and not letter.isspace() and not 0xFE00 <= ord(letter) <= 0xFE0F
-    }
+    return {ord(letter) for letter in text if _is_drawn(letter)}
+
+
+def _is_drawn(letter: str) -> bool:
+    """Whether it is no space, no control character and no mark that chooses a letter's form."""
+    is_variation_selector = 0xFE00 <= ord(letter) <= 0xFE0F
+    return letter.isprintable() and not letter.isspace() and not is_variation_selector
 
 
 _warned: set[int] = set()
@@ -124,7 +137,8 @@ def _warn_of(missing: frozenset[int]) -> None:
         letters = "".join(map(chr, sorted(new)[:20]))
         logger.warning(
             "No font for the letters %s is installed, so that squares stand for them in pictures: "
-            "install one (such as the package fonts-noto-cjk), or set %s to a font file.",
+            "install one (such as fonts-noto-cjk, or one of emoji without colors), or set %s to a "
+            "font file.",
             *(letters, VARIABLE),
         )
 

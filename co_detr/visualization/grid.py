@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from co_detr.data.images import ImageReader
-from co_detr.visualization.fonts import make_legible
+from co_detr.visualization.fonts import save_figure
 
 _PAIRS_PER_ROW = 3
 # Ten hues that show on light, dark and grey ground alike, under white text.
@@ -129,8 +129,7 @@ def plot_predictions(
         draw_boxes(left, pixels, image.truth, colours, f"{image.path.name}: ground truth")
         draw_boxes(right, pixels, image.predictions, colours, "predictions")
     path.parent.mkdir(parents=True, exist_ok=True)
-    make_legible(figure)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
     plt.close(figure)
 
 

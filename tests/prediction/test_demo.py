@@ -125,6 +125,36 @@ def test_refusals(client, predictor, pixels, monkeypatch, caplog):
     assert bomb.json["error"].startswith("huge.png of 80x60 pixels has more than the 1,000")
 
 
+def test_a_name_that_is_not_the_pages_is_refused(predictor, pixels):
+    client = create_app(predictor, 0.25, "model", ["Box.example"]).test_client()
+
+    def status(host: str) -> int:
+        return client.get("/", headers={"Host": host}).status_code
+
+    for host in ("localhost:7860", "127.0.0.1", "[::1]:7860", "192.168.1.5:80", "box.example"):
+        assert status(host) == 200
+    assert status(socket.gethostname()) == 200
+    for host in ("rebound.example", "rebound.example:7860", "localhost.rebound.example", ""):
+        assert status(host) == 403
+    answer = client.post("/detect", data=encoded(pixels), headers={"Host": "rebound.example"})
+    assert answer.status_code == 403 and "--allow-host NAME" in answer.json["error"]
+
+
+def test_postscript_is_not_run(client, pixels, monkeypatch):
+    started = []
+    for name in ("check_call", "Popen"):
+        monkeypatch.setattr(subprocess, name, lambda *args, **_: started.append(args))
+    answer = detect(client, encoded(pixels, "EPS"), name="a.png")
+    assert answer.status_code == 400 and not started
+    assert answer.json["error"].startswith("a.png cannot be decoded")
+
+
+def test_the_page_shows_what_the_model_sees_of_deep_images(client, pixels):
+    content = encoded(pixels[:, :, 0].astype(np.uint16) * 100)
+    answer = detect(client, content, name="a.png", width=80, height=60)
+    assert abs(picture_of(answer).mean() - pixels[:, :, 0].mean() * 100 / 257) < 2
+
+
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
