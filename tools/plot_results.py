@@ -33,26 +33,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_data_node(output_dir: Path) -> dict[str, Any]:
-    """Returns the `data` node of the config that the run saved, {} without a config."""
-    path = output_dir / "config.yaml"
-    if not path.is_file():
-        return {}
-    try:
-        return dict(yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)["data"])
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} has no readable `data` node; restore the file.") from error
-
-
-def require_paths(data: dict[str, Any], output_dir: Path) -> None:
-    """Raises an error if the node does not say where the evaluated set is."""
+def read_data(output_dir: Path, paths_needed: bool) -> dict[str, Any]:
+    """The `data` node of the config that the run saved; {} if it has none and none is needed."""
     path = output_dir / "config.yaml"
     mend = "give --annotations and --images"
-    if not data:
-        raise FileNotFoundError(f"{path} does not exist; {mend}.")
+    try:
+        data = dict(yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)["data"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        if not paths_needed:
+            return {}
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; {mend}.") from error
+        raise ValueError(f"{path} has no readable `data` node; {mend}.") from error
     missing = [key for key in ("val", "val_images") if not isinstance(data.get(key), str)]
-    if missing:
+    if missing and paths_needed:
         raise ValueError(f"{path} has no path under data.{missing[0]}; {mend}.")
+    return data
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,9 +66,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"Wrote {curve}")
 
         annotations, images = args.annotations, args.images
-        data = read_data_node(output_dir)
-        if annotations is None or images is None:
-            require_paths(data, output_dir)
+        paths_needed = annotations is None or images is None
+        data = read_data(output_dir, paths_needed)
+        if paths_needed:
             annotations = annotations or Path(data["val"])
             images = images or Path(data["val_images"])
         grid = output_dir / "predictions.png"

@@ -323,7 +323,7 @@ def readable_formats() -> list[str]:
 
 def image_suffixes() -> frozenset[str]:
     """Endings of the files that are read, in lower case, such as ".jpg"."""
-    formats = frozenset(readable_formats())
+    formats = {*readable_formats(), "MPO"}  # which Pillow reads as JPEG
     known = Image.registered_extensions().items()
     return frozenset(suffix for suffix, name in known if name in formats)
 

@@ -383,5 +383,16 @@ def test_the_reader_starts_no_other_program(tmp_path, monkeypatch, pixels):
 
 def test_endings_of_files():
     suffixes = image_suffixes()
-    assert {".jpg", ".jfif", ".png", ".tif", ".tiff", ".webp", ".gif", ".bmp", ".jp2"} <= suffixes
+    assert {
+        ".jpg",
+        ".jfif",
+        ".mpo",
+        ".png",
+        ".tif",
+        ".tiff",
+        ".webp",
+        ".gif",
+        ".bmp",
+        ".jp2",
+    } <= suffixes
     assert not {".eps", ".ps", ".pdf", ".wmf", ".mpg", ".mpeg", ".h5", ".txt"} & suffixes

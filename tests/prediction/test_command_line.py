@@ -155,6 +155,27 @@ def test_inputs(photos, tmp_path):
     ]
 
 
+def test_files_that_are_passed_over_are_listed(predict, photos, tmp_path, capsys):
+    pixels = np.zeros((60, 80, 3), np.uint8)
+    for name in ("d.JP2", "e.Mpo", "f.JFIF", "g.TIF", "h.webp"):
+        Image.fromarray(pixels).save(photos / name, "MPO" if name == "e.Mpo" else None)
+    for name in ("i.HEIC", "j.eps", "notes.txt", "k.mp4"):
+        (photos / name).touch()
+    status, content = predict(photos)
+    assert status == 0 and len(content["images"]) == 8
+    said = [line for line in capsys.readouterr().err.splitlines() if "Passed over" in line]
+    assert said == [
+        "Passed over 4 files (i.HEIC, j.eps, k.mp4, notes.txt) of kinds that are not read; images "
+        "among them have to be converted, for example to JPEG."
+    ]
+    only = tmp_path / "only"
+    only.mkdir()
+    for number in range(10):
+        (only / f"{number}.heic").touch()
+    with pytest.raises(DataError, match=r"kind that is read, only 10 files \(0.heic, .* 2 more\)"):
+        find_inputs([str(only)], image_suffixes(), tmp_path / "drawn")
+
+
 def test_no_inputs(tmp_path):
     with pytest.raises(DataError, match="nothing to read: the folder .* has no file of a kind"):
         find_inputs([str(tmp_path)], image_suffixes(), tmp_path / "drawn")
