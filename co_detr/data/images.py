@@ -275,7 +275,8 @@ class ImageReader:
         bits = _tiff_tag(image, _TIFF_BITS)
         sample_format = _tiff_tag(image, _TIFF_SAMPLE_FORMAT)
         white_is_low = bits > 0 and _tiff_tag(image, _TIFF_PHOTOMETRIC, 1) == 0
-        if bits > 8 and _tiff_tag(image, _TIFF_PLANAR) == 2:  # Pillow mixes the colors up
+        in_planes = _tiff_tag(image, _TIFF_PLANAR) == 2 and len(image.getbands()) > 1
+        if bits > 8 and in_planes:  # Pillow mixes the colors up
             raise _undecodable(name, f"its colors of {bits} bits lie in separate planes")
         twin = self._other_bytes(image) if deep_colors else None
         image.load()
