@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from co_detr.data.images import ImageReader
 from co_detr.visualization.curves import plot_training_curves, read_log
 from co_detr.visualization.grid import load_images, plot_predictions
 
@@ -32,18 +33,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_data_paths(output_dir: Path) -> dict[str, Any]:
-    """Returns the `data` node of the config that the run saved."""
+def read_data(output_dir: Path, paths_needed: bool) -> dict[str, Any]:
+    """The `data` node of the config that the run saved; {} if it has none and none is needed."""
     path = output_dir / "config.yaml"
     mend = "give --annotations and --images"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; {mend}.")
     try:
-        data = yaml.load(path.read_text(), Loader=_PlainLoader)["data"]
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+        data = dict(yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)["data"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        if not paths_needed:
+            return {}
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; {mend}.") from error
         raise ValueError(f"{path} has no readable `data` node; {mend}.") from error
     missing = [key for key in ("val", "val_images") if not isinstance(data.get(key), str)]
-    if missing:
+    if missing and paths_needed:
         raise ValueError(f"{path} has no path under data.{missing[0]}; {mend}.")
     return data
 
@@ -63,8 +66,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"Wrote {curve}")
 
         annotations, images = args.annotations, args.images
-        if annotations is None or images is None:
-            data = read_data_paths(output_dir)
+        paths_needed = annotations is None or images is None
+        data = read_data(output_dir, paths_needed)
+        if paths_needed:
             annotations = annotations or Path(data["val"])
             images = images or Path(data["val_images"])
         grid = output_dir / "predictions.png"
@@ -75,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
             score_threshold=args.score,
             count=args.count,
         )
-        plot_predictions(joined, grid)
+        plot_predictions(joined, grid, ImageReader.of_data(data))
         print(f"Wrote {grid}")
     except (OSError, ValueError) as error:
         print(f"plot_results: {error}", file=sys.stderr)

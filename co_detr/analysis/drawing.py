@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from co_detr.analysis.iof_iob import Curve
 from co_detr.analysis.subject import Sample
-from co_detr.visualization.picture import font_of
+from co_detr.visualization.fonts import PictureFont
 
 # Okabe and Ito's colours without the yellow, which is faint on white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -103,8 +103,8 @@ def side_by_side(panels: Mapping[str, np.ndarray], boxes: np.ndarray) -> np.ndar
     height, width = next(iter(panels.values())).shape[:2]
     factor = max(1, math.ceil(_PANEL_WIDTH / width))
     height, width = height * factor, width * factor
-    font = font_of(max(15, width // 24))
-    title_height = sum(font.getmetrics()) + 4
+    font = PictureFont(max(15, width // 24))
+    title_height = font.height + 4
     row = Image.new("RGB", ((width + _GAP) * len(panels) - _GAP, height + title_height), "white")
     draw = ImageDraw.Draw(row)
     for index, (title, image) in enumerate(panels.items()):
@@ -112,7 +112,7 @@ def side_by_side(panels: Mapping[str, np.ndarray], boxes: np.ndarray) -> np.ndar
         panel = Image.fromarray(np.ascontiguousarray(image)).resize((width, height))
         _outline(panel, boxes * factor)
         row.paste(panel, (left, title_height))
-        draw.text((left + width / 2, 2), title, font=font, fill="black", anchor="ma")
+        font.draw(draw, (left + (width - font.length(title)) / 2, 2), title, "black")
     return np.asarray(row)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from co_detr.analysis.subject import Subject
 from co_detr.data.coco_file import shortened
+from co_detr.data.images import ImageReader
 from co_detr.engine.checkpoint_files import FINAL, kept_checkpoints
 from co_detr.engine.selection import BEST
 from co_detr.errors import ConfigError
@@ -144,9 +146,14 @@ def _require_same_classes(
 
 
 def _require_same_input(first: Subject, other: Subject) -> None:
-    mappers = [each.cfg.dataloader.test.mapper for each in (first, other)]
-    if mappers[0] != mappers[1]:
+    if _input_of(first) != _input_of(other):
         raise ConfigError(
-            f'"{first.name}" and "{other.name}" resize images differently in the evaluation '
-            "(dataloader.test.mapper): analyse them one by one."
+            f'"{first.name}" and "{other.name}" read or resize images differently in the '
+            "evaluation (dataloader.test.mapper, data.value_range): analyse them one by one."
         )
+
+
+def _input_of(subject: Subject) -> tuple[Any, ...]:
+    mapper = subject.cfg.dataloader.test.mapper
+    value_range = ImageReader.of_data(subject.cfg.data).value_range
+    return mapper.augmentations, mapper.image_format, value_range

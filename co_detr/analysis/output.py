@@ -16,8 +16,10 @@ import numpy as np
 from PIL import Image
 
 from co_detr.analysis.section import Chart, Picture, Section, Table
+from co_detr.data.images import ImageReader
 from co_detr.errors import WriteError
 from co_detr.files import written_whole
+from co_detr.visualization.fonts import save_figure
 
 _DPI = 150
 _CSS_DPI = 96
@@ -68,7 +70,7 @@ def render(section: Section) -> RenderedSection:
 
 def _page_chart(chart: Chart) -> PageImage:
     png = chart_bytes(chart, "png")
-    with Image.open(io.BytesIO(png)) as image:
+    with ImageReader().open(io.BytesIO(png), chart.name) as image:
         width, height = (round(side * _CSS_DPI / _DPI) for side in image.size)
     return PageImage(chart.caption, png, "image/png", width, height)
 
@@ -86,8 +88,8 @@ def chart_bytes(chart: Chart, file_format: str) -> bytes:
     buffer = io.BytesIO()
     metadata = {"Date": None} if file_format == "svg" else {"Software": None}
     with matplotlib.rc_context({"svg.hashsalt": "co_detr"}):
-        chart.figure.savefig(
-            buffer, format=file_format, dpi=_DPI, facecolor="white", metadata=metadata
+        save_figure(
+            chart.figure, buffer, format=file_format, dpi=_DPI, facecolor="white", metadata=metadata
         )
     return buffer.getvalue()
 

@@ -7,16 +7,17 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from co_detr.conversion.structures import SPLITS, Example
+from co_detr.data.images import image_suffixes
 from co_detr.errors import ConfigError, DataError
-from co_detr.prediction.inputs import IMAGES
 
 
 def image_files(folder: Path) -> list[Path]:
     """Image files of a folder and its subfolders, sorted; hidden ones are left out."""
+    suffixes = image_suffixes()
     return sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGES
+        if path.suffix.lower() in suffixes
         and path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )

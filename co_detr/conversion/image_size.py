@@ -5,12 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
-from co_detr.errors import DataError, first_line
-from co_detr.prediction.images import upright
-
-_ORIENTATION = 274  # EXIF tag
+from co_detr.data.images import ImageReader, name_of, orientation_of
 
 XYXY = tuple[float, float, float, float]
 
@@ -49,12 +44,8 @@ def read_size(path: Path) -> ImageSize:
     Raises:
         DataError: if the file is no image that can be read.
     """
-    try:
-        with Image.open(path) as image:
-            turned = upright(image)
-            orientation = 1 if turned is image else image.getexif()[_ORIENTATION]
-            return ImageSize(turned.width, turned.height, orientation)
-    except Exception as error:  # a damaged file can make a decoder raise anything
-        raise DataError(
-            f"image {path} cannot be read ({first_line(error)}): replace or remove it."
-        ) from error
+    reader = ImageReader(max_pixels=None)  # a head fits into the memory
+    with reader.open(path, name_of(path)) as image:
+        orientation = orientation_of(image)
+        size = image.size if orientation == 1 else reader.decode(image, name_of(path)).size
+        return ImageSize(*size, orientation)

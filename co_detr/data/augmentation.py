@@ -5,9 +5,53 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import detectron2.data.transforms as T
+import numpy as np
+
+from co_detr.errors import DataError, first_line
 
 # 480, 512, .. 800 pixels, as in DETR and the reference recipe.
 DETR_SHORT_EDGES = tuple(range(480, 801, 32))
+
+
+class ResizeShortestEdge(T.ResizeShortestEdge):
+    """Detectron2's resize, which leaves at least one pixel of images that are very thin."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        return _at_least_one_pixel(super().get_transform(image))
+
+    @staticmethod
+    def get_output_shape(
+        oldh: int, oldw: int, short_edge_length: int, max_size: int
+    ) -> tuple[int, int]:
+        """Height and width that an image is resized to."""
+        shape = T.ResizeShortestEdge.get_output_shape(oldh, oldw, short_edge_length, max_size)
+        return max(1, shape[0]), max(1, shape[1])
+
+
+class ResizeScale(T.ResizeScale):
+    """Detectron2's resize to a random size, which leaves at least one pixel, too."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        return _at_least_one_pixel(super().get_transform(image))
+
+
+def augment(augmented: T.AugInput, augmentation: T.Augmentation, name: str) -> T.TransformList:
+    """Applies an augmentation to `augmented`, in place.
+
+    Args:
+        name: of the image, for messages.
+
+    Raises:
+        DataError: if the image does not bear it, as some that are very thin.
+    """
+    height, width = augmented.image.shape[:2]
+    try:
+        return augmentation(augmented)
+    except (ValueError, MemoryError) as error:
+        raise DataError(
+            f"{name} of {width}x{height} pixels cannot be resized or cropped "
+            f"({first_line(error)}): cut it, or leave it out."
+        ) from error
 
 
 def detr_train_augmentation(
@@ -17,6 +61,7 @@ def detr_train_augmentation(
     crop_short_edges: Sequence[int] = (400, 500, 600),
     crop_size: tuple[int, int] = (384, 600),
     flip_probability: float = 0.5,
+    crop_max_size: int = 4200,
 ) -> list[T.Augmentation]:
     """DETR's two branches: a random flip, then either a resize or resize + crop + resize.
 
@@ -29,17 +74,21 @@ def detr_train_augmentation(
         crop_short_edges: lengths of the shorter side to choose from before cropping.
         crop_size: (min, max) side of the crop, in pixels; a smaller image is not cropped.
         flip_probability: how often the image is mirrored.
+        crop_max_size: upper limit of the longer side before cropping, in pixels, which only
+            images reach that are seven times as long as wide; the reference's.
     """
     crop = T.AugmentationList(
         [
-            T.ResizeShortestEdge(tuple(crop_short_edges), sample_style="choice"),
+            ResizeShortestEdge(
+                tuple(crop_short_edges), max_size=crop_max_size, sample_style="choice"
+            ),
             T.RandomCrop("absolute_range", tuple(crop_size)),
         ]
     )
     return [
         T.RandomFlip(prob=flip_probability, horizontal=True),
         T.RandomApply(crop, prob=crop_probability),
-        T.ResizeShortestEdge(tuple(short_edges), max_size=max_size, sample_style="choice"),
+        ResizeShortestEdge(tuple(short_edges), max_size=max_size, sample_style="choice"),
     ]
 
 
@@ -59,7 +108,7 @@ def lsj_train_augmentation(
         flip_probability: how often the image is mirrored.
     """
     return [
-        T.ResizeScale(*scales, target_height=size, target_width=size),
+        ResizeScale(*scales, target_height=size, target_width=size),
         T.RandomCrop("absolute", (size, size)),
         T.RandomFlip(prob=flip_probability, horizontal=True),
     ]
@@ -67,4 +116,11 @@ def lsj_train_augmentation(
 
 def detr_test_augmentation(short_edge: int = 800, max_size: int = 1333) -> list[T.Augmentation]:
     """Resize of the shorter side to `short_edge` pixels, the longer side at most `max_size`."""
-    return [T.ResizeShortestEdge(short_edge, max_size=max_size)]
+    return [ResizeShortestEdge(short_edge, max_size=max_size)]
+
+
+def _at_least_one_pixel(resize: T.Transform) -> T.Transform:
+    if not isinstance(resize, T.ResizeTransform) or min(resize.new_h, resize.new_w) >= 1:
+        return resize
+    new_shape = (max(1, resize.new_h), max(1, resize.new_w))
+    return T.ResizeTransform(resize.h, resize.w, *new_shape, resize.interp)

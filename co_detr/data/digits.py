@@ -18,6 +18,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from co_detr.data.images import ImageReader
+
 from .digit_scene import Glyph, Photograph, Scene, SceneConfig, draw_scene
 
 GENERATOR = "co_detr.data.digits"
@@ -155,8 +157,7 @@ def load_photograph(name: str) -> Photograph:
         raise FileNotFoundError(
             f"The photograph {path} is missing from the installed {package}; reinstall {package}."
         )
-    with Image.open(path) as image:
-        return Photograph(name, np.asarray(image.convert("RGB")))
+    return Photograph(name, ImageReader().read_rgb(path))
 
 
 def _read_info(path: Path) -> dict[str, Any]:

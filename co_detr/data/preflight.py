@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from co_detr.data.boxes import require_choice
 from co_detr.data.coco_file import read_coco
+from co_detr.data.images import ImageReader
 from co_detr.data.preflight_annotations import check_annotations
 from co_detr.data.preflight_boxes import Limits
-from co_detr.data.preflight_images import check_images
+from co_detr.data.preflight_images import DeepImage, check_images, check_values
 from co_detr.data.preflight_report import PreflightReport, SplitReport
 from co_detr.errors import ConfigError
 
@@ -55,6 +56,7 @@ def preflight(
     invalid_boxes: str = "skip",
     limits: Limits | None = None,
     unlabeled: bool = False,
+    reader: ImageReader | None = None,
 ) -> PreflightReport:
     """Inspects "train" and "val", or one of them.
 
@@ -62,15 +64,18 @@ def preflight(
         invalid_boxes: as in `load_coco`; decides whether boxes without area are errors.
         limits: of the model and the evaluation, which the objects of each image are compared with.
         unlabeled: whether a file without annotations is that of a test set, and no error.
+        reader: opens the images; None: one with its defaults.
 
     Raises:
         DataError: if an annotation file cannot be read at all. Everything else is in the report;
             see `PreflightReport.raise_on_errors`.
     """
     settings = settings or PreflightSettings()
+    reader = reader or ImageReader()
     require_choice("data.invalid_boxes", invalid_boxes, ("error", "skip"))
     reports: list[SplitReport] = []
     paths: list[set[str]] = []
+    deep: list[DeepImage] = []
     for files in splits:
         report = SplitReport(files.split, files.annotations)
         # Kept, as the file is loaded next.
@@ -78,10 +83,14 @@ def preflight(
         limits = limits or Limits()
         images = check_annotations(report, content, invalid_boxes, limits, unlabeled)
         count = {"all": None, "sample": settings.sample_size, "off": 0}[settings.images]
-        found = check_images(report, images, files.images, count)
+        checked = check_images(report, images, files.images, count, reader)
+        deep += checked.deep
         reports.append(report)
         root = os.path.realpath(files.images)
-        paths.append({os.path.normpath(os.path.join(root, i["file_name"])) for i in found})
+        paths.append(
+            {os.path.normpath(os.path.join(root, each["file_name"])) for each in checked.found}
+        )
+    check_values(reports[0], deep)
     if len(reports) == 2:
         train, val = reports
         _compare_classes(train, val)

@@ -8,34 +8,85 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from detectron2.data.detection_utils import read_image
-from PIL import Image
+import numpy as np
 from tqdm import tqdm
 
 from co_detr.data.image_files import locate_files
+from co_detr.data.images import ImageError, ImageReader, Pixels
 from co_detr.data.preflight_report import SplitReport
+
+# Of an image with more than 8 bits, so many values are looked at, evenly spread.
+_LOOKED_AT = 100_000
+# Below this share of the range, what cameras of 14 bits leave in files of 16 is a small part, too.
+_SMALL_PART = 0.3
+# Such images keep a few pixels of their short side when they are resized.
+_THIN = 100
+
+
+@dataclass(frozen=True)
+class DeepImage:
+    """What is known about the values of an image with more than 8 bits per channel.
+
+    Attributes:
+        low, high: all but a thousandth at either end lie between them.
+        limits: what becomes black and white; None: this is not known.
+        is_stated: whether the limits are data.value_range, not those of the type.
+        outside: share of the values that are cut off, from 0 to 1.
+    """
+
+    path: str
+    low: float
+    high: float
+    limits: tuple[float, float] | None
+    is_stated: bool
+    outside: float
 
 
 @dataclass(frozen=True)
 class _Decoded:
-    """An image with what is wrong with it; "" stands for nothing."""
+    """An image with what is wrong with it; None and "" stand for nothing."""
 
     path: str
-    broken: str = ""
+    error: ImageError | None = None
     other_size: str = ""
+    deep: DeepImage | None = None
+
+
+@dataclass(frozen=True)
+class CheckedImages:
+    """What `check_images` found.
+
+    Attributes:
+        found: entries whose file is there; their `file_name` is where it is, relative to the root.
+        deep: those of the decoded images that have more than 8 bits per channel.
+    """
+
+    found: list[dict[str, Any]]
+    deep: list[DeepImage]
 
 
 def check_images(
-    report: SplitReport, images: list[dict[str, Any]], image_root: str, count: int | None
-) -> list[dict[str, Any]]:
+    report: SplitReport,
+    images: list[dict[str, Any]],
+    image_root: str,
+    count: int | None,
+    reader: ImageReader,
+) -> CheckedImages:
     """Looks every file up, and decodes `count` of those there are (None: all, with a bar).
 
     Args:
         images: entries of `images` with a `file_name` of text and a `width` and `height`.
-
-    Returns:
-        Those whose file is there; their `file_name` is where it is, relative to `image_root`.
     """
+    report.add(
+        "warning",
+        [
+            f"{image['file_name']}, {image['width']}x{image['height']}"
+            for image in images
+            if max(image["width"], image["height"]) > _THIN * min(image["width"], image["height"])
+        ],
+        f"images that are more than {_THIN} times as long as wide",
+        "resized, they are a few pixels wide: cut them into parts",
+    )
     key = f"data.{report.split}_images"
     if not os.path.isdir(image_root):
         report.add(
@@ -44,7 +95,7 @@ def check_images(
             "image directory that does not exist",
             f"set {key} to the directory of the images",
         )
-        return []
+        return CheckedImages([], [])
     located = locate_files((image["file_name"] for image in images), image_root)
     report.add(
         "warning",
@@ -75,7 +126,7 @@ def check_images(
         chosen = random.Random(0).sample(found, count)
     report.decoded = len(chosen)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = pool.map(lambda image: _decode(image, image_root), chosen)
+        results = pool.map(lambda image: _decode(image, image_root, reader), chosen)
         bar = tqdm(
             results,
             f"decoding {report.split} images",
@@ -84,29 +135,94 @@ def check_images(
             leave=False,
         )
         decoded = list(bar)
-    report.add(
-        "error",
-        [f"{each.path}, {each.broken}" for each in decoded if each.broken],
-        "image files that cannot be decoded",
-        "replace the files, or remove their entries",
-    )
+    errors = [each.error for each in decoded if each.error is not None]
+    for what, mend in dict.fromkeys((error.what, error.mend) for error in errors):
+        cases = [
+            f"{each.path} {each.error.says}"
+            for each in decoded
+            if each.error is not None and each.error.what == what
+        ]
+        report.add("error", cases, what, mend)
     report.add(
         "error",
         [f"{each.path} is {each.other_size}" for each in decoded if each.other_size],
         "image files of another size than the json says",
         "write the true sizes (width x height), or remove a rotation from the EXIF data",
     )
-    return found
+    return CheckedImages(found, [each.deep for each in decoded if each.deep is not None])
 
 
-def _decode(image: dict[str, Any], image_root: str) -> _Decoded:
+def check_values(report: SplitReport, images: list[DeepImage]) -> None:
+    """Says which values become black and white, and whether that fits the images of all splits."""
+    unknown = [image for image in images if image.limits is None]
+    report.add(
+        "error",
+        [_values_of(image) for image in unknown],
+        "images of 32-bit or floating-point values without data.value_range",
+        f"set data.value_range, to the same for all data; these images use {_span(unknown)}",
+    )
+    for limits in dict.fromkeys(image.limits for image in images if image.limits is not None):
+        those = [image for image in images if image.limits == limits]
+        stated = "data.value_range" if those[0].is_stated else "the range of their type"
+        span = f"{limits[0]:g} to {limits[1]:g}"
+        report.values.append(
+            f"{len(those)} images have more than 8 bits: {span} ({stated}) becomes 0 to 255"
+        )
+        used = max(image.high for image in those) - min(image.low for image in those)
+        cut_off = [image for image in those if image.outside > 0.5]
+        report.add(
+            "warning",
+            [_values_of(image) for image in cut_off],
+            f"images most of whose values lie outside {stated}, {span}",
+            f"they become black or white: set data.value_range; these images use {_span(cut_off)}",
+        )
+        if used < _SMALL_PART * (limits[1] - limits[0]) and not cut_off:
+            report.add(
+                "warning",
+                [_values_of(image) for image in those],
+                f"images whose values use a small part of {stated}, {span}",
+                f"the model sees little contrast: set data.value_range={_span(those)}, which is "
+                "what they use, or the range of the camera",
+            )
+
+
+def _values_of(image: DeepImage) -> str:
+    return f"{image.path}, {image.low:g} to {image.high:g}"
+
+
+def _span(images: list[DeepImage]) -> str:
+    if not images:
+        return ""
+    return f"[{min(image.low for image in images):g},{max(image.high for image in images):g}]"
+
+
+def _decode(image: dict[str, Any], image_root: str, reader: ImageReader) -> _Decoded:
     path = os.path.join(image_root, image["file_name"])
+    deep = None
     try:
-        height, width = read_image(path, "RGB").shape[:2]
-    # Pillow reports broken files as OSError, SyntaxError (PNG chunks) or ValueError (headers).
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return _Decoded(path, broken=" ".join(str(error).split()) or type(error).__name__)
-    if (width, height) != (image["width"], image["height"]):
+        pixels = reader.decode(path)
+        if pixels.is_deep:
+            deep = _deep_image(path, pixels, reader)
+        if deep is None or deep.limits is not None:
+            reader.scale(pixels, f"image {path}")
+    except ImageError as error:
+        return _Decoded(path, error=error)
+    if pixels.size != (image["width"], image["height"]):
+        size = f"{pixels.size[0]}x{pixels.size[1]}"
         annotated = f"{image['width']}x{image['height']}"
-        return _Decoded(path, other_size=f"{width}x{height}, not {annotated}")
-    return _Decoded(path)
+        return _Decoded(path, other_size=f"{size}, not {annotated}", deep=deep)
+    return _Decoded(path, deep=deep)
+
+
+def _deep_image(path: str, pixels: Pixels, reader: ImageReader) -> DeepImage:
+    values = pixels.values.reshape(-1)
+    values = values[:: max(1, len(values) // _LOOKED_AT)]
+    values = values[np.isfinite(values)] if values.dtype.kind == "f" else values
+    if not len(values):
+        values = np.zeros(1)
+    low, high = np.quantile(values, (0.001, 0.999), method="nearest").tolist()
+    limits = reader.value_range or pixels.type_range
+    outside = 0.0
+    if limits is not None:
+        outside = float(((values < limits[0]) | (values > limits[1])).mean())
+    return DeepImage(path, low, high, limits, reader.value_range is not None, outside)

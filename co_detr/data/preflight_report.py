@@ -48,6 +48,7 @@ class SplitReport:
         boxes: usable boxes that are no crowd regions; `crowd` is the number of those.
         categories: (id in the file, name), in the order of the ids.
         decoded: number of images that were decoded.
+        values: how values of more than 8 bits are read, one sentence for each range.
     """
 
     split: str
@@ -58,6 +59,7 @@ class SplitReport:
     crowd: int = 0
     categories: list[tuple[int | str, str]] = field(default_factory=list)
     decoded: int = 0
+    values: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
     @property
@@ -101,6 +103,7 @@ class PreflightReport:
             for row in rows
         ]
         lines += [f"classes: {_listed(self.splits[0].categories)}"]
+        lines += [f"values: {each}" for split in self.splits for each in split.values]
         lines += [f"{each.level:7}  {each.split:5}  {each.sentence()}" for each in self.findings]
         if not self.findings:
             lines.append("no defects found")

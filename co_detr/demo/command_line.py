@@ -7,7 +7,11 @@ import os
 from collections.abc import Sequence
 
 from co_detr.errors import ConfigError
-from co_detr.prediction.command_line import add_device_argument, add_model_arguments
+from co_detr.prediction.command_line import (
+    add_device_argument,
+    add_image_arguments,
+    add_model_arguments,
+)
 from co_detr.prediction.predictor import Predictor
 
 LOCAL_HOST = "127.0.0.1"
@@ -33,10 +37,18 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_model_arguments(parser)
     add_device_argument(parser)
+    add_image_arguments(parser)
     add = parser.add_argument
     add("--score", type=float, default=0.3, help="where the slider starts (default: 0.3)")
     add("--port", type=int, default=7860, help="port of the page (default: 7860)")
     add("--host", default=LOCAL_HOST, help=f"address to listen on (default: {LOCAL_HOST})")
+    add(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another name under which browsers open the page, as behind a proxy; can be repeated",
+    )
     return parser.parse_args(argv)
 
 
@@ -60,8 +72,10 @@ def run(options: argparse.Namespace) -> None:
         device=options.device,
         overrides=options.set,
         unsafe=options.unsafe,
+        max_image_pixels=options.max_image_pixels,
     )
-    app = create_app(predictor, options.score, _title(options))
+    hosts = [options.host, *options.allow_host]
+    app = create_app(predictor, options.score, _title(options), hosts)
     server = listen(app, options.host, options.port)
     where = "localhost" if options.host in (LOCAL_HOST, "0.0.0.0", "::") else options.host
     print(f"Open http://{where}:{options.port} in a browser; Ctrl+C stops the page.", flush=True)

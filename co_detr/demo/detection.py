@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from co_detr.data.images import is_deep, orientation_of
 from co_detr.errors import DataError
-from co_detr.prediction.images import upright
 from co_detr.prediction.predictor import Predictor
 from co_detr.prediction.results import CocoResults
 
 _JPEG_QUALITY = 92
+# What strangers may send: decoders that are much used and kept safe; none of them
+# starts another program.
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,12 @@ class Detector:
         return self._thread.submit(self._detect, upload).result()
 
     def _detect(self, upload: Upload) -> Detection:
-        image = _open(upload)
+        reader = self.predictor.reader
+        image = reader.open(io.BytesIO(upload.content), upload.name, FORMATS)
+        # The browser knows nothing of the range of values that the model is for.
+        scaled = is_deep(image)
+        # Some browsers apply the EXIF orientation only to JPEG files.
+        turned = image.format != "JPEG" and orientation_of(image) != 1
         try:
             sample = self.predictor.prepare(image)
         except DataError as error:
@@ -81,22 +89,8 @@ class Detector:
         results = CocoResults(self.predictor.class_names)
         results.add(1, upload.name, found)
         height, width = sample.rgb.shape[:2]
-        # Some browsers apply the EXIF orientation only to JPEG files.
-        turned = image.format != "JPEG" and upright(image) is not image
-        as_shown = upload.shown_size == (width, height) and not turned
+        as_shown = upload.shown_size == (width, height) and not (turned or scaled)
         return Detection(results.content(), seconds, None if as_shown else _data_url(sample.rgb))
-
-
-def _open(upload: Upload) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(upload.content))
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{upload.name} has too many pixels ({error}): make it smaller.") from error
-    except Exception as error:  # a damaged file can make a decoder raise anything
-        raise DataError(
-            f"{upload.name} is not an image that can be read: choose a JPEG, PNG, WebP, GIF, BMP "
-            "or TIFF file."
-        ) from error
 
 
 def _data_url(rgb: np.ndarray) -> str:

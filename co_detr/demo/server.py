@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import socket
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
+from urllib.parse import urlsplit
 
 from flask import Flask, Response, render_template, request
 from waitress import create_server
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge, UnsupportedMediaType
+from werkzeug.exceptions import (
+    Forbidden,
+    HTTPException,
+    RequestEntityTooLarge,
+    UnsupportedMediaType,
+)
 
 from co_detr.demo.detection import Detector, Upload
 from co_detr.errors import ConfigError, DataError, UserError
@@ -22,10 +31,15 @@ _UPLOAD_TYPE = "application/octet-stream"
 _POLICY = "default-src 'self'; img-src 'self' blob: data:; base-uri 'none'; form-action 'none'"
 
 
-def create_app(predictor: Predictor, score: float, title: str) -> Flask:
+def create_app(
+    predictor: Predictor, score: float, title: str, hosts: Collection[str] = ()
+) -> Flask:
     """The application.
 
     Args:
+        hosts: names under which the page may be opened, beside IP addresses, localhost and the
+            name of this machine. A page of the web could point its own name at this machine to get
+            around the browser's rule that it reaches only its own server.
         score: where the slider starts, from 0 to 1. The page gets all boxes that `predictor`
             gives and leaves out those below the slider by itself.
         title: names the model on the page.
@@ -34,6 +48,14 @@ def create_app(predictor: Predictor, score: float, title: str) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = MEGABYTES * 2**20
     detector = Detector(predictor)
     settings = {"classes": _classes(predictor), "megabytes": MEGABYTES, "uploadType": _UPLOAD_TYPE}
+
+    @app.before_request
+    def require_known_host() -> None:
+        if not _is_known(request.host, hosts):
+            raise Forbidden(
+                "the page does not go by this name: open it under the IP address of its machine, "
+                "or start demo.py with --allow-host NAME."
+            )
 
     @app.get("/")
     def page() -> str:
@@ -67,6 +89,17 @@ def create_app(predictor: Predictor, score: float, title: str) -> Flask:
         return response
 
     return app
+
+
+def _is_known(host: str, names: Collection[str]) -> bool:
+    """Whether a Host header, with or without a port, is an address or a name of this page."""
+    name = urlsplit(f"//{host}").hostname or ""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        own = ("localhost", socket.gethostname(), *names)
+        return name in {each.lower() for each in own}
+    return True
 
 
 def listen(app: Flask, host: str, port: int) -> Any:

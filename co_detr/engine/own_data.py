@@ -15,6 +15,7 @@ from co_detr.checkpoint import stored_class_names
 from co_detr.checkpoint_reading import read_checkpoint
 from co_detr.data.coco import align_classes, class_names, load_coco
 from co_detr.data.coco_file import read_coco, shortened
+from co_detr.data.images import ImageReader
 from co_detr.data.preflight import PreflightSettings, SplitFiles, preflight
 from co_detr.data.preflight_boxes import Limit, Limits
 from co_detr.engine.checkpoint_files import has_checkpoints, last_readable
@@ -71,7 +72,7 @@ def check_data(cfg: DictConfig, eval_only: bool = False) -> None:
 
     Raises:
         DataError: if the data cannot be used, or would silently give an AP of 0.
-        ConfigError: if a setting of data.preflight is wrong.
+        ConfigError: if a setting of data.preflight or of how images are read is wrong.
     """
     nodes = {"train": cfg.dataloader.train, "val": cfg.dataloader.test}
     if eval_only:
@@ -82,11 +83,17 @@ def check_data(cfg: DictConfig, eval_only: bool = False) -> None:
         if _is_plain_coco(node.dataset)
     ]
     settings = PreflightSettings(**cfg.data.get("preflight", {}))
+    reader = ImageReader.of_data(cfg.data)
     problem = None
     if splits and comm.is_main_process():
         try:
             report = preflight(
-                splits, settings, cfg.data.invalid_boxes, limits_of(cfg), unlabeled=eval_only
+                splits,
+                settings,
+                cfg.data.invalid_boxes,
+                limits_of(cfg),
+                unlabeled=eval_only,
+                reader=reader,
             )
             logger.info("Preflight of the data:\n%s", report.text())
             report.raise_on_errors()

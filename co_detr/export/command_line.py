@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from co_detr.data.images import ImageReader, image_suffixes
 from co_detr.errors import ConfigError, ExportError
 from co_detr.export.compare import BOX_TOLERANCE, SCORE_TOLERANCE, Check, check_image
 from co_detr.export.description import Description
@@ -18,7 +19,7 @@ from co_detr.export.exporting import (
 )
 from co_detr.export.predictor import ExportedPredictor
 from co_detr.prediction.command_line import add_model_arguments
-from co_detr.prediction.inputs import IMAGES, find_inputs
+from co_detr.prediction.inputs import find_inputs
 from co_detr.prediction.loading import Detector, load_detector
 
 DESCRIPTION = """Writes a trained detector to an ONNX or torch.export file.
@@ -94,9 +95,11 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: if something cannot be read or exported, or the file differs from the model.
     """
-    images = find_inputs(options.check, IMAGES, options.output) if options.check else None
+    images = find_inputs(options.check, image_suffixes(), options.output) if options.check else None
     if images is not None and images.problems:
         raise ConfigError(" ".join(images.problems))
+    if images is not None and images.passed_over:
+        print(images.remark())
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     detector = load_detector(
         options.config_file, options.checkpoint, overrides=options.set, unsafe=options.unsafe
@@ -130,7 +133,8 @@ def check(path: Path, detector: Detector, images: list[Path]) -> None:
     Raises:
         ExportError: if they differ by more than the tolerances.
     """
-    predictor = ExportedPredictor(path)
+    limit = ImageReader.of_data(detector.cfg.data).max_pixels
+    predictor = ExportedPredictor(path, max_image_pixels=limit)
     image_format = detector.cfg.dataloader.test.mapper.image_format
     print(_HEADER)
     different = []

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from detectron2.structures import ImageList
 from scipy.optimize import linear_sum_assignment
 
+from co_detr.data.images import ImageSource
+from co_detr.data.mapper import in_format
 from co_detr.export.graph import Detections, num_pairs
 from co_detr.export.predictor import ExportedPredictor
 from co_detr.modeling import CoDETR
 from co_detr.modeling.boxes import cxcywh_to_xyxy, size_factor
 from co_detr.modeling.postprocess import choose_pairs
-from co_detr.prediction.images import ImageSource, in_format
 from co_detr.prediction.predictor import Sample
 
 SCORE_TOLERANCE = 1e-3

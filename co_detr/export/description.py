@@ -6,8 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
-from detectron2.data.transforms import ResizeShortestEdge
-
+from co_detr.data.augmentation import ResizeShortestEdge
 from co_detr.errors import ExportError
 
 FORMAT_VERSION = 1
@@ -36,6 +35,8 @@ class Description:
         min_side: smallest height and width of an input in pixels, where they are free.
         custom_operator: whether the file needs this package to be loaded.
         soft_nms: what follows the graph; None: nothing does.
+        value_range: the values that become 0 and 255, of images with more than 8 bits per channel;
+            None: the range of their type.
         format_version: of these keys and of the inputs and outputs.
     """
 
@@ -47,6 +48,7 @@ class Description:
     min_side: int = 1
     custom_operator: bool = False
     soft_nms: SoftNMS | None = None
+    value_range: tuple[float, float] | None = None
     format_version: int = FORMAT_VERSION
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
@@ -59,7 +61,7 @@ class Description:
         if factor >= 1:
             return shape
         return tuple(
-            min(limit, int(side * factor + 0.5))
+            max(1, min(limit, int(side * factor + 0.5)))
             for limit, side in zip(self.image_size, shape, strict=True)
         )
 
@@ -87,13 +89,17 @@ class Description:
                 f"{FORMAT_VERSION}: export the model again."
             )
         try:
-            values = {each.name: json.loads(text[each.name]) for each in fields(cls)}
+            # Files that were written before there was a range have none.
+            complete = {"value_range": "null", **text}
+            values = {each.name: json.loads(complete[each.name]) for each in fields(cls)}
         except (KeyError, ValueError) as error:
             raise ExportError(
                 f"{path} does not describe itself ({error}): export the model with tools/export.py."
             ) from error
         if values["image_size"] is not None:
             values["image_size"] = tuple(values["image_size"])
+        if values["value_range"] is not None:
+            values["value_range"] = tuple(values["value_range"])
         if values["soft_nms"] is not None:
             values["soft_nms"] = SoftNMS(**values["soft_nms"])
         return cls(**values)

@@ -11,6 +11,7 @@ import detectron2.data.transforms as T
 from detectron2.config import instantiate
 from omegaconf import DictConfig
 
+from co_detr.data.images import ImageReader
 from co_detr.errors import ConfigError, ExportError
 from co_detr.export.description import Description, SoftNMS
 from co_detr.export.graph import DetectionGraph
@@ -70,6 +71,7 @@ def export_detector(
         min_side=smallest_side(program),
         custom_operator=settings.custom_operator,
         soft_nms=_soft_nms(model),
+        value_range=ImageReader.of_data(detector.cfg.data).value_range,
     )
     write = write_onnx if settings.format == "onnx" else write_torch
     write(program, description, path)

@@ -14,13 +14,13 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Instances
 from torch import Tensor
 
+from co_detr.data.images import MAX_PIXELS, ImageReader, ImageSource
 from co_detr.errors import ConfigError, ExportError
 from co_detr.export.description import Description
 from co_detr.export.graph import Detections
 from co_detr.export.onnx_file import OnnxModel
 from co_detr.export.torch_file import TorchModel
 from co_detr.modeling.postprocess import SoftNMSPostprocessor
-from co_detr.prediction.images import ImageSource
 from co_detr.prediction.predictor import Sample, make_sample
 
 
@@ -37,6 +37,7 @@ class ExportedPredictor:
         path: file that tools/export.py wrote: ``.onnx``, or ``.pt2`` of torch.export.
         score_threshold: detections below it are left out, from 0 to 1.
         providers: of onnxruntime, the best one first.
+        max_image_pixels: image files with more are refused; None: no limit.
 
     Attributes:
         description: what the file says about itself.
@@ -53,6 +54,7 @@ class ExportedPredictor:
         *,
         score_threshold: float = 0.0,
         providers: Sequence[str] = ("CPUExecutionProvider",),
+        max_image_pixels: int | None = MAX_PIXELS,
     ) -> None:
         if not 0 <= score_threshold <= 1:
             raise ConfigError(f"the score threshold {score_threshold} must be from 0 to 1.")
@@ -60,6 +62,7 @@ class ExportedPredictor:
         self.model = load_exported(Path(path), providers)
         self.description = self.model.description
         self.class_names = self.description.class_names
+        self.reader = ImageReader(self.description.value_range, max_image_pixels)
         self._resize = T.AugmentationList([_Resize(self.description)])
         soft_nms = self.description.soft_nms
         self._soft_nms = None if soft_nms is None else SoftNMSPostprocessor(**vars(soft_nms))
@@ -85,7 +88,7 @@ class ExportedPredictor:
 
     def prepare(self, image: ImageSource) -> Sample:
         """Reads and resizes an image as the evaluation does, or smaller if the file needs it."""
-        return make_sample(image, self._resize, "RGB")
+        return make_sample(image, self.reader, self._resize, "RGB")
 
     def run(self, sample: Sample) -> Detections:
         """What the graph gives for a batch of one image, which is padded as the file needs it."""

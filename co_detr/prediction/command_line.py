@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from co_detr.data.images import image_suffixes
 from co_detr.errors import ConfigError
-from co_detr.prediction.inputs import IMAGES, VIDEOS, find_inputs
+from co_detr.prediction.inputs import VIDEOS, find_inputs
 from co_detr.prediction.output import OutputFolder
 from co_detr.prediction.predictor import Predictor
 from co_detr.prediction.run import predict_images, predict_videos
@@ -39,6 +40,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_model_arguments(parser)
     add_device_argument(parser)
+    add_image_arguments(parser)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="file, folder (with subfolders) or pattern")
     add("--output", required=True, metavar="DIR", help="folder for pictures and predictions.json")
@@ -74,6 +76,16 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
 
 
+def add_image_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds which images are read."""
+    parser.add_argument(
+        "--max-image-pixels",
+        type=int,
+        metavar="N",
+        help="refuse image files with more pixels (default: data.max_image_pixels of the config)",
+    )
+
+
 def run(options: argparse.Namespace) -> int:
     """Does what the arguments ask for.
 
@@ -87,9 +99,11 @@ def run(options: argparse.Namespace) -> int:
         require_opencv()
     # First what fails fast, then the model.
     folder = Path(options.output)
-    inputs = find_inputs(options.inputs, VIDEOS if options.video else IMAGES, folder)
+    inputs = find_inputs(options.inputs, VIDEOS if options.video else image_suffixes(), folder)
     if not options.video and all(path.suffix.lower() in VIDEOS for path in inputs.files):
         raise ConfigError(f"{inputs.files[0]} is a video: add --video.")
+    if inputs.passed_over:
+        print(inputs.remark(), file=sys.stderr)
     predictor = Predictor(
         options.config_file,
         options.checkpoint,
@@ -98,6 +112,7 @@ def run(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         overrides=options.set,
         unsafe=options.unsafe,
+        max_image_pixels=options.max_image_pixels,
     )
     output = OutputFolder(folder, predictor.class_names)
     predict = predict_videos if options.video else predict_images

@@ -11,6 +11,7 @@ from PIL import Image
 
 from co_detr.errors import ConfigError
 from co_detr.prediction.results import CocoResults
+from co_detr.visualization.fonts import fonts_for
 from co_detr.visualization.grid import Box
 from co_detr.visualization.picture import class_colours, draw_picture
 
@@ -36,6 +37,7 @@ class OutputFolder:
         self.folder = folder
         self.results = CocoResults(class_names)
         self._names = list(class_names)
+        fonts_for("".join(class_names))  # warns of all letters without a font at once
         self._colours = class_colours(class_names)
         self._taken: set[str] = set()
 

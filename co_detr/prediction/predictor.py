@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import detectron2.data.transforms as T
@@ -14,8 +14,10 @@ from detectron2.config import instantiate
 from detectron2.structures import Instances
 from torch import Tensor
 
-from co_detr.errors import ConfigError, DataError
-from co_detr.prediction.images import ImageSource, in_format, read_rgb
+from co_detr.data.augmentation import augment
+from co_detr.data.images import ImageReader, ImageSource, name_of
+from co_detr.data.mapper import as_tensor, in_format
+from co_detr.errors import ConfigError
 from co_detr.prediction.loading import Config, load_detector
 
 Key = TypeVar("Key")
@@ -58,9 +60,12 @@ class Predictor:
             padding would change their detections a little.
         overrides: ``key=value`` for the config.
         unsafe: let the checkpoint run code while it is read. Only for files of people you trust.
+        max_image_pixels: files with more are refused; by default data.max_image_pixels of the
+            config.
 
     Attributes:
         class_names: of the checkpoint, in the order of ``pred_classes``.
+        reader: opens the images, with the range of values that the config states.
 
     Raises:
         ConfigError: if there is no such config, key or device.
@@ -77,6 +82,7 @@ class Predictor:
         batch_size: int = 1,
         overrides: Sequence[str] = (),
         unsafe: bool = False,
+        max_image_pixels: int | None = None,
     ) -> None:
         if not 0 <= score_threshold <= 1:
             raise ConfigError(f"the score threshold {score_threshold} must be from 0 to 1.")
@@ -90,6 +96,9 @@ class Predictor:
         self.class_names = detector.class_names
         mapper = detector.cfg.dataloader.test.mapper
         self.image_format: str = mapper.image_format
+        self.reader = ImageReader.of_data(detector.cfg.data)
+        if max_image_pixels is not None:
+            self.reader = replace(self.reader, max_pixels=max_image_pixels)
         self._resize = T.AugmentationList(instantiate(mapper.augmentations))
 
     def __call__(self, images: ImageSource | Sequence[ImageSource]) -> Instances | list[Instances]:
@@ -97,7 +106,7 @@ class Predictor:
 
         Args:
             images: files, PIL images or arrays of uint8 in the order red, green, blue; see
-                `read_rgb`. An array of OpenCV has to be passed as ``array[..., ::-1]``.
+                `ImageReader.read_rgb`. An array of OpenCV has to be passed as ``array[..., ::-1]``.
 
         Returns:
             ``pred_boxes`` in absolute xyxy pixels of the image, ``scores`` in [0, 1] from high to
@@ -118,7 +127,7 @@ class Predictor:
 
     def prepare(self, image: ImageSource) -> Sample:
         """Reads and resizes an image as the evaluation's data mapper does; see `make_sample`."""
-        return make_sample(image, self._resize, self.image_format)
+        return make_sample(image, self.reader, self._resize, self.image_format)
 
     def stream(
         self, samples: Iterable[tuple[Key, Sample]]
@@ -153,23 +162,18 @@ class Predictor:
         ]
 
 
-def make_sample(image: ImageSource, resize: T.Augmentation, image_format: str) -> Sample:
+def make_sample(
+    image: ImageSource, reader: ImageReader, resize: T.Augmentation, image_format: str
+) -> Sample:
     """Reads an image, and resizes it in the colour order `image_format`.
 
     Raises:
-        DataError: if it cannot be read, or is so thin that resizing leaves nothing of it.
+        DataError: if it cannot be read or resized.
     """
-    rgb = read_rgb(image)
+    rgb = reader.read_rgb(image)
     resized = T.AugInput(in_format(rgb, image_format))
-    try:
-        resize(resized)
-    except ValueError as error:
-        height, width = rgb.shape[:2]
-        name = f"image {image}" if isinstance(image, str | os.PathLike) else "the image"
-        raise DataError(
-            f"{name} of {width} x {height} pixels cannot be resized ({error}): cut it."
-        ) from error
-    return Sample(rgb, torch.from_numpy(np.ascontiguousarray(resized.image.transpose(2, 0, 1))))
+    augment(resized, resize, name_of(image))
+    return Sample(rgb, as_tensor(resized.image))
 
 
 def choose_device(name: str | None) -> torch.device:

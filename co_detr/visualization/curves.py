@@ -15,6 +15,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from co_detr.visualization.fonts import save_figure
+
 TOTAL_LOSS = "total_loss"
 VALIDATION_LOSS = "val_loss/total"
 _EVALUATION = (("bbox/AP", "AP", "-"), ("bbox/AP50", "AP50", "--"))
@@ -107,7 +109,7 @@ def plot_training_curves(logs: list[TrainingLog], path: Path) -> None:
         axes.set_xlabel("iteration")
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
     plt.close(figure)
 
 

@@ -16,10 +16,11 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
-from PIL import Image
 
 from co_detr.data.coco_file import display_names, is_box, read_coco
 from co_detr.data.image_files import locate_files
+from co_detr.data.images import ImageReader
+from co_detr.visualization.fonts import save_figure
 
 _PAIRS_PER_ROW = 3
 # Ten hues that show on light, dark and grey ground alike, under white text.
@@ -101,10 +102,17 @@ def load_images(
     return images
 
 
-def plot_predictions(images: list[AnnotatedImage], path: Path) -> None:
-    """Writes a grid of pairs: the ground truth on the left, the predictions on the right."""
+def plot_predictions(
+    images: list[AnnotatedImage], path: Path, reader: ImageReader | None = None
+) -> None:
+    """Writes a grid of pairs: the ground truth on the left, the predictions on the right.
+
+    Raises:
+        DataError: if an image cannot be read.
+    """
     if not images:
         raise ValueError("plot_predictions needs at least one image, got none.")
+    reader = reader or ImageReader()
     boxes = [box for image in images for box in image.truth + image.predictions]
     names = sorted({box.class_name for box in boxes})
     colours = dict(zip(names, choose_colours(len(names)), strict=True))
@@ -121,13 +129,12 @@ def plot_predictions(images: list[AnnotatedImage], path: Path) -> None:
         axes.axis("off")
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
-        with Image.open(image.path) as opened:
-            pixels = np.asarray(opened.convert("RGB"))
+        pixels = reader.read_rgb(image.path)
         left, right = grid[row, 2 * column], grid[row, 2 * column + 1]
         draw_boxes(left, pixels, image.truth, colours, f"{image.path.name}: ground truth")
         draw_boxes(right, pixels, image.predictions, colours, "predictions")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
     plt.close(figure)
 
 
@@ -143,7 +150,7 @@ def draw_boxes(
 ) -> None:
     """Shows an image (H, W, 3) with boxes in the colours of their class names."""
     axes.imshow(pixels)
-    axes.set_title(title, fontsize=8)
+    axes.set_title(title, fontsize=8, parse_math=False)
     height, width = pixels.shape[:2]
     # The best predictions are drawn last, on top of the others.
     for box in sorted(boxes, key=lambda box: box.score or 0.0):
@@ -155,11 +162,12 @@ def draw_boxes(
             Rectangle(corner, box_width, box_height, fill=False, edgecolor=colour, linewidth=1.5)
         )
         label = box.class_name if box.score is None else f"{box.class_name} {box.score:.2f}"
-        axes.text(
+        axes.text(  # names are no formulas, though they may hold dollars
             min(max(x, 0), width - 1),
             max(y - 1, 0.06 * height),
             label,
             fontsize=6.5,
+            parse_math=False,
             color="white",
             verticalalignment="bottom",
             bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8},

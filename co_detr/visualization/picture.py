@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.colors import to_rgb
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from co_detr.visualization.fonts import PictureFont
 from co_detr.visualization.grid import Box, choose_colours
 
 Colour = tuple[int, int, int]
@@ -47,7 +45,7 @@ def draw_picture(rgb: np.ndarray, boxes: Sequence[Box], colours: dict[str, Colou
     draw = ImageDraw.Draw(picture)
     shorter = min(picture.size)
     width = max(1, round(shorter / 250))
-    font = font_of(max(11, round(shorter / 40)))
+    font = PictureFont(max(11, round(shorter / 40)))
     ranked = sorted(boxes, key=lambda box: box.score or 0.0)
     # The best ones are drawn last, on top of the others, and all labels on top of all frames.
     for box in ranked:
@@ -66,19 +64,18 @@ def _label(
     draw: ImageDraw.ImageDraw,
     box: Box,
     colour: Colour,
-    font: ImageFont.FreeTypeFont,
+    font: PictureFont,
     size: tuple[int, int],
 ) -> None:
     """Writes above the box, or inside at its top where there is no room above."""
     text = box.class_name if box.score is None else f"{box.class_name} {box.score:.2f}"
     left, top, _, _ = _corners(box)
-    # One height for all texts, whatever letters they have.
-    height = sum(font.getmetrics())
-    width = round(draw.textlength(text, font=font)) + 4
+    height = font.height
+    width = round(font.length(text)) + 4
     x = max(0, min(left, size[0] - width))
     y = top - height if top >= height else max(0, top)
     draw.rectangle((x, y, x + width - 1, y + height - 1), fill=colour)
-    draw.text((x + 2, y), text, font=font, fill=text_colour(colour))
+    font.draw(draw, (x + 2, y), text, text_colour(colour))
 
 
 def _corners(box: Box) -> tuple[int, int, int, int]:
@@ -95,10 +92,3 @@ def _spread(count: int) -> list[Any]:
     start = round(0.618 * count)
     step = next(step for step in range(start, count + start) if math.gcd(step, count) == 1)
     return [colours[index * step % count] for index in range(count)]
-
-
-@lru_cache(maxsize=8)
-def font_of(size: int) -> ImageFont.FreeTypeFont:
-    """Matplotlib's own font, which is there on every machine and has more than Latin letters."""
-    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    return ImageFont.truetype(str(folder / "DejaVuSans.ttf"), size)

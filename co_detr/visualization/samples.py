@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 
+from co_detr.visualization.fonts import save_figure
 from co_detr.visualization.grid import Box, choose_colours, draw_boxes
 
 _PER_ROW = 3
@@ -70,5 +71,5 @@ def plot_samples(samples: list[Sample], class_names: Sequence[str], path: Path) 
     for axes, sample in zip(grid.flat, samples, strict=False):
         draw_boxes(axes, sample.pixels, sample.boxes, colours, sample.title)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
     plt.close(figure)

@@ -7,6 +7,7 @@ from detectron2.data import build_detection_test_loader
 
 from co_detr.data.augmentation import detr_test_augmentation, detr_train_augmentation
 from co_detr.data.coco import load_coco
+from co_detr.data.images import MAX_PIXELS, ImageReader
 from co_detr.data.loader import build_train_loader
 from co_detr.data.mapper import CheckedDatasetMapper
 from co_detr.engine.evaluation import CocoBoxEvaluator
@@ -23,7 +24,13 @@ data = dict(
     # set, "all" all of them (with a progress bar), "off" none.
     preflight=dict(images="sample", sample_size=64),
     image_format="RGB",  # "BGR" for backbones that were trained on it
+    # Of images with more than 8 bits per channel: the values [BLACK, WHITE] that become 0 and 255.
+    # None: the range of the type, 0 to 65535 for 16 bits; 32-bit and float images need a range.
+    value_range=None,
+    max_image_pixels=MAX_PIXELS,  # larger files are refused; None: no limit
 )
+
+_reader = L(ImageReader)(value_range="${data.value_range}", max_pixels="${data.max_image_pixels}")
 
 dataloader = dict(
     train=L(build_train_loader)(
@@ -37,6 +44,7 @@ dataloader = dict(
             is_train=True,
             augmentations=L(detr_train_augmentation)(max_size=1333),
             image_format="${data.image_format}",
+            reader=_reader,
         ),
         total_batch_size="${train.effective_batch_size}",
         images_per_gpu="${train.images_per_gpu}",
@@ -56,6 +64,7 @@ dataloader = dict(
             is_train=False,
             augmentations=L(detr_test_augmentation)(short_edge=800, max_size=1333),
             image_format="${data.image_format}",
+            reader=_reader,
         ),
         num_workers=min(4, os.cpu_count() or 1),
     ),

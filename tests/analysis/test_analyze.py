@@ -181,10 +181,12 @@ def test_models_that_cannot_be_compared(runs, tmp_path, capsys):
     other = make_run(tmp_path / "other", 0, runs.data, classes=["cat", "dog", "cow"])
     larger = ["dataloader.test.mapper.augmentations.short_edge=128"]
     resized = make_run(tmp_path / "resized", 0, runs.data, overrides=larger)
+    ranged = make_run(tmp_path / "ranged", 0, runs.data, overrides=["data.value_range=[0,4095]"])
     common = ["--output-dir", tmp_path / "out", "--device", "cpu", "--model", runs.plain]
     for model, message in (
         (other, '"k0" has the classes (cell, plate) but "other" has (cat, dog, cow)'),
-        (resized, '"k0" and "resized" resize images differently'),
+        (resized, '"k0" and "resized" read or resize images differently'),
+        (ranged, '"k0" and "ranged" read or resize images differently'),
         (runs.plain, 'two models are called "k0"'),
     ):
         assert analyze(*common, "--model", model) == 2

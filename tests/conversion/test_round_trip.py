@@ -9,8 +9,8 @@ import pytest
 from folders import CLASSES, TRAIN, VAL, Picture, write_voc, write_yolo
 
 from co_detr.data.coco import class_names, load_coco
+from co_detr.data.images import ImageReader
 from co_detr.engine.config import load_config
-from co_detr.prediction.images import read_rgb
 
 ROOT = Path(__file__).parents[2]
 BCCD = ROOT.parent / "shared" / "data" / "bccd"
@@ -65,7 +65,7 @@ def test_the_printed_command_reads_the_boxes_where_they_are_in_the_image(convert
         assert class_names(cfg.data[split]) == CLASSES
         assert len(records) == len(pictures)
         for record in records:
-            rgb = read_rgb(record["file_name"])
+            rgb = ImageReader().read_rgb(record["file_name"])
             assert rgb.shape[:2] == (record["height"], record["width"])
             for annotation in record["annotations"]:
                 x, y, width, height = (round(value) for value in annotation["bbox"])

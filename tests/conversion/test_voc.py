@@ -10,8 +10,8 @@ from PIL import Image
 
 from co_detr.conversion.image_size import ImageSize, read_size
 from co_detr.conversion.voc_labels import VocRules, read_voc_labels
+from co_detr.data.images import ImageReader
 from co_detr.errors import ConfigError, DataError
-from co_detr.prediction.images import read_rgb
 
 BOX = "<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>10</xmax><ymax>20</ymax></bndbox>"
 SIZE = ImageSize(40, 30)
@@ -70,7 +70,7 @@ def test_boxes_of_stored_pixels_are_turned_with_them(tmp_path, orientation):
     stated = "<size><width>{}</width><height>{}</height></size>"
     labels = read(tmp_path, xml(objects, stated.format(40, 30)), size)
     x0, y0, x1, y1 = map(round, labels.boxes[0].xyxy)
-    upright = read_rgb(tmp_path / "a.png")
+    upright = ImageReader().read_rgb(tmp_path / "a.png")
     assert upright.shape == (40, 30, 3)
     assert upright[y0:y1, x0:x1].min() == 255 and upright.sum() == stored.sum() == 255 * 3 * 150
     assert "EXIF" in labels.remarks[0].what

@@ -283,7 +283,7 @@ def test_all_wrong_files_are_counted(convert, tmp_path):
     with pytest.raises(DataError, match=r"line 1 has class 7.*\(The first of 2 wrong files.\)$"):
         convert(source)
     (source / "labels" / "train" / "a.txt").write_text("")
-    with pytest.raises(DataError, match="image .*b.PNG cannot be read .*: replace or remove it.$"):
+    with pytest.raises(DataError, match="image .*b.PNG cannot be decoded .*: replace the file"):
         convert(source)
     assert not (tmp_path / "coco").exists()
 

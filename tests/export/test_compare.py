@@ -74,11 +74,20 @@ def test_equal_scores_prove_nothing(detections):
 
 def test_descriptions_survive_as_text():
     soft_nms = SoftNMS(100, 0.8, 1e-3, None)
-    description = Description("a.py", ["ä", "b c"], 800, 1333, (64, 96), soft_nms=soft_nms)
+    description = Description(
+        "a.py", ["ä", "b c"], 800, 1333, (64, 96), soft_nms=soft_nms, value_range=(0, 4095)
+    )
     text = description.to_text()
     assert all(isinstance(value, str) for value in text.values())
     assert Description.from_text(text | {"other": "key"}, "a.onnx") == description
+    del text["value_range"]  # as in files of an earlier version
+    assert Description.from_text(text, "a.onnx").value_range is None
     with pytest.raises(ExportError, match="a.onnx does not describe itself"):
         Description.from_text({"format_version": "1"}, "a.onnx")
     with pytest.raises(ExportError, match="a.onnx has format version 2"):
         Description.from_text(text | {"format_version": "2"}, "a.onnx")
+
+
+def test_very_thin_images_keep_a_pixel():
+    assert Description("a.py", [], 800, 1333).resized(1, 60000) == (1, 1333)
+    assert Description("a.py", [], 800, 1333, (64, 96)).resized(60000, 1) == (64, 1)

@@ -13,10 +13,11 @@ from PIL import Image
 from pycocotools.coco import COCO
 from trained_run import CLASSES
 
+from co_detr.data.images import image_suffixes
 from co_detr.errors import ConfigError, DataError
 from co_detr.prediction import Predictor
 from co_detr.prediction.command_line import parse_arguments, run
-from co_detr.prediction.inputs import IMAGES, find_inputs
+from co_detr.prediction.inputs import find_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -137,7 +138,7 @@ def test_inputs(photos, tmp_path):
     (photos / "drawn" / "a.jpg").touch()
 
     def names(*arguments):
-        found = find_inputs([str(each) for each in arguments], IMAGES, photos / "drawn")
+        found = find_inputs([str(each) for each in arguments], image_suffixes(), photos / "drawn")
         return [str(path.relative_to(photos)) for path in found.files], found.problems
 
     assert names(photos) == (["a.png", "b.png", "c.png", "odd[1].png", "sub/D.JPG"], [])
@@ -149,16 +150,37 @@ def test_inputs(photos, tmp_path):
     files, problems = names(photos / "a.png", photos / "*.webp", tmp_path / "nowhere")
     assert files == ["a.png"]
     assert problems == [
-        f"no file matches {photos / '*.webp'}.",
+        f"no file of a kind that is read matches {photos / '*.webp'}.",
         f"{tmp_path / 'nowhere'} does not exist.",
     ]
 
 
+def test_files_that_are_passed_over_are_listed(predict, photos, tmp_path, capsys):
+    pixels = np.zeros((60, 80, 3), np.uint8)
+    for name in ("d.JP2", "e.Mpo", "f.JFIF", "g.TIF", "h.webp"):
+        Image.fromarray(pixels).save(photos / name, "MPO" if name == "e.Mpo" else None)
+    for name in ("i.HEIC", "j.eps", "notes.txt", "k.mp4"):
+        (photos / name).touch()
+    status, content = predict(photos)
+    assert status == 0 and len(content["images"]) == 8
+    said = [line for line in capsys.readouterr().err.splitlines() if "Passed over" in line]
+    assert said == [
+        "Passed over 4 files (i.HEIC, j.eps, k.mp4, notes.txt) of kinds that are not read; images "
+        "among them have to be converted, for example to JPEG."
+    ]
+    only = tmp_path / "only"
+    only.mkdir()
+    for number in range(10):
+        (only / f"{number}.heic").touch()
+    with pytest.raises(DataError, match=r"kind that is read, only 10 files \(0.heic, .* 2 more\)"):
+        find_inputs([str(only)], image_suffixes(), tmp_path / "drawn")
+
+
 def test_no_inputs(tmp_path):
-    with pytest.raises(DataError, match="nothing to read: the folder .* has no file that ends in"):
-        find_inputs([str(tmp_path)], IMAGES, tmp_path / "drawn")
-    with pytest.raises(DataError, match="nothing to read: no file matches"):
-        find_inputs([str(tmp_path / "*.jpg")], IMAGES, tmp_path / "drawn")
+    with pytest.raises(DataError, match="nothing to read: the folder .* has no file of a kind"):
+        find_inputs([str(tmp_path)], image_suffixes(), tmp_path / "drawn")
+    with pytest.raises(DataError, match="nothing to read: no file of a kind that is read matches"):
+        find_inputs([str(tmp_path / "*.jpg")], image_suffixes(), tmp_path / "drawn")
 
 
 def test_a_video_is_not_taken_for_an_image(predict, tmp_path):

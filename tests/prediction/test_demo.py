@@ -19,6 +19,7 @@ from trained_run import CLASSES
 pytest.importorskip("flask")
 pytest.importorskip("waitress")
 
+from co_detr.data.images import ImageReader
 from co_detr.demo import command_line
 from co_detr.demo.server import MEGABYTES, create_app, listen
 from co_detr.errors import ConfigError, NonFiniteError
@@ -106,21 +107,52 @@ def test_exif_orientation(client, pixels):
 def test_what_is_no_image_is_explained(client, pixels):
     answer = detect(client, b"some text", name="notes.txt")
     assert answer.status_code == 400
-    assert answer.json["error"].startswith("notes.txt is not an image that can be read: choose")
+    assert answer.json["error"].startswith("notes.txt cannot be decoded (it is none of JPEG, PNG,")
     answer = detect(client, encoded(pixels)[:3000], name="half.png")
     assert answer.status_code == 400
     assert answer.json["error"].startswith("half.png: the image cannot be decoded")
 
 
-def test_refusals(client, pixels, monkeypatch, caplog):
+def test_refusals(client, predictor, pixels, monkeypatch, caplog):
     other_type = client.post("/detect", data=encoded(pixels), content_type="text/plain")
     assert other_type.status_code == 415 and RAW in other_type.json["error"]
     large = detect(client, bytes(MEGABYTES * 2**20 + 1), name="large.png")
     assert large.status_code == 413 and f"{MEGABYTES} MB" in large.json["error"]
     assert client.get("/nowhere").status_code == 404
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    monkeypatch.setattr(predictor, "reader", ImageReader(max_pixels=1000))
     bomb = detect(client, encoded(pixels), name="huge.png")
-    assert bomb.status_code == 400 and bomb.json["error"].startswith("huge.png has too many pixels")
+    assert bomb.status_code == 400
+    assert bomb.json["error"].startswith("huge.png of 80x60 pixels has more than the 1,000")
+
+
+def test_a_name_that_is_not_the_pages_is_refused(predictor, pixels):
+    client = create_app(predictor, 0.25, "model", ["Box.example"]).test_client()
+
+    def status(host: str) -> int:
+        return client.get("/", headers={"Host": host}).status_code
+
+    for host in ("localhost:7860", "127.0.0.1", "[::1]:7860", "192.168.1.5:80", "box.example"):
+        assert status(host) == 200
+    assert status(socket.gethostname()) == 200
+    for host in ("rebound.example", "rebound.example:7860", "localhost.rebound.example", ""):
+        assert status(host) == 403
+    answer = client.post("/detect", data=encoded(pixels), headers={"Host": "rebound.example"})
+    assert answer.status_code == 403 and "--allow-host NAME" in answer.json["error"]
+
+
+def test_postscript_is_not_run(client, pixels, monkeypatch):
+    started = []
+    for name in ("check_call", "Popen"):
+        monkeypatch.setattr(subprocess, name, lambda *args, **_: started.append(args))
+    answer = detect(client, encoded(pixels, "EPS"), name="a.png")
+    assert answer.status_code == 400 and not started
+    assert answer.json["error"].startswith("a.png cannot be decoded")
+
+
+def test_the_page_shows_what_the_model_sees_of_deep_images(client, pixels):
+    content = encoded(pixels[:, :, 0].astype(np.uint16) * 100)
+    answer = detect(client, content, name="a.png", width=80, height=60)
+    assert abs(picture_of(answer).mean() - pixels[:, :, 0].mean() * 100 / 257) < 2
 
 
 @pytest.mark.parametrize(

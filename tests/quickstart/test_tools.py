@@ -5,7 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from co_detr.visualization import grid
 
 TOOLS = Path(__file__).parents[2] / "tools"
 DIGITS = ["--train", "2", "--val", "1"]
@@ -94,3 +98,25 @@ def test_plot_results_refuses_a_missing_folder(
 ) -> None:
     assert load_tool("plot_results").main([str(tmp_path / "nothing")]) == 1
     assert "nothing is not a folder; give a run's output folder." in capsys.readouterr().err
+
+
+def test_plot_results_reads_images_as_the_run_did(
+    tmp_path: Path, make_run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    make_run(run)
+    values = np.full((80, 60), 1000, np.uint16)
+    values[:, :40] = 3000  # the right side of the stored image, the lower one of the upright image
+    exif = Image.Exif()
+    exif[274] = 8  # is turned to the left to be seen
+    Image.fromarray(values).save(run / "images" / "a.png", exif=exif)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("data: {", "data: {value_range: [1000, 5000], "))
+    shown = []
+    draw = grid.draw_boxes
+    monkeypatch.setattr(grid, "draw_boxes", lambda *args: shown.append(args[1]) or draw(*args))
+    for paths in ([], ["--annotations", str(run / "val.json"), "--images", str(run / "images")]):
+        shown.clear()
+        assert load_tool("plot_results").main([str(run), *paths]) == 0
+        assert shown[0].shape == (60, 80, 3)
+        assert (shown[0][20:] == 128).all() and (shown[0][:20] == 0).all()

@@ -1,0 +1,234 @@
+"""The model: queries, masks, assignment, losses, geometry, post-processing, weights of a file."""
+
+from tests.mutations import Mutation
+
+MODELING = "tests/modeling"
+
+
+def _mutation(name: str, file: str, old: str, new: str, *tests: str) -> Mutation:
+    return Mutation(
+        name,
+        f"co_detr/{file}",
+        old,
+        new,
+        tuple(f"{MODELING}/test_{each}.py" for each in tests),
+    )
+
+
+MUTATIONS = (
+    # Queries and who sees whom
+    _mutation(
+        "heads-share-their-first-queries",
+        "modeling/auxiliary/hybrid.py",
+        "                source.reset_parameters()",
+        "                pass",
+        "positive_queries",
+    ),
+    _mutation(
+        "code-of-an-uncut-box",
+        "modeling/queries/positive.py",
+        "encode_boxes(inverse_sigmoid(boxes).sigmoid(),",
+        "encode_boxes(boxes,",
+        "positive_queries",
+    ),
+    _mutation(
+        "ignored-candidates-are-positive",
+        "modeling/queries/positive.py",
+        "((each >= 0) & (each < self.num_classes))",
+        "(each < self.num_classes)",
+        "positive_queries",
+    ),
+    _mutation(
+        "blocks-see-those-behind-them",
+        "structures.py",
+        "mask = block[:, None] == block[None, :]",
+        "mask = block[:, None] <= block[None, :]",
+        "denoising",
+    ),
+    _mutation(
+        "empty-slots-are-keys",
+        "structures.py",
+        "(mask & valid[:, None, :])",
+        "(mask | ~valid[:, None, :])",
+        "denoising",
+    ),
+    _mutation(
+        "denoising-sees-nothing",
+        "modeling/queries/denoising.py",
+        "sees=(self.sees,)",
+        "sees=()",
+        "denoising",
+    ),
+    _mutation(
+        "negatives-as-near-as-positives",
+        "modeling/queries/denoising.py",
+        "shifts[:, :, 1] += 1.0",
+        "shifts[:, :, 1] += 0.0",
+        "denoising",
+    ),
+    _mutation(
+        "references-in-half-precision",
+        "modeling/queries/anchors.py",
+        "torch.autocast(position.device.type, enabled=False)",
+        "torch.autocast(position.device.type)",
+        "mixed_precision",
+    ),
+    # Decoder and encoder
+    _mutation(
+        "gradient-through-references",
+        "modeling/queries/two_stage.py",
+        "self.best[:, start:stop]).detach().sigmoid()",
+        "self.best[:, start:stop]).sigmoid()",
+        "co_dino_definition",
+    ),
+    _mutation(
+        "position-of-the-padded-image",
+        "modeling/decoder.py",
+        "self.query_position(reference * level_scale[:, :, 0])",
+        "self.query_position(reference)",
+        "co_dino_definition",
+    ),
+    _mutation(
+        "look-forward-once",
+        "modeling/decoder.py",
+        "base = refined if self.look_forward_twice else reference",
+        "base = reference",
+        "co_dino_definition",
+    ),
+    _mutation(
+        "padding-is-attended-to",
+        "modeling/encoder.py",
+        "reference, level_shapes, padding_mask)\n        tokens",
+        "reference, level_shapes, None)\n        tokens",
+        "padding",
+    ),
+    _mutation(
+        "ratios-of-the-other-axis",
+        "modeling/encoder.py",
+        "inside[:, 0, :].sum(1) / width, inside[:, :, 0].sum(1) / height",
+        "inside[:, :, 0].sum(1) / height, inside[:, 0, :].sum(1) / width",
+        "padding",
+    ),
+    # Matching and losses
+    _mutation(
+        "cost-without-its-balance",
+        "modeling/matching.py",
+        "* (1 - self.alpha) * probability",
+        "* self.alpha * probability",
+        "matching",
+    ),
+    _mutation(
+        "background-has-boxes",
+        "modeling/criterion.py",
+        "box_weights = targets.weights * (targets.labels < self.num_classes)",
+        "box_weights = targets.weights",
+        "matching",
+    ),
+    _mutation(
+        "quality-has-a-gradient",
+        "modeling/criterion.py",
+        "cxcywh_to_xyxy(boxes.detach())",
+        "cxcywh_to_xyxy(boxes)",
+        "co_dino_definition",
+    ),
+    _mutation(
+        "counts-of-one-process",
+        "modeling/criterion.py",
+        "return counts / dist.get_world_size()",
+        "return counts",
+        "distributed",
+    ),
+    _mutation(
+        "gradient-of-parts-points-the-other-way",
+        "modeling/criterion.py",
+        "                (found,) = torch.autograd.grad(ctx.loss(some, *rest), some, grad_part)",
+        "                (found,) = torch.autograd.grad(ctx.loss(some, *rest), some, -grad_part)",
+        "classification_losses",
+    ),
+    _mutation(
+        "hull-is-added",
+        "modeling/boxes.py",
+        "overlap / union - (hull - union) / hull",
+        "overlap / union + (hull - union) / hull",
+        "boxes",
+    ),
+    _mutation(
+        "gradient-that-waits",
+        "modeling/boxes.py",
+        "return size[..., 0] * size[..., 1]",
+        "return size.prod(-1)",
+        "emulated_cuda",
+    ),
+    _mutation(
+        "proposals-count-half",
+        "modeling/supervision.py",
+        'f"{group.name}.enc", 1.0,',
+        'f"{group.name}.enc", 0.5,',
+        "query_groups",
+    ),
+    # Auxiliary heads
+    _mutation(
+        "atss-threshold",
+        "modeling/auxiliary/assigners/atss.py",
+        "overlaps.mean(0) + overlaps.std(0)",
+        "overlaps.mean(0)",
+        "atss_assigner",
+    ),
+    _mutation(
+        "anchors-on-the-border-are-inside",
+        "modeling/auxiliary/assigners/atss.py",
+        "(margin > 0.01)",
+        "(margin > -0.01)",
+        "atss_assigner",
+    ),
+    _mutation(
+        "best-anchors-without-overlap",
+        "modeling/auxiliary/assigners/max_iou.py",
+        "(best > 0)",
+        "(best >= 0)",
+        "max_iou_assigner",
+    ),
+    _mutation(
+        "points-as-far-as-two-radii",
+        "modeling/auxiliary/assigners/centre_sampling.py",
+        "< self.radius * stride",
+        "< 2 * self.radius * stride",
+        "centre_sampling",
+    ),
+    _mutation(
+        "mixtures-that-never-stop",
+        "modeling/auxiliary/assigners/gaussian_mixture.py",
+        "running = running & ((bound - previous).abs() >= tolerance)",
+        "running = running",
+        "paa_assigner",
+    ),
+    _mutation(
+        "padding-is-assigned",
+        "modeling/auxiliary/dense.py",
+        "cls(height, width, min(rows, height), min(columns, width), num_anchors)",
+        "cls(height, width, height, width, num_anchors)",
+        "atss_head",
+    ),
+    # Post-processing and weights
+    _mutation(
+        "classes-lower-each-other",
+        "modeling/postprocess.py",
+        "torch.where(classes[:, None] == classes, factor, 1.0)",
+        "torch.where(classes[:, None] >= classes, factor, 1.0)",
+        "soft_nms",
+    ),
+    _mutation(
+        "the-best-detection-is-dropped",
+        "modeling/postprocess.py",
+        "keep[0] = True",
+        "pass",
+        "soft_nms",
+    ),
+    _mutation(
+        "always-the-first-source",
+        "prediction/loading.py",
+        "source = f\"queries.{getattr(model, 'inference_place', 0)}.\"",
+        'source = "queries.0."',
+        "strip",
+    ),
+)
