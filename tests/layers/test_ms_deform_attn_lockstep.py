@@ -214,6 +214,7 @@ def test_faults_are_noticed(device, fault):
 def test_unknown_cuda_is_not_skipped():
     for source in (
         'asm volatile("mov.u32 %0, %1;" :: "r"(a), "r"(b) : "memory");',
+        'asm volatile("mov.u32 %0, %1;" : "=r"(a) : "r"(b));',
         'asm("mov.u32 %0, %1;");',
         "__shared__ float sums[32];",
         "(*pointer_to_kernel)<<<1, 2>>>(a);",

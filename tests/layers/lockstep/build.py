@@ -2,8 +2,8 @@
 
 The sources are taken as they are, headers, host code and operator schemas included. Only what a
 C++ compiler cannot read is translated, text by text: launches (``<<< >>>``), and PTX, whose
-instructions are turned into C++ one by one. ``shim/`` stands in for CUDA's headers, and
-``lockstep.cpp`` for the GPU.
+instructions are turned into C++ one by one. ``shim/`` stands in for the headers of CUDA and Python,
+and ``lockstep.cpp`` for the GPU.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import ctypes
 import os
 import re
 import subprocess
-import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -85,9 +84,7 @@ class TranslationError(Exception):
 def translate(text: str) -> str:
     """A CUDA source as C++; every line keeps its number."""
     text = re.sub(r"asm volatile\(.*?\);", translate_assembly, text, flags=re.DOTALL)
-    text, launches = re.subn(
-        r"(\w+)(<[\w, ]+>)?<<<(.*?)>>>\(", r'lockstep::on_grid("\1", \1\2, \3)(', text
-    )
+    text = re.sub(r"(\w+)(<[\w, ]+>)?<<<(.*?)>>>\(", r'lockstep::on_grid("\1", \1\2, \3)(', text)
     leftover = re.search(r"\basm\b|<<<|\b__shared__\b|\b__syncthreads\b", text)
     if leftover:
         raise TranslationError(f"{leftover.group()} is used in a way that is not translated")
@@ -96,9 +93,12 @@ def translate(text: str) -> str:
 
 def translate_assembly(match: re.Match[str]) -> str:
     """``asm volatile("PTX" :: operands : "memory");`` as a block of C++."""
-    code, operands = re.fullmatch(
+    parts = re.fullmatch(
         r'asm volatile\((.*?)::(.*?):\s*"memory"\);', match.group(), flags=re.DOTALL
-    ).groups()
+    )
+    if parts is None:
+        raise TranslationError(f"assembly with results is not translated: {match.group()}")
+    code, operands = parts.groups()
     ptx = "".join(re.findall(r'"(.*?)"', code)).replace("\\n", " ")
     lines = [
         f"const auto ptx_{number} = {expression};"
@@ -176,7 +176,6 @@ def build(folder: Path, compiler: str) -> Path:
     """
     of_torch = Path(torch.__file__).parent
     includes = [HERE / "shim", HERE, SOURCES, of_torch / "include"]
-    includes.append(Path(sysconfig.get_paths()["include"]))
     flags = [*FLAGS, *(f"-I{path}" for path in includes)]
     flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}")
 
@@ -190,7 +189,7 @@ def build(folder: Path, compiler: str) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_unit, UNITS))
     library = folder / "liblockstep.so"
-    libraries = [f"-L{of_torch / 'lib'}", "-ltorch_cpu", "-lc10"]
+    libraries = [f"-L{of_torch / 'lib'}", "-ltorch_cpu", "-lc10", "-Wl,--no-undefined"]
     subprocess.run([compiler, "-shared", *objects, *libraries, "-o", str(library)], check=True)
     return library
 
