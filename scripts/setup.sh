@@ -6,6 +6,8 @@
 #
 # The extension's build switches (FORCE_CUDA, TORCH_CUDA_ARCH_LIST, CO_DETR_NO_CUDA, CO_DETR_NO_EXT)
 # are passed on to setup.py. They are remembered: CO_DETR_NO_EXT=1 make setup; make test builds nothing.
+# Without a GPU and without a word about CUDA in them, kernels are built for the CPU only: those for
+# all GPUs that a toolkit knows take many minutes.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -43,6 +45,7 @@ inputs_hash() {
     {
         printf '%s\n' "$ROOT" "$(cd "$VENV" && pwd)"
         for name in "${BUILD_SWITCHES[@]}"; do printf '%s=%s\n' "$name" "${!name:-}"; done
+        ! cpu_only || echo "CPU only"
         find requirements*.txt constraints.txt setup.py pyproject.toml \
             scripts/setup.sh scripts/detectron2.txt co_detr/layers/csrc -type f 2>/dev/null |
             LC_ALL=C sort | xargs sha256sum
@@ -71,6 +74,11 @@ remember_switches() {
     for name in "${BUILD_SWITCHES[@]}"; do
         [ -z "${!name:-}" ] || printf '%s=%s\n' "$name" "${!name}"
     done >"$SWITCHES"
+}
+
+# Whether nothing asks for CUDA kernels: no GPU (of Linux, of WSL), and no switch.
+cpu_only() {
+    [ ! -e /dev/nvidiactl ] && [ ! -e /dev/dxg ] && [ -z "${FORCE_CUDA:-}${TORCH_CUDA_ARCH_LIST:-}" ]
 }
 
 version_of() { "$PY" -c "import importlib.metadata as m; print(m.version('$1'))" 2>/dev/null || true; }
@@ -168,8 +176,14 @@ phase "import Detectron2" \
 # --- the package and its extension -------------------------------------------------------------
 label="build the extension and install co_detr"
 builds_extension || label="install co_detr without its extension"
-phase "$label" "CO_DETR_NO_CUDA=1 builds for CPU only, CO_DETR_NO_EXT=1 without any compiler." \
+install_package() (
+    ! cpu_only || export CO_DETR_NO_CUDA=1
     pip_install --no-build-isolation --no-deps -e .
+)
+! { builds_extension && cpu_only; } ||
+    note "no GPU is here: kernels for the CPU only" "FORCE_CUDA=1 builds CUDA's, too"
+phase "$label" "CO_DETR_NO_CUDA=1 builds for CPU only, CO_DETR_NO_EXT=1 without any compiler." \
+    install_package
 
 {
     inputs_hash

@@ -78,6 +78,29 @@ def test_an_existing_environment_keeps_torch_and_detectron2(tmp_path: Path) -> N
     assert not any("constraints.txt" in call for call in installs)
 
 
+@pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="a GPU is here")
+@pytest.mark.parametrize(
+    ("variables", "built"),
+    [({}, "CPU only"), ({"FORCE_CUDA": "1"}, "all"), ({"TORCH_CUDA_ARCH_LIST": "9.0"}, "all")],
+    ids=str,
+)
+def test_without_a_gpu_only_who_asks_waits_for_cuda_kernels(tmp_path, variables, built) -> None:
+    (tmp_path / "Python.h").touch()
+    asked = f"""case "$*" in
+    *sysconfig*) echo {tmp_path} ;;
+    *-e*.) echo "CO_DETR_NO_CUDA=$CO_DETR_NO_CUDA" >>"$CALLS" ;;
+esac
+"""
+    write_script(tmp_path / "venv" / "bin" / "python", COMPLETE_PYTHON + asked)
+    result = run_setup(tmp_path, **variables)
+    assert result.returncode == 0, result.stderr
+    cpu_only = built == "CPU only"
+    assert ("FORCE_CUDA=1 builds CUDA's, too" in result.stdout) == cpu_only
+    assert f"CO_DETR_NO_CUDA={'1' if cpu_only else ''}" in calls(tmp_path)
+    # That no GPU was here is no switch that somebody set.
+    assert run_setup(tmp_path).stdout == f"setup: {tmp_path / 'venv'} is up to date\n"
+
+
 def test_second_run_does_nothing_until_a_switch_changes(tmp_path: Path) -> None:
     write_script(tmp_path / "venv" / "bin" / "python", COMPLETE_PYTHON)
     run_setup(tmp_path, CO_DETR_NO_EXT="1")
