@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,18 +43,18 @@ def parse_model(text: str) -> ModelArgument:
 
     A folder is the output folder of a run, whose last weights are taken, or else its best ones. A
     checkpoint alone lies in such a folder. The name ends at the last ``=``, so that it may have one
-    itself, as ``K = 2``.
+    itself, as ``K = 2``, unless what follows another one exists: paths may have ``=`` and ``,``.
 
     Raises:
         ConfigError: if the folder is missing or has no config or no weights.
     """
-    name, _, place = (part.strip() for part in text.rpartition("="))
+    name, place = _split_name(text)
     if not place:
         raise ConfigError(
             f"--model {text!r} names no model: write NAME=FOLDER, with the output folder of a run, "
             "or NAME=CONFIG,WEIGHTS."
         )
-    config, _, weights = (part.strip() for part in place.partition(","))
+    config, weights = _split_weights(place)
     if weights:
         return ModelArgument(name or Path(weights).stem, config, weights)
     path = Path(config)
@@ -73,6 +75,29 @@ def parse_model(text: str) -> ModelArgument:
             "as in NAME=CONFIG,WEIGHTS."
         )
     return ModelArgument(name or path.stem, str(beside), config)
+
+
+def _split_name(text: str) -> tuple[str, str]:
+    """Name, which may be empty, and what it stands for."""
+    starts = [0, *(match.end() for match in re.finditer("=", text))]
+    places = [text[start:].strip() for start in starts]
+    found = [
+        # A config may also be a name of the model zoo.
+        sum(2 - at for at, part in enumerate(_split_weights(place)) if os.path.exists(part))
+        for place in places
+    ]
+    best = found.index(max(found)) if any(found) else len(places) - 1
+    return text[: max(0, starts[best] - 1)].strip(), places[best]
+
+
+def _split_weights(place: str) -> tuple[str, str]:
+    """Config or folder, and weights, which may be empty."""
+    commas = [match.start() for match in re.finditer(",", place)]
+    splits = [(place[:comma].strip(), place[comma + 1 :].strip()) for comma in commas]
+    if os.path.exists(place) or not splits:
+        return place, ""
+    there = [split for split in splits if os.path.isfile(split[1])]
+    return (there or splits)[0]
 
 
 def _of_run(name: str, folder: Path) -> ModelArgument:

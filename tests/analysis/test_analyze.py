@@ -137,6 +137,21 @@ def test_names_of_models(runs, text, name):
     assert [path.name for path in argument.checkpoints] == ["model_0000004.pth", "model_final.pth"]
 
 
+def test_paths_of_models_may_have_any_character(runs, tmp_path):
+    odd = tmp_path / "lr=1,2 = x"
+    odd.symlink_to(runs.hybrid)
+    weights = f"{odd}/model_final.pth"
+    for text, name in ((str(odd), "k2"), (f"K = 2={odd}", "K = 2")):
+        argument = parse_model(text)
+        assert (argument.name, argument.weights) == (name, weights)
+    argument = parse_model(f"a={odd}/config.yaml,{weights}")
+    assert (argument.name, argument.config, argument.weights) == (
+        "a",
+        f"{odd}/config.yaml",
+        weights,
+    )
+
+
 def test_weights_of_an_unfinished_run(runs, tmp_path):
     (tmp_path / "config.yaml").write_text("")
     for name in ("model_0000004.pth", "model_0000009.pth"):

@@ -1,13 +1,18 @@
 """Overrides reach every part, and mistakes in them are explained."""
 
+import typing
 from pathlib import Path
 
 import pytest
 from detectron2.config import instantiate
+from omegaconf import OmegaConf
 
 from co_detr.engine.config import load_config, save_config
 from co_detr.engine.optim import LearningRateFactor, StepSchedule
-from co_detr.engine.run import build_model
+from co_detr.engine.overrides import TEXT_OR_NULL, text_override
+from co_detr.engine.run import build_model, run_training
+from co_detr.engine.tracking.mlflow_writer import MlflowSettings
+from co_detr.engine.tracking.wandb_writer import WandbSettings
 from co_detr.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +56,23 @@ def test_an_argument_left_at_its_default_can_be_overridden(tiny_cfg):
         ("train.seed.x=3", "train.seed has no keys."),
         ("train.max_iter", "is not of the form key=value"),
         ("~train.max_iter", "is not of the form key=value"),
-        ("data.train=a[b", "is not of the form key=value"),
+        ("train.max_iter=a[b", "is not of the form key=value"),
+        ("train.max_iter=1,2", "train.max_iter has several values"),
+        ("lr_multiplier.drops=high", "must be a list, such as [a,b]"),
+        ("train.amp=null", "would replace a group of keys: name one of these, such as train.amp.e"),
+        ("model=small", "would replace a group of keys"),
+        ("train.output_dir=", "train.output_dir is empty"),
+        (
+            "train.output_dir=null",
+            "must be a text and cannot be null: write 'train.output_dir=\"nul",
+        ),
+        ("data.val=NULL", "must be a text and cannot be null"),
+        ("data.train_images=[a, b]", "must be a text and not a list: give one value"),
+        ("train.wandb.name={a: 1}", "must be a text and not a dict"),
+        ("train.device=gpu", "train.device=gpu is no device: set it to cuda or cpu"),
+        ("data.train=${data.nothing}", "cannot be applied: Interpolation key 'data.nothing' not"),
+        ("data.train=???", "sets no value"),
+        ("data.train=\udcff", "is not valid UTF-8"),
         ("train.max_iter=many", "must be a number"),
         ("train.amp.enabled=maybe", "must be true or false"),
         ("train.max_iter=0", "train.max_iter=0 must be a whole number of at least 1"),
@@ -65,6 +86,98 @@ def test_mistaken_overrides(tiny_cfg, override, message):
         tiny_cfg(override)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "donn\u00e9es/x.json",
+            "a=b/",
+            "data (1)/",
+            "v1#2",
+            "it's",
+            "run,1",
+            "2024",
+            "1e3",
+            "true",
+        ),
+        *(
+            "a[b]",
+            "[1]/x.json",
+            "{a}b",
+            "a\\b\\",
+            "$HOME/x",
+            "a: b",
+            "50%",
+            "'a' or 'b'",
+            " x ",
+            "@x",
+        ),
+        *("off", "choice(a,b)", "C:\\data", '"a"b"', "+1", "a;b", "a&b", "x=~/y"),
+    ],
+)
+def test_text_is_taken_as_it_is(tiny_cfg, text):
+    keys = ("data.train", "data.val_images", "train.output_dir", "train.init_checkpoint")
+    # Also keys that are null or an argument's default, and one that refers to another key.
+    keys += ("train.wandb.name", "train.mlflow.tracking_uri", "train.mlflow.experiment")
+    keys += ("dataloader.evaluator.output_dir", "dataloader.test.dataset.image_root")
+    cfg = tiny_cfg(*(f"{key}={text}" for key in keys))
+    assert [OmegaConf.select(cfg, key) for key in keys] == [text] * len(keys)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [("'a, b'", "a, b"), ('"null"', "null"), ('"[a]"', "[a]"), ("'it\\'s'", "it's"), ('""', "")],
+)
+def test_quotation_marks_around_the_whole_text_are_taken_off(tiny_cfg, value, text):
+    cfg = tiny_cfg(f"data.train={value}", f"train.wandb.project={value}")
+    assert (cfg.data.train, cfg.train.wandb.project) == (text, text)
+
+
+def test_the_home_folder_is_put_in(tiny_cfg, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    cfg = tiny_cfg("data.train=~/x.json", "train.output_dir=~", "data.val='~/x.json'")
+    assert (cfg.data.train, cfg.train.output_dir) == ("/home/me/x.json", "/home/me")
+    assert cfg.data.val == "~/x.json"
+
+
+def test_null_where_a_text_may_be_left_out(tiny_cfg):
+    for key in TEXT_OR_NULL:
+        assert OmegaConf.select(tiny_cfg(f"{key}=null"), key) is None
+    assert tiny_cfg("dataloader.evaluator.output_dir=null").dataloader.evaluator.output_dir is None
+    assert set(TEXT_OR_NULL) >= {
+        f"train.{node}.{name}"
+        for node, settings in (("wandb", WandbSettings), ("mlflow", MlflowSettings))
+        for name, hint in typing.get_type_hints(settings).items()
+        if hint == str | None
+    }
+
+
+@pytest.mark.parametrize(
+    "text", ["a b", "null", "~/x", 'a"b', "a\\", '\\\\"', "[a]", "'x'", '"x"', "it's"]
+)
+def test_any_text_can_be_written_as_an_override(tiny_cfg, text):
+    assert tiny_cfg(text_override("train.output_dir", text)).train.output_dir == text
+
+
+def test_a_run_in_a_folder_with_such_a_name(tiny_cfg, tiny_data, tmp_path):
+    """From the command line to config.yaml and back."""
+    odd = tmp_path / "donn\u00e9es (1), it's #2=x"
+    odd.mkdir()
+    tiny_data.train.rename(odd / "train.json")
+    overrides = [f"data.train={odd / 'train.json'}", f"train.output_dir={odd / 'a,b=c'}"]
+    run_training(tiny_cfg(*overrides, "train.max_iter=1"), resume=False)
+    assert (odd / "a,b=c" / "model_final.pth").exists()
+
+
+def test_wrong_types_in_a_config_file(tiny_cfg, tmp_path):
+    for key, value in (("train.output_dir", 2024), ("data.val", None), ("train.device", [])):
+        cfg = tiny_cfg()
+        OmegaConf.update(cfg, key, value, merge=False)
+        save_config(cfg, str(tmp_path / "config.yaml"))
+        with pytest.raises(ConfigError, match=rf"{key}=.* must be a text"):
+            load_config(str(tmp_path / "config.yaml"))
 
 
 def test_whole_numbers_may_be_written_with_an_exponent(tiny_cfg):
