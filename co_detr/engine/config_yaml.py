@@ -90,7 +90,7 @@ def read_yaml_config(path: str) -> DictConfig:
         ConfigError: if the file is unreadable, or holds anything that a config may not (see above).
     """
     content = read_yaml(path)
-    for where, value in _leaves(content):
+    for where, value in leaves(content):
         if where.endswith("._target_") or where == "_target_":
             try:
                 if not callable(value):  # else the loader has found it by its name
@@ -131,20 +131,25 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 
 def config_text(cfg: DictConfig) -> str:
-    """A complete config as YAML that `read_yaml_config` reads.
+    """A complete config as YAML that `read_yaml_config` reads."""
+    return to_text(config_content(cfg))
 
-    Keys keep their order: that of auxiliary heads is the one of the model's parameters, which a
-    saved optimizer knows by their numbers.
-    """
-    container = OmegaConf.to_container(
-        cfg, resolve=False, structured_config_mode=SCMode.INSTANTIATE
+
+def config_content(cfg: DictConfig) -> dict[str, Any]:
+    """A complete config as `read_yaml` gives it: references as they are, callables by name."""
+    return _with_target_names(
+        OmegaConf.to_container(cfg, resolve=False, structured_config_mode=SCMode.INSTANTIATE)
     )
+
+
+def to_text(content: dict[str, Any]) -> str:
+    """YAML in which keys keep their order.
+
+    That of auxiliary heads is the one of the model's parameters, which an earlier version's saved
+    optimizer knows by their numbers.
+    """
     return yaml.dump(
-        _with_target_names(container),
-        sort_keys=False,
-        default_flow_style=None,
-        allow_unicode=True,
-        width=9999,
+        content, sort_keys=False, default_flow_style=None, allow_unicode=True, width=9999
     )
 
 
@@ -216,7 +221,7 @@ def _is_own_module(root: str) -> bool:
     )
 
 
-def _leaves(node: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(node: Any, where: str = "") -> Iterator[tuple[str, Any]]:
     """Values and where they are; a `_target_` is a leaf whatever it is."""
     children: Iterator[tuple[Any, Any]] = iter(())
     if isinstance(node, dict):
@@ -226,7 +231,7 @@ def _leaves(node: Any, where: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in children:
         path = f"{where}.{key}" if where else str(key)
         if isinstance(value, dict | list | tuple) and key != "_target_":
-            yield from _leaves(value, path)
+            yield from leaves(value, path)
         else:
             yield path, value
 

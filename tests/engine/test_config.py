@@ -168,7 +168,8 @@ def test_a_run_in_a_folder_with_such_a_name(tiny_cfg, tiny_data, tmp_path):
     tiny_data.train.rename(odd / "train.json")
     overrides = [f"data.train={odd / 'train.json'}", f"train.output_dir={odd / 'a,b=c'}"]
     run_training(tiny_cfg(*overrides, "train.max_iter=1"), resume=False)
-    assert (odd / "a,b=c" / "model_final.pth").exists()
+    again = load_config(str(odd / "a,b=c" / "config.yaml"))
+    assert again.data.train == str(odd / "train.json")
 
 
 def test_wrong_types_in_a_config_file(tiny_cfg, tmp_path):
