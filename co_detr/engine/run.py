@@ -24,6 +24,7 @@ from co_detr.engine.checkpoint import Checkpointer
 from co_detr.engine.checkpoint_files import RUN_ID
 from co_detr.engine.checkpoint_hook import CheckpointHook
 from co_detr.engine.config import config_text
+from co_detr.engine.cuda_settings import configure_torch, pin_for
 from co_detr.engine.evaluation import evaluate
 from co_detr.engine.evaluation_hook import EvaluationHook
 from co_detr.engine.joint import jointly
@@ -60,10 +61,17 @@ def build_model(cfg: DictConfig) -> nn.Module:
     Raises:
         ConfigError: if the device does not exist here.
     """
-    if torch.device(cfg.train.device).type == "cuda" and not torch.cuda.is_available():
+    device = torch.device(cfg.train.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             f"train.device={cfg.train.device} but no CUDA device is here: set train.device=cpu."
         )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"train.device={cfg.train.device} but this machine has {torch.cuda.device_count()} "
+            "GPU(s), counted from 0: name one of these."
+        )
+    configure_torch(cfg.train)
     model = instantiate(cfg.model).to(cfg.train.device)
     if cfg.train.compile:
         model.compile_layers()
@@ -83,7 +91,7 @@ def run_training(cfg: DictConfig, resume: bool, log: RunLog | None = None) -> di
     require_trackers(cfg)
     description = config_text(cfg)
     output_dir = cfg.train.output_dir
-    train_loader = instantiate(cfg.dataloader.train)
+    train_loader = pin_for(instantiate(cfg.dataloader.train), cfg.train.device)
     names = class_names(cfg.data.train)
     selection = build_selection(cfg, names)
     val_set = load_validation_set(cfg)
@@ -248,7 +256,7 @@ def _build_evaluation(
     Args:
         folder: for what it writes; None: `train.output_dir`.
     """
-    loader = instantiate(cfg.dataloader.test)
+    loader = pin_for(instantiate(cfg.dataloader.test), cfg.train.device)
     loader.worker_init_fn = outlive_signals
     node = copy.deepcopy(cfg.dataloader.evaluator)
     output_dir = cfg.train.output_dir if folder is None else folder

@@ -14,6 +14,7 @@ from detectron2.config import instantiate
 from detectron2.structures import Instances
 from torch import Tensor
 
+from co_detr.engine.cuda_settings import cuda_settings
 from co_detr.errors import ConfigError, DataError
 from co_detr.prediction.images import ImageSource, in_format, read_rgb
 from co_detr.prediction.loading import Config, load_detector
@@ -88,6 +89,7 @@ class Predictor:
         detector = load_detector(config, checkpoint, overrides=overrides, unsafe=unsafe)
         self.model = detector.model.to(self.device)
         self.class_names = detector.class_names
+        self._train = detector.cfg.train
         mapper = detector.cfg.dataloader.test.mapper
         self.image_format: str = mapper.image_format
         self._resize = T.AugmentationList(instantiate(mapper.augmentations))
@@ -140,12 +142,12 @@ class Predictor:
 
     @torch.no_grad()
     def _detect(self, batch: list[tuple[Key, Sample]]) -> list[tuple[Key, Sample, Instances]]:
-        outputs = self.model(
-            [
-                {"image": sample.image, "height": len(sample.rgb), "width": sample.rgb.shape[1]}
-                for _, sample in batch
-            ]
-        )
+        inputs = [
+            {"image": sample.image, "height": len(sample.rgb), "width": sample.rgb.shape[1]}
+            for _, sample in batch
+        ]
+        with cuda_settings(self._train, self.device):
+            outputs = self.model(inputs)
         detections = [output["instances"].to("cpu") for output in outputs]
         return [
             (key, sample, found[found.scores >= self.score_threshold])

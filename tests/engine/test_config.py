@@ -4,11 +4,12 @@ import typing
 from pathlib import Path
 
 import pytest
-from detectron2.config import instantiate
+from detectron2.config import LazyCall, instantiate
+from detectron2.solver import WarmupParamScheduler
 from omegaconf import OmegaConf
 
 from co_detr.engine.config import load_config, save_config
-from co_detr.engine.optim import LearningRateFactor, StepSchedule
+from co_detr.engine.optim import LearningRateFactor, StepSchedule, WarmUp
 from co_detr.engine.overrides import TEXT_OR_NULL, text_override
 from co_detr.engine.run import build_model, run_training
 from co_detr.engine.tracking.mlflow_writer import MlflowSettings
@@ -224,3 +225,36 @@ def test_schedule_drops_at_the_eleventh_of_twelve_epochs():
     assert schedule(82499 / 90000) == 1.0
     assert schedule(82500 / 90000) == pytest.approx(0.1)
     assert StepSchedule([0.9, 0.5])(0.95) == pytest.approx(0.01)
+
+
+def test_a_warm_up_is_as_long_as_it_says_whatever_the_training(tmp_path):
+    path = str(ROOT / "configs" / "co_dino_vit_l_o365_12ep.py")
+    for max_iter in (90000, 1000, 100):
+        cfg = load_config(path, [f"train.max_iter={max_iter}"])
+        save_config(cfg, str(tmp_path / "config.yaml"))
+        for each in (cfg, load_config(str(tmp_path / "config.yaml"))):
+            schedule = instantiate(each.lr_multiplier)
+            for iteration in (0, 1, 50, 99):
+                where = iteration / max_iter
+                expected = (0.01 + 0.99 * iteration / 500) * (0.1 if where >= 7 / 12 else 1)
+                assert schedule(where) == pytest.approx(expected, rel=1e-6)
+            if max_iter > 500:
+                assert schedule(500 / max_iter) == schedule(0.5) == 1.0
+                assert schedule(0.9) == pytest.approx(0.1)  # the drops of the schedule behind it
+
+
+def test_a_warm_up_equals_that_of_detectron2():
+    inner = StepSchedule([0.6])
+    ours, theirs = WarmUp(inner, 25, 100, 0.1), WarmupParamScheduler(inner, 0.1, 0.25)
+    for iteration in range(100):
+        assert ours(iteration / 100) == pytest.approx(theirs(iteration / 100), rel=1e-12)
+
+
+def test_a_saved_warm_up_of_an_earlier_version_still_loads(tmp_path):
+    cfg = load_config(str(ROOT / "configs" / "quickstart.py"))
+    cfg.lr_multiplier = LazyCall(WarmupParamScheduler)(
+        scheduler=cfg.lr_multiplier, warmup_factor=0.01, warmup_length=0.25
+    )
+    save_config(cfg, str(tmp_path / "config.yaml"))
+    again = load_config(str(tmp_path / "config.yaml"))
+    assert instantiate(again.lr_multiplier)(0.0) == pytest.approx(0.01)
