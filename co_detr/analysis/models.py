@@ -12,7 +12,8 @@ import torch
 
 from co_detr.analysis.subject import Subject
 from co_detr.data.coco_file import shortened
-from co_detr.engine.checkpoint_files import FINAL, kept_checkpoints
+from co_detr.engine.checkpoint_files import FINAL, belongs_to, kept_checkpoints
+from co_detr.engine.run_folder import read_identity
 from co_detr.engine.selection import BEST
 from co_detr.errors import ConfigError
 from co_detr.modeling import CoDETR
@@ -101,9 +102,14 @@ def _split_weights(place: str) -> tuple[str, str]:
 
 
 def _of_run(name: str, folder: Path) -> ModelArgument:
-    checkpoints = tuple(Path(path) for path in kept_checkpoints(str(folder)))
+    run = read_identity(str(folder))
+
+    def is_own(path: Path) -> bool:
+        return path.is_file() and (run is None or belongs_to(str(path), run))
+
+    checkpoints = tuple(filter(is_own, map(Path, kept_checkpoints(str(folder)))))
     preferred = (folder / FINAL, folder / f"{BEST}.pth", *reversed(checkpoints))
-    weights = next((path for path in preferred if path.is_file()), None)
+    weights = next(filter(is_own, preferred), None)
     missing = [
         what
         for what, there in ((CONFIG, (folder / CONFIG).is_file()), ("checkpoint", weights))

@@ -56,7 +56,7 @@ def last_readable(folder: str) -> str:
     for name in names:
         path = os.path.join(folder, name)
         problem = problem_of(path)
-        if problem is None and run is not None and not _belongs_to(path, run):
+        if problem is None and run is not None and not belongs_to(path, run):
             others.append(name)
             continue
         if problem is None:
@@ -125,7 +125,8 @@ def problem_of(path: str) -> str | None:
     return None if damaged is None else f"is damaged (checksum of {damaged})"
 
 
-def _belongs_to(path: str, run: RunIdentity) -> bool:
+def belongs_to(path: str, run: RunIdentity) -> bool:
+    """Whether a checkpoint is of the run, and not of another one that has used its folder."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         # Without a trainer it is nothing to resume, and loading it says so.

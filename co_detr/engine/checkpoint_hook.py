@@ -8,7 +8,7 @@ from detectron2.engine import HookBase
 
 from co_detr.engine.checkpoint import Checkpointer
 from co_detr.engine.checkpoint_files import FINAL, numbered_name, remove_old
-from co_detr.engine.joint import raise_jointly
+from co_detr.engine.joint import jointly, raise_jointly
 from co_detr.errors import CheckpointError, ConfigError
 
 
@@ -65,8 +65,7 @@ class CheckpointHook(HookBase):
         if steps % self.period == 0 or evaluates or (self.trainer.stopping and not is_last):
             name = numbered_name(iteration)
             self._save(name)
-            if self.max_to_keep is not None and self.checkpointer.save_to_disk:
-                remove_old(self.checkpointer.save_dir, f"{name}.pth", self.max_to_keep)
+            self._remove_old(name)
         if is_last:
             self._save_final()
 
@@ -74,6 +73,11 @@ class CheckpointHook(HookBase):
         # An evaluation may have ended the training early.
         if not self._has_final:
             self._save_final()
+
+    def _remove_old(self, newest: str) -> None:
+        folder, limit = self.checkpointer.save_dir, self.max_to_keep
+        if limit is not None:
+            jointly(lambda: remove_old(folder, f"{newest}.pth", limit))
 
     def _save_final(self) -> None:
         self._save(FINAL.removesuffix(".pth"))

@@ -332,6 +332,11 @@ def _initialise(
         identity = earlier or RunIdentity.new()
         checkpointer.run_id = identity.run_id
         return 0, identity
+    if AVERAGED in loaded:  # nobody has taken it
+        logger.warning(
+            "The averaged weights of %s are dropped, as train.ema.enabled is false.",
+            checkpointer.resumed_from,
+        )
     start_iter = trainer.iter + 1
     if start_iter > cfg.train.max_iter:
         raise ConfigError(

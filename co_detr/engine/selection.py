@@ -13,7 +13,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 
 from co_detr.engine.checkpoint import Checkpointer
-from co_detr.engine.joint import raise_jointly
+from co_detr.engine.joint import jointly
 from co_detr.engine.trainer import Trainer
 from co_detr.errors import CheckpointError, ConfigError
 from co_detr.files import written_whole
@@ -128,13 +128,7 @@ class ModelSelection:
         self, steps: int, metrics: Mapping[str, float], trainer: Trainer, checkpointer: Checkpointer
     ) -> None:
         """Saves if this is the best so far; lowers ``trainer.max_iter`` if it is time to end."""
-        problem = None
-        if comm.is_main_process():
-            try:
-                self._keep_best(steps, metrics, checkpointer)
-            except CheckpointError as error:
-                problem = error
-        raise_jointly(problem)
+        jointly(lambda: self._keep_best(steps, metrics, checkpointer))
         if steps < trainer.max_iter and self.exhausted(steps):
             trainer.max_iter = steps
 
