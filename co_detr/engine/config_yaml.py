@@ -90,7 +90,11 @@ def read_yaml_config(path: str) -> DictConfig:
         ConfigError: if the file is unreadable, or holds anything that a config may not (see above).
     """
     content = read_yaml(path)
-    for where, value in leaves(content):
+    try:
+        found = list(leaves(content))
+    except RecursionError as error:
+        raise _refused(path, "a part of it contains itself") from error
+    for where, value in found:
         if where.endswith("._target_") or where == "_target_":
             try:
                 if not callable(value):  # else the loader has found it by its name
@@ -118,7 +122,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise _refused(path, str(error)) from error
     except OSError as error:
         raise ConfigError(f"config file {path} cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f" in line {mark.line + 1}"
         reason = getattr(error, "problem", None) or first_line(error)

@@ -85,16 +85,10 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> None:
 
 def text_override(key: str, text: str) -> str:
     """The override that sets a key to a text as it is, whatever it looks like."""
-    if text == os.path.expanduser(text) and not _is_special(text):
-        return f"{key}={text}"
     # Backslashes count where a quotation mark or the end follows.
     escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
     escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
     return f'{key}="{escaped}"'
-
-
-def _is_special(text: str) -> bool:
-    return text[:1] in tuple("'\"[{") or text.lower() == "null"
 
 
 def _text(key: str, raw: str, expected: _Expected) -> Any:

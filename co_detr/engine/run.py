@@ -42,7 +42,7 @@ from co_detr.engine.run_folder import (
     read_identity,
 )
 from co_detr.engine.selection import build_selection
-from co_detr.engine.setup import RunLog, description_of_resumed, write_description
+from co_detr.engine.setup import CONFIG_FILE, RunLog, description_of_resumed, write_description
 from co_detr.engine.step import StepSettings
 from co_detr.engine.stop_signals import outlive_signals
 from co_detr.engine.tracking import build_trackers, require_trackers
@@ -131,6 +131,7 @@ def run_training(cfg: DictConfig, resume: bool, log: RunLog | None = None) -> di
             logger.info("Removed what an interrupted run left half written: %s", ", ".join(removed))
         identity.write(output_dir)
         write_description(output_dir, description)
+        logger.info("Configuration: %s", os.path.join(output_dir, CONFIG_FILE))
         if selection is not None and not start_iter:
             selection.history.forget_earlier_run()
         own = build_writers(

@@ -59,11 +59,6 @@ class RunLog:
         self._early.flush()
         self._attach(file)
 
-    def close(self) -> None:
-        for name in _LOGGERS:
-            logging.getLogger(name).removeHandler(self._handler)
-        self._handler.close()
-
     def _attach(self, handler: logging.Handler) -> None:
         for name in _LOGGERS:
             logging.getLogger(name).removeHandler(self._handler)

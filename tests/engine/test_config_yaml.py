@@ -166,6 +166,7 @@ def test_own_modules_may_be_named_and_installed_ones_if_allowed(tiny_cfg, tmp_pa
         (b"", "has no keys"),
         (b"- 1", "has no keys"),
         (b"model: {_target_: co_detr.modeling.Nothing}", "Nothing does not exist"),
+        (b"model: &a {b: *a}", "a part of it contains itself"),
         (b"model: 1", "does not define optimizer, lr_multiplier"),
     ],
 )
