@@ -72,20 +72,29 @@ class ProgressPrinter(EventWriter):
 
 
 class MetricsWriter(ScalarWriter):
-    """A line of json for each iteration that has something new; on the disk when it returns."""
+    """A line of json for each iteration that has something new; on the disk when it returns.
+
+    An evaluation, which is known later than the losses of its iteration, joins them in their line.
+    """
 
     def __init__(self, path: str, window_size: int) -> None:
         super().__init__(window_size)
-        self.file = open(path, "a", encoding="utf-8")
+        self.path = path
+        *_, last = ["{}", *_lines(path)]
+        self.last: dict[str, float] = json.loads(last)
 
     def log(self, iteration: int, scalars: dict[str, float]) -> None:
-        line = json.dumps({**scalars, "iteration": iteration}, sort_keys=True)
-        self.file.write(f"{line}\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def close(self) -> None:
-        self.file.close()
+        joins = self.last.get("iteration") == iteration
+        self.last = {**(self.last if joins else {}), **scalars, "iteration": iteration}
+        line = json.dumps(self.last, sort_keys=True) + "\n"
+        if joins:
+            with written_whole(self.path) as file:
+                file.writelines([*_lines(self.path)[:-1], line])
+            return
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 class TensorBoardWriter(ScalarWriter):
@@ -181,23 +190,25 @@ def is_evaluation(name: str) -> bool:
     return name.startswith(EVALUATION_PREFIXES)
 
 
-def _purge_metrics(path: str, stays: Callable[[str, int], bool]) -> None:
+def _lines(path: str) -> list[str]:
     if not os.path.exists(path):
-        return
-    kept = []
+        return []
     with open(path, encoding="utf-8") as file:
-        for line in file:
-            try:
-                scalars = json.loads(line)
-            except json.JSONDecodeError:
-                break  # a run that was killed can leave half a line at the end
-            names = scalars.keys() - {"iteration"}
-            staying = {name for name in names if stays(name, scalars["iteration"])}
-            if staying == names:
-                kept.append(line if line.endswith("\n") else f"{line}\n")
-            elif staying:
-                left = {name: scalars[name] for name in (*staying, "iteration")}
-                kept.append(json.dumps(left, sort_keys=True) + "\n")
+        return file.readlines()
+
+
+def _purge_metrics(path: str, stays: Callable[[str, int], bool]) -> None:
+    kept = []
+    for line in _lines(path):
+        try:
+            scalars = json.loads(line)
+        except json.JSONDecodeError:
+            break  # a run that was killed can leave half a line at the end
+        left = {name: value for name, value in scalars.items() if name != "iteration"}
+        left = {name: value for name, value in left.items() if stays(name, scalars["iteration"])}
+        if left:
+            line = json.dumps({**left, "iteration": scalars["iteration"]}, sort_keys=True)
+            kept.append(f"{line}\n")
     with written_whole(path) as file:
         file.writelines(kept)
 
