@@ -23,23 +23,25 @@ from co_detr.engine.dry_run import dry_run
 from co_detr.engine.launch import launch, parse_arguments, report
 from co_detr.engine.own_data import adopt_class_count, check_data
 from co_detr.engine.run import run_evaluation_only, run_training
+from co_detr.engine.run_folder import exclusive
 from co_detr.engine.setup import setup_run
 from co_detr.errors import UserError
 
 
 def main(cfg: DictConfig, args: argparse.Namespace) -> None:
     """Runs in every process."""
-    setup_run(cfg, write=not args.dry_run)
+    log = setup_run(cfg)
     if args.dry_run:
         measured = dry_run(cfg)
         if comm.is_main_process():
             print(measured.text())
-        return
-    check_data(cfg, args.eval_only)
-    if args.eval_only:
-        run_evaluation_only(cfg, args.resume)
+    elif args.eval_only:
+        check_data(cfg, eval_only=True)
+        run_evaluation_only(cfg, args.resume, log)
     else:
-        run_training(cfg, args.resume)
+        with exclusive(cfg.train.output_dir):
+            check_data(cfg)
+            run_training(cfg, args.resume, log)
 
 
 def command_line() -> int:

@@ -33,7 +33,7 @@ optimizer.params.update(
     lr_factor_func=L(LayerDecay)(decay_rate=0.8, num_layers=24),
 )
 set_epochs(train, lr_multiplier, epochs=12, drops=[7])
-lr_multiplier = warmed_up(lr_multiplier, train)
+lr_multiplier = warmed_up(lr_multiplier)
 train.init_checkpoint = ""
 train.init_checkpoint_mismatch = "reset"
 train.output_dir = "output/co_dino_vit_l_o365_12ep"

@@ -21,7 +21,7 @@ model.backbone.bottom_up.square_size = "${...padding.square_size}"
 
 optimizer.update(lr=5e-5, weight_decay=0.05)
 set_epochs(train, lr_multiplier, epochs=16, drops=[9, 15], iterations=LVIS)
-lr_multiplier = warmed_up(lr_multiplier, train)
+lr_multiplier = warmed_up(lr_multiplier)
 train.clip_grad.max_norm = None
 train.init_checkpoint = ""
 train.init_checkpoint_mismatch = "reset"

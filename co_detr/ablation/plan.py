@@ -7,6 +7,7 @@ from pathlib import Path
 
 from co_detr.ablation.grid import Grid, Variant
 from co_detr.engine.config import load_config
+from co_detr.engine.overrides import text_override
 from co_detr.errors import ConfigError
 
 
@@ -37,7 +38,7 @@ class RunSpec:
     def arguments(self) -> list[str]:
         """Arguments of train_net.py."""
         config, *overrides = self.settings
-        output_dir = f'train.output_dir="{self.folder}"'  # may hold what overrides give a meaning
+        output_dir = text_override("train.output_dir", str(self.folder))
         return ["--config-file", config, "--resume", *overrides, output_dir]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,8 @@ import torch
 from co_detr.analysis.subject import Subject
 from co_detr.data.coco_file import shortened
 from co_detr.data.images import ImageReader
-from co_detr.engine.checkpoint_files import FINAL, kept_checkpoints
+from co_detr.engine.checkpoint_files import FINAL, belongs_to, kept_checkpoints
+from co_detr.engine.run_folder import read_identity
 from co_detr.engine.selection import BEST
 from co_detr.errors import ConfigError
 from co_detr.modeling import CoDETR
@@ -43,18 +46,18 @@ def parse_model(text: str) -> ModelArgument:
 
     A folder is the output folder of a run, whose last weights are taken, or else its best ones. A
     checkpoint alone lies in such a folder. The name ends at the last ``=``, so that it may have one
-    itself, as ``K = 2``.
+    itself, as ``K = 2``, unless what follows another one exists: paths may have ``=`` and ``,``.
 
     Raises:
         ConfigError: if the folder is missing or has no config or no weights.
     """
-    name, _, place = (part.strip() for part in text.rpartition("="))
+    name, place = _split_name(text)
     if not place:
         raise ConfigError(
             f"--model {text!r} names no model: write NAME=FOLDER, with the output folder of a run, "
             "or NAME=CONFIG,WEIGHTS."
         )
-    config, _, weights = (part.strip() for part in place.partition(","))
+    config, weights = _split_weights(place)
     if weights:
         return ModelArgument(name or Path(weights).stem, config, weights)
     path = Path(config)
@@ -77,10 +80,38 @@ def parse_model(text: str) -> ModelArgument:
     return ModelArgument(name or path.stem, str(beside), config)
 
 
+def _split_name(text: str) -> tuple[str, str]:
+    """Name, which may be empty, and what it stands for."""
+    starts = [0, *(match.end() for match in re.finditer("=", text))]
+    places = [text[start:].strip() for start in starts]
+    found = [
+        # A config may also be a name of the model zoo.
+        sum(2 - at for at, part in enumerate(_split_weights(place)) if os.path.exists(part))
+        for place in places
+    ]
+    best = found.index(max(found)) if any(found) else len(places) - 1
+    return text[: max(0, starts[best] - 1)].strip(), places[best]
+
+
+def _split_weights(place: str) -> tuple[str, str]:
+    """Config or folder, and weights, which may be empty."""
+    commas = [match.start() for match in re.finditer(",", place)]
+    splits = [(place[:comma].strip(), place[comma + 1 :].strip()) for comma in commas]
+    if os.path.exists(place) or not splits:
+        return place, ""
+    there = [split for split in splits if os.path.isfile(split[1])]
+    return (there or splits)[0]
+
+
 def _of_run(name: str, folder: Path) -> ModelArgument:
-    checkpoints = tuple(Path(path) for path in kept_checkpoints(str(folder)))
+    run = read_identity(str(folder))
+
+    def is_own(path: Path) -> bool:
+        return path.is_file() and (run is None or belongs_to(str(path), run))
+
+    checkpoints = tuple(filter(is_own, map(Path, kept_checkpoints(str(folder)))))
     preferred = (folder / FINAL, folder / f"{BEST}.pth", *reversed(checkpoints))
-    weights = next((path for path in preferred if path.is_file()), None)
+    weights = next(filter(is_own, preferred), None)
     missing = [
         what
         for what, there in ((CONFIG, (folder / CONFIG).is_file()), ("checkpoint", weights))

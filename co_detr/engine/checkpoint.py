@@ -27,7 +27,12 @@ from co_detr.checkpoint_classes import match_classes, remap_classes
 from co_detr.checkpoint_reading import read_checkpoint
 from co_detr.checkpoint_report import LoadReport, mismatch_error
 from co_detr.engine.backbone_file import backbone_state, is_backbone
-from co_detr.engine.checkpoint_files import MARKER, has_checkpoints, last_readable_jointly
+from co_detr.engine.checkpoint_files import (
+    MARKER,
+    RUN_ID,
+    has_checkpoints,
+    last_readable_jointly,
+)
 from co_detr.errors import CheckpointError, ConfigError
 from co_detr.files import write_error_of, written_whole
 from co_detr.modeling import CoDETR
@@ -63,6 +68,10 @@ class Checkpointer(DetectionCheckpointer):
         weights: which weights to load of a file that has two sets (train.init_checkpoint_weights);
             None: those that training goes on from.
         class_names: of the data, in order; saved in every checkpoint.
+
+    Attributes:
+        run_id: of the run, saved in every checkpoint; None: of none.
+        resumed_from: path of the checkpoint that `resume_or_load` has resumed from, or "".
         checkpointables: see `DetectionCheckpointer`.
 
     Raises:
@@ -89,6 +98,8 @@ class Checkpointer(DetectionCheckpointer):
         self.unsafe = unsafe
         self.weights = weights
         self.class_names = None if class_names is None else list(class_names)
+        self.run_id: str | None = None
+        self.resumed_from = ""
         self._report = LoadReport("", 0)
         self._resuming = False
 
@@ -103,6 +114,8 @@ class Checkpointer(DetectionCheckpointer):
         data = {"model": self.model.state_dict()}
         if self.class_names is not None:
             data["class_names"] = self.class_names
+        if self.run_id is not None:
+            data[RUN_ID] = self.run_id
         data.update({key: part.state_dict() for key, part in self.checkpointables.items()})
         data.update(kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")
@@ -143,6 +156,7 @@ class Checkpointer(DetectionCheckpointer):
             return self.load(path, checkpointables=[])
         found = last_readable_jointly(self.save_dir)
         self._resuming = True
+        self.resumed_from = found
         try:
             return self.load(found)
         finally:
@@ -261,12 +275,14 @@ class Checkpointer(DetectionCheckpointer):
         kept += [f"{key} is not in the file" for key in incompatible.missing_keys]
         unused = [*incompatible.unexpected_keys, *unknown]
         if self.mismatch != "reset" and (kept or unused):
-            raise mismatch_error(
-                [*kept, *(f"{key} is not in the model" for key in unused)],
-                "build the model with the settings it was trained with (such as "
-                "model.num_classes), or set train.init_checkpoint_mismatch=by_name to take class "
-                "heads over by class name, or =reset to load only what fits",
-            )
+            mend = "build the model with the settings it was trained with (such as "
+            mend += "model.num_classes), or "
+            if self._resuming:
+                mend += "start a new run with train.init_checkpoint set to the checkpoint"
+            else:
+                mend += "set train.init_checkpoint_mismatch=by_name to take class heads over by "
+                mend += "class name, or =reset to load only what fits"
+            raise mismatch_error([*kept, *(f"{key} is not in the model" for key in unused)], mend)
         self._report.kept, self._report.unused = kept, unused
         if self._report.num_loaded == 0:
             raise mismatch_error(

@@ -8,15 +8,18 @@ import re
 import zipfile
 from contextlib import suppress
 
+import torch
 from detectron2.utils import comm
 
 from co_detr.engine.joint import raise_jointly
+from co_detr.engine.run_folder import RUN_FILE, RunIdentity, read_identity
 from co_detr.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 MARKER = "last_checkpoint"  # holds the name of the newest checkpoint, as in Detectron2
 FINAL = "model_final.pth"
+RUN_ID = "run_id"  # the key in a checkpoint
 
 _NUMBERED = re.compile(r"model_(\d{7,})\.pth")
 
@@ -40,17 +43,22 @@ def last_readable(folder: str) -> str:
     """Path of the newest checkpoint that is whole; warns if it is not the last one.
 
     That is the one that `last_checkpoint` names, or else the one with the highest iteration below.
-    Without `last_checkpoint`, it is the one that was written last.
+    Without `last_checkpoint`, it is the one that was written last. Those of other runs than the one
+    that was started last in the folder do not count (`RunIdentity`).
 
     Raises:
-        CheckpointError: if there are checkpoints but none can be read.
+        CheckpointError: if there are checkpoints but none can be read, or all are of other runs.
     """
     last = _marked(folder)
     names = _newest_first(folder, last)
-    problems = []
+    run = read_identity(folder)
+    problems, others = [], []
     for name in names:
         path = os.path.join(folder, name)
         problem = problem_of(path)
+        if problem is None and run is not None and not belongs_to(path, run):
+            others.append(name)
+            continue
         if problem is None:
             if problems:
                 logger.warning(
@@ -67,6 +75,13 @@ def last_readable(folder: str) -> str:
                 )
             return path
         problems.append(f"checkpoint {path} {problem}")
+    if others and not problems and run is not None:
+        raise CheckpointError(
+            f"the run that was started last in {folder}, at {run.started}, has saved no checkpoint "
+            f"yet, and {others[0]} is of another run before it: leave --resume out to start anew, "
+            f"or remove {os.path.join(folder, RUN_FILE)} to continue the other run, with its own "
+            "settings."
+        )
     raise CheckpointError(
         f"no checkpoint in {folder} can be read ({'; '.join(problems) or 'there is none'}): put a "
         "readable one there, or leave --resume out to start anew."
@@ -108,6 +123,16 @@ def problem_of(path: str) -> str | None:
     except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
         return f"is cut off or damaged ({error})"
     return None if damaged is None else f"is damaged (checksum of {damaged})"
+
+
+def belongs_to(path: str, run: RunIdentity) -> bool:
+    """Whether a checkpoint is of the run, and not of another one that has used its folder."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Without a trainer it is nothing to resume, and loading it says so.
+        return "trainer" not in content or run.owns(content.get(RUN_ID))
+    except Exception:  # loading says what is wrong with it
+        return True
 
 
 def remove_old(folder: str, newest: str, max_to_keep: int) -> None:

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+
 from detectron2.engine import hooks
 
 from co_detr.engine.evaluation import EvaluationStopped
+from co_detr.engine.writers import WriterHook
+from co_detr.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class EvaluationHook(hooks.EvalHook):
-    """Detectron2's `EvalHook`, which a signal can cut short.
+    """Detectron2's `EvalHook`, behind the checkpoint of its iteration (see `CheckpointHook`).
 
-    The checkpoint that is saved then says so (`Trainer.evaluation_pending`), and the run that goes
-    on from it begins with the evaluation.
+    A signal can cut an evaluation short. What was not finished, for whatever reason, is made up for
+    by the run that goes on from the checkpoint.
+
+    Args:
+        period: iterations between two evaluations; 0: only at the end.
+        evaluation: see `PeriodicEvaluation`.
+        writers: write what it has put into the storage.
     """
+
+    def __init__(self, period: int, evaluation: Callable[[], None], writers: WriterHook) -> None:
+        super().__init__(period, evaluation)
+        self._writers = writers
 
     def before_train(self) -> None:
         if self.trainer.evaluation_pending:
@@ -21,8 +37,18 @@ class EvaluationHook(hooks.EvalHook):
             self._do_eval()
 
     def _do_eval(self) -> None:
-        self.trainer.evaluation_pending = False
         try:
             super()._do_eval()
         except EvaluationStopped:
             self.trainer.evaluation_pending = self.trainer.stopping = True
+        except UserError:
+            raise
+        except Exception:
+            logger.error(
+                "The evaluation failed. What was trained is saved: the same command with --resume "
+                "goes on from it, and makes the evaluation first."
+            )
+            raise
+        else:
+            self.trainer.evaluation_pending = False
+            self._writers.write()

@@ -27,8 +27,22 @@ Main = Callable[[DictConfig, argparse.Namespace], object]
 
 _INTERRUPTED = 128 + signal.SIGINT  # as shells have it
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
-# What gloo, NCCL and the rendezvous say where a peer is gone.
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out")
+# What is said where a peer is gone or does not answer.
+_LOST_PEER = (
+    # gloo
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out"),
+    # NCCL and its watchdog
+    *("NCCL communicator was aborted", "Watchdog caught collective operation timeout"),
+    *("remote process exited", "remote process has terminated", "ncclRemoteError"),
+    *("ncclInProgress", "unhandled system error", "failed to recv, got 0 bytes"),
+    # the store in which processes find each other
+    *(
+        "Socket Timeout",
+        "wait timeout after",
+        "Connection was likely closed",
+        "recvValueWithTimeout",
+    ),
+)
 
 EPILOG = """
 examples:
@@ -74,23 +88,19 @@ def launch(main: Main, cfg: DictConfig, args: argparse.Namespace) -> int:
         The exit code: 0, 2 after an error that was explained in one sentence, 130 after Ctrl-C.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        _check_devices(cfg, int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"]))
         return _run_under_torchrun(main, cfg, args)
+    _check_devices(cfg, args.num_gpus * args.num_machines, args.num_gpus)
     if args.num_gpus * args.num_machines == 1:
         return guarded(main, cfg, args)
     if args.num_machines > 1 and args.dist_url == "auto":
         raise ConfigError("--num-machines needs --dist-url tcp://ADDRESS_OF_MACHINE_0:PORT.")
     # Detectron2 talks over NCCL wherever a GPU is present, whatever train.device says.
-    if torch.cuda.is_available():
-        if torch.device(cfg.train.device).type == "cpu":
-            raise ConfigError(
-                "--num-gpus with train.device=cpu is not possible on a machine with GPUs: start "
-                "CPU processes with torchrun --nproc-per-node N train_net.py ..."
-            )
-        if args.num_gpus > torch.cuda.device_count():
-            raise ConfigError(
-                f"--num-gpus {args.num_gpus} but this machine has {torch.cuda.device_count()}: "
-                "ask for no more than there are."
-            )
+    if torch.cuda.is_available() and torch.device(cfg.train.device).type == "cpu":
+        raise ConfigError(
+            "--num-gpus with train.device=cpu is not possible on a machine with GPUs: start CPU "
+            "processes with torchrun --nproc-per-node N train_net.py ..."
+        )
     try:
         with _forwarded_signals():
             launch_processes(
@@ -112,6 +122,29 @@ def launch(main: Main, cfg: DictConfig, args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return _INTERRUPTED  # the first process has said so
     return 0
+
+
+def _check_devices(cfg: DictConfig, processes: int, on_this_machine: int) -> None:
+    """Every process has a GPU of its own.
+
+    Raises:
+        ConfigError: the same in all processes, before they wait for each other.
+    """
+    device = torch.device(cfg.train.device)
+    if processes == 1 or device.type != "cuda":
+        return
+    if device.index is not None:
+        raise ConfigError(
+            f"train.device={cfg.train.device} is one GPU, but the run has {processes} processes: "
+            "set train.device=cuda, which gives each process its own (CUDA_VISIBLE_DEVICES chooses "
+            "among those of the machine)."
+        )
+    count = torch.cuda.device_count()
+    if torch.cuda.is_available() and on_this_machine > count:
+        raise ConfigError(
+            f"{on_this_machine} processes are to run on this machine, but it has {count} GPU(s): "
+            "start no more (--num-gpus, or --nproc-per-node of torchrun) than there are."
+        )
 
 
 def guarded(main: Main, cfg: DictConfig, args: argparse.Namespace) -> int:
@@ -164,6 +197,7 @@ def report(error: UserError, debug: bool) -> None:
 
 
 def _exit_guarded(main: Main, cfg: DictConfig, args: argparse.Namespace) -> None:
+    _share_patience(_patience(cfg))
     code = guarded(main, cfg, args)
     if code:
         sys.exit(code)
@@ -190,14 +224,29 @@ def _patience(cfg: DictConfig) -> timedelta:
     return timedelta(minutes=cfg.train.process_timeout_minutes)
 
 
+def _share_patience(patience: timedelta) -> None:
+    """Lets processes wait for each other's objects as long as for tensors.
+
+    Beside NCCL, Detectron2 sends objects (results, errors) through a gloo group that it makes at
+    the first use, with a timeout of half an hour that it offers no setting for. Most of the waiting
+    is done there, as for a long evaluation of the main process.
+    """
+    if dist.get_backend() == "nccl":
+        group = dist.new_group(backend="gloo", timeout=patience)
+        comm._get_global_gloo_group = lambda: group
+
+
 def _run_under_torchrun(main: Main, cfg: DictConfig, args: argparse.Namespace) -> int:
     local_rank = int(os.environ["LOCAL_RANK"])
-    on_gpu = torch.device(cfg.train.device).type == "cuda" and torch.cuda.is_available()
+    device = torch.device(cfg.train.device)
+    on_gpu = device.type == "cuda" and torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(local_rank if device.index is None else device.index)
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_patience(cfg))
-    try:
-        comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
-        return guarded(main, cfg, args)
-    finally:
+    _share_patience(_patience(cfg))
+    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    code = guarded(main, cfg, args)
+    # Where something has failed, others may never come to this point: no waiting for them.
+    if code == 0:
         dist.destroy_process_group()
+    return code

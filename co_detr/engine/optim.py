@@ -41,3 +41,29 @@ class StepSchedule(ParamScheduler):
     def __call__(self, where: float) -> float:
         # The epsilon keeps a drop at iteration 82500 of 90000 from being rounded to 82501.
         return self.factor ** bisect_right(self.drops, where + self.WHERE_EPSILON)
+
+
+class WarmUp(ParamScheduler):
+    """Another schedule behind a linear rise of the learning rate over the first iterations.
+
+    A number of iterations, unlike the fraction that Detectron2's `WarmupParamScheduler` takes,
+    stays right when `train.max_iter` is changed: moments of the optimizer need so many steps to
+    settle, however long the training is. A training that is shorter ends within the rise.
+
+    Args:
+        scheduler: of the whole training, whose rate is multiplied.
+        iterations: until the multiplier is 1; 0: no rise.
+        max_iter: of the training (``${train.max_iter}``).
+        factor: the first multiplier.
+    """
+
+    def __init__(
+        self, scheduler: ParamScheduler, iterations: int, max_iter: int, factor: float
+    ) -> None:
+        self.scheduler = scheduler
+        self.end = iterations / max_iter
+        self.factor = factor
+
+    def __call__(self, where: float) -> float:
+        progress = min(where / self.end, 1.0) if self.end > 0 else 1.0
+        return (self.factor * (1 - progress) + progress) * self.scheduler(where)

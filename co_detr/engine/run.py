@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Callable
@@ -10,9 +11,8 @@ from typing import Any
 
 import torch
 from detectron2.config import instantiate
-from detectron2.engine import hooks
+from detectron2.engine import HookBase, hooks
 from detectron2.engine.defaults import create_ddp_model
-from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import nn
 from torch.utils.data import DataLoader
@@ -21,9 +21,13 @@ from co_detr.checkpoint_averaged import AVERAGED
 from co_detr.data.coco import align_classes, class_names
 from co_detr.engine.averaging import EmaHook, build_averaged
 from co_detr.engine.checkpoint import Checkpointer
+from co_detr.engine.checkpoint_files import RUN_ID
 from co_detr.engine.checkpoint_hook import CheckpointHook
+from co_detr.engine.config import config_text
+from co_detr.engine.cuda_settings import configure_torch, pin_for
 from co_detr.engine.evaluation import evaluate
 from co_detr.engine.evaluation_hook import EvaluationHook
+from co_detr.engine.joint import jointly
 from co_detr.engine.out_of_memory import (
     evaluation_advice,
     explain_out_of_memory,
@@ -31,13 +35,20 @@ from co_detr.engine.out_of_memory import (
 )
 from co_detr.engine.own_data import align_with_checkpoint
 from co_detr.engine.periodic_evaluation import PeriodicEvaluation
+from co_detr.engine.run_folder import (
+    RunIdentity,
+    evaluation_folder,
+    holds_training,
+    read_identity,
+)
 from co_detr.engine.selection import build_selection
+from co_detr.engine.setup import CONFIG_FILE, RunLog, description_of_resumed, write_description
 from co_detr.engine.step import StepSettings
 from co_detr.engine.stop_signals import outlive_signals
 from co_detr.engine.tracking import build_trackers, require_trackers
 from co_detr.engine.trainer import Trainer
 from co_detr.engine.validation_loss import load_validation_set
-from co_detr.engine.writers import build_writers
+from co_detr.engine.writers import WriterHook, build_writers
 from co_detr.errors import CheckpointError, ConfigError
 from co_detr.files import remove_incomplete
 
@@ -50,24 +61,37 @@ def build_model(cfg: DictConfig) -> nn.Module:
     Raises:
         ConfigError: if the device does not exist here.
     """
-    if torch.device(cfg.train.device).type == "cuda" and not torch.cuda.is_available():
+    device = torch.device(cfg.train.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             f"train.device={cfg.train.device} but no CUDA device is here: set train.device=cpu."
         )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"train.device={cfg.train.device} but this machine has {torch.cuda.device_count()} "
+            "GPU(s), counted from 0: name one of these."
+        )
+    configure_torch(cfg.train)
     model = instantiate(cfg.model).to(cfg.train.device)
     if cfg.train.compile:
         model.compile_layers()
     return model
 
 
-def run_training(cfg: DictConfig, resume: bool) -> dict[str, float]:
+def run_training(cfg: DictConfig, resume: bool, log: RunLog | None = None) -> dict[str, float]:
     """Trains and evaluates; returns the final COCO metrics (see `evaluate`).
 
     With `resume`, continues from the last checkpoint of `train.output_dir`, or starts anew if
-    there is none yet; otherwise starts from `train.init_checkpoint`.
+    there is none yet; otherwise starts from `train.init_checkpoint`. Nothing in the folder changes
+    before the first step is done: a start that fails leaves an earlier run as it was.
+
+    Args:
+        log: of the messages, if they are to be written.
     """
     require_trackers(cfg)
-    train_loader = instantiate(cfg.dataloader.train)
+    description = config_text(cfg)
+    output_dir = cfg.train.output_dir
+    train_loader = pin_for(instantiate(cfg.dataloader.train), cfg.train.device)
     names = class_names(cfg.data.train)
     selection = build_selection(cfg, names)
     val_set = load_validation_set(cfg)
@@ -77,23 +101,44 @@ def run_training(cfg: DictConfig, resume: bool) -> dict[str, float]:
     model = build_model(cfg)
     trainer = build_trainer(cfg, model, train_loader, train_loader.batch_sampler.accumulation_steps)
     logger.info(trainer.plan.text())
-    output_dir = cfg.train.output_dir
     os.makedirs(output_dir, exist_ok=True)
+    if log is not None and not jointly(lambda: holds_training(output_dir)):
+        log.open(output_dir)
     averaged = build_averaged(model, cfg)
     states = {"trainer": trainer} | ({} if averaged is None else {AVERAGED: averaged})
     checkpointer = _checkpointer(model, cfg, cfg.data.train, **states)
-    if comm.is_main_process() and (removed := remove_incomplete(output_dir)):
-        logger.info("Removed what an interrupted run left half written: %s", ", ".join(removed))
-    start_iter = _initialise(checkpointer, trainer, cfg.train.init_checkpoint, resume)
+    start_iter, identity = _initialise(checkpointer, trainer, cfg, resume)
+    if start_iter:
+        description = jointly(lambda: description_of_resumed(cfg, output_dir))
     if averaged is not None:
         averaged.start_from(model)
     evaluated = model if averaged is None else averaged.module
     max_iter = cfg.train.max_iter
-    if selection is not None and comm.is_main_process():
-        selection.history.start(resume=start_iter > 0)
+    if selection is not None:
+        history = selection.history
+        jointly(lambda: history.read(until=start_iter) if start_iter else None)
     if start_iter >= max_iter or (selection is not None and selection.exhausted(start_iter)):
         logger.info("Nothing to train: iteration %d of %d is done.", start_iter, max_iter)
         max_iter = start_iter  # what is left is the evaluation
+    saving, eval_period = cfg.train.checkpointer, cfg.train.eval_period
+    writers = WriterHook(cfg.train.log_period, eval_period)
+
+    def begin() -> None:
+        """Makes the folder this run's; in the main process."""
+        # First: a tracker that cannot be reached ends the run before it has changed anything.
+        trackers = build_trackers(cfg, resume=start_iter > 0)
+        if removed := remove_incomplete(output_dir):
+            logger.info("Removed what an interrupted run left half written: %s", ", ".join(removed))
+        identity.write(output_dir)
+        write_description(output_dir, description)
+        logger.info("Configuration: %s", os.path.join(output_dir, CONFIG_FILE))
+        if selection is not None and not start_iter:
+            selection.history.forget_earlier_run()
+        own = build_writers(
+            output_dir, start_iter, max_iter, cfg.train.log_period, trainer.evaluation_pending
+        )
+        writers.open([*own, *trackers])
+
     evaluation = PeriodicEvaluation(
         trainer,
         checkpointer,
@@ -102,16 +147,16 @@ def run_training(cfg: DictConfig, resume: bool) -> dict[str, float]:
         validation_loss=None if val_set is None else val_set.build_loss(names, trainer.settings),
         selection=selection,
     )
-    saving = cfg.train.checkpointer
     trainer.register_hooks(
         [
+            BeginHook(begin, output_dir, log),
             hooks.IterationTimer(),
             None if averaged is None else EmaHook(averaged, model),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            EvaluationHook(cfg.train.eval_period, evaluation),
-            _writer_hook(cfg, start_iter) if comm.is_main_process() else None,
-            # Last: what has a checkpoint is complete, with its evaluation and its log.
-            CheckpointHook(checkpointer, saving.period, saving.max_to_keep),
+            writers,
+            # Behind what belongs to an iteration, and before what can fail without harm to it.
+            CheckpointHook(checkpointer, saving.period, saving.max_to_keep, eval_period),
+            EvaluationHook(eval_period, evaluation, writers),
         ]
     )
     with explain_out_of_memory(
@@ -126,6 +171,39 @@ def run_training(cfg: DictConfig, resume: bool) -> dict[str, float]:
     return evaluation.metrics
 
 
+class BeginHook(HookBase):
+    """Lets a run change its folder as soon as it has something to put there, and not before.
+
+    That is behind its first step, or before an evaluation if there is nothing to train. Has to be
+    the first hook, in every process.
+
+    Args:
+        begin: is called once in the main process.
+        output_dir, log: all processes write their messages from then on.
+    """
+
+    def __init__(self, begin: Callable[[], None], output_dir: str, log: RunLog | None) -> None:
+        self._begin = begin
+        self._output_dir = output_dir
+        self._log = log
+        self._has_begun = False
+
+    def before_train(self) -> None:
+        if self.trainer.evaluation_pending or self.trainer.start_iter >= self.trainer.max_iter:
+            self._once()
+
+    def after_step(self) -> None:
+        self._once()
+
+    def _once(self) -> None:
+        if self._has_begun:
+            return
+        self._has_begun = True
+        jointly(self._begin)
+        if self._log is not None:
+            self._log.open(self._output_dir)
+
+
 def build_trainer(
     cfg: DictConfig, model: nn.Module, loader: DataLoader, accumulation_steps: int
 ) -> Trainer:
@@ -135,15 +213,26 @@ def build_trainer(
         loader: of micro-batches, of which `accumulation_steps` make a step.
     """
     logger.info("%.1f M parameters", sum(p.numel() for p in model.parameters()) / 1e6)
-    cfg.optimizer.params.model = model
-    optimizer = instantiate(cfg.optimizer)
+    node = copy.deepcopy(cfg.optimizer)  # a config describes; it does not hold a model
+    node.params.model = model
+    optimizer = instantiate(node)
     settings = _step_settings(cfg, accumulation_steps)
     return Trainer(_distributed(model, cfg), loader, optimizer, settings)
 
 
-def run_evaluation_only(cfg: DictConfig, resume: bool) -> dict[str, float]:
-    """Evaluates the last checkpoint of `train.output_dir` (`resume`) or `train.init_checkpoint`."""
-    run_evaluation = _build_evaluation(cfg)
+def run_evaluation_only(
+    cfg: DictConfig, resume: bool, log: RunLog | None = None
+) -> dict[str, float]:
+    """Evaluates the last checkpoint of `train.output_dir` (`resume`) or `train.init_checkpoint`.
+
+    Writes to `train.output_dir`, but where that holds a training, to its subfolder `evaluation`.
+    """
+    description = config_text(cfg)
+    folder = evaluation_folder(cfg.train.output_dir)
+    if log is not None:
+        log.open(folder)
+        jointly(lambda: write_description(folder, description))
+    run_evaluation = _build_evaluation(cfg, folder)
     model = build_model(cfg)
     checkpointer = _checkpointer(model, cfg, cfg.data.val)
     if checkpointer.mismatch != "by_name":
@@ -160,15 +249,25 @@ def run_evaluation_only(cfg: DictConfig, resume: bool) -> dict[str, float]:
     return run_evaluation(model)
 
 
-def _build_evaluation(cfg: DictConfig) -> Callable[..., dict[str, float]]:
-    """Loads the val set now and returns `evaluate` without its arguments behind the model."""
-    loader = instantiate(cfg.dataloader.test)
+def _build_evaluation(
+    cfg: DictConfig, folder: str | None = None
+) -> Callable[..., dict[str, float]]:
+    """Loads the val set now and returns `evaluate` without its arguments behind the model.
+
+    Args:
+        folder: for what it writes; None: `train.output_dir`.
+    """
+    loader = pin_for(instantiate(cfg.dataloader.test), cfg.train.device)
     loader.worker_init_fn = outlive_signals
-    evaluator = instantiate(cfg.dataloader.evaluator)
+    node = copy.deepcopy(cfg.dataloader.evaluator)
+    output_dir = cfg.train.output_dir if folder is None else folder
+    if node.get("output_dir") == cfg.train.output_dir:
+        node.output_dir = output_dir
+    evaluator = instantiate(node)
 
     def run(model: nn.Module, **arguments: Any) -> dict[str, float]:
         with explain_out_of_memory(cfg.train.device, "evaluation", lambda: evaluation_advice(cfg)):
-            return evaluate(model, loader, evaluator, cfg.train.output_dir, **arguments)
+            return evaluate(model, loader, evaluator, output_dir, **arguments)
 
     return run
 
@@ -209,29 +308,44 @@ def _distributed(model: nn.Module, cfg: DictConfig) -> nn.Module:
 
 
 def _initialise(
-    checkpointer: Checkpointer, trainer: Trainer, init_checkpoint: str, resume: bool
-) -> int:
-    """Loads what training starts from; returns the first iteration."""
-    if not checkpointer.has_checkpoint():
-        if resume:
-            logger.info("No checkpoint in %s: starting anew.", checkpointer.save_dir)
-        resume = False
-    elif resume:
+    checkpointer: Checkpointer, trainer: Trainer, cfg: DictConfig, resume: bool
+) -> tuple[int, RunIdentity]:
+    """Loads what training starts from; returns the first iteration, and which run it is."""
+    folder = checkpointer.save_dir
+    exists = checkpointer.has_checkpoint()
+    resumes = resume and exists
+    if resume and not exists:
+        logger.info("No checkpoint in %s: starting anew.", folder)
+    elif resumes:
         # What was saved by this run has to fit completely, whatever it was initialised from.
         checkpointer.mismatch = "error"
         checkpointer.weights = None  # the averaged ones are loaded as well
-    else:
+    elif exists:
         logger.warning(
             "%s holds checkpoints of an earlier run, which will be replaced; --resume continues "
             "that run.",
-            checkpointer.save_dir,
+            folder,
         )
-    checkpointer.resume_or_load(init_checkpoint, resume=resume)
-    return trainer.iter + 1 if resume else 0
-
-
-def _writer_hook(cfg: DictConfig, start_iter: int) -> hooks.PeriodicWriter:
-    train = cfg.train
-    writers = build_writers(train.output_dir, start_iter, train.max_iter, train.log_period)
-    writers += build_trackers(cfg, resume=start_iter > 0)
-    return hooks.PeriodicWriter(writers, period=train.log_period)
+    loaded = checkpointer.resume_or_load(cfg.train.init_checkpoint or "", resume=resumes)
+    # Only the main process writes, and knows for sure what is in the folder.
+    earlier = jointly(lambda: read_identity(folder)) if resume else None
+    if not resumes:
+        identity = earlier or RunIdentity.new()
+        checkpointer.run_id = identity.run_id
+        return 0, identity
+    if AVERAGED in loaded:  # nobody has taken it
+        logger.warning(
+            "The averaged weights of %s are dropped, as train.ema.enabled is false.",
+            checkpointer.resumed_from,
+        )
+    start_iter = trainer.iter + 1
+    if start_iter > cfg.train.max_iter:
+        raise ConfigError(
+            f"train.max_iter={cfg.train.max_iter}, but {checkpointer.resumed_from} has "
+            f"{start_iter} iterations behind it: set train.max_iter to at least that, or start a "
+            "new run in another train.output_dir."
+        )
+    saved = loaded.get(RUN_ID)
+    identity = earlier or RunIdentity.new(adopts_unnamed=saved is None, run_id=saved)
+    checkpointer.run_id = identity.run_id
+    return start_iter, identity

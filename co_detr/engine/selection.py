@@ -6,13 +6,14 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from detectron2.utils import comm
 from omegaconf import DictConfig
 
 from co_detr.engine.checkpoint import Checkpointer
-from co_detr.engine.joint import raise_jointly
+from co_detr.engine.joint import jointly
 from co_detr.engine.trainer import Trainer
 from co_detr.errors import CheckpointError, ConfigError
 from co_detr.files import written_whole
@@ -59,7 +60,7 @@ class EarlyStop:
 class EvaluationHistory:
     """All evaluations of a run, in a file that is written anew after each.
 
-    It is not a part of checkpoints: these are saved before the evaluation of their iteration.
+    It is not a part of checkpoints, which are saved before the evaluation of their iteration.
 
     Attributes:
         path: the json file: steps done -> metrics.
@@ -69,24 +70,27 @@ class EvaluationHistory:
     path: str
     metrics: dict[int, dict[str, float]] = field(default_factory=dict)
 
-    def start(self, resume: bool) -> None:
-        """Reads what the run has so far, or forgets what an earlier run has left.
+    def read(self, until: int) -> None:
+        """Reads what a resumed run has evaluated in its first `until` steps.
 
         Raises:
             CheckpointError: if the file is damaged.
         """
         if not os.path.exists(self.path):
             return
-        if not resume:
-            os.remove(self.path)
-            return
         try:
             with open(self.path, encoding="utf-8") as file:
-                self.metrics = {int(steps): dict(each) for steps, each in json.load(file).items()}
+                found = {int(steps): dict(each) for steps, each in json.load(file).items()}
         except (ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{self.path} is no history of evaluations ({error}): remove it to go on without."
             ) from error
+        self.metrics = {steps: each for steps, each in found.items() if steps <= until}
+
+    def forget_earlier_run(self) -> None:
+        """Removes the file of the run that has used the folder before."""
+        with suppress(FileNotFoundError):
+            os.remove(self.path)
 
     def add(self, steps: int, metrics: Mapping[str, float]) -> None:
         """Notes an evaluation after so many steps; replaces an earlier one of the same steps."""
@@ -124,13 +128,7 @@ class ModelSelection:
         self, steps: int, metrics: Mapping[str, float], trainer: Trainer, checkpointer: Checkpointer
     ) -> None:
         """Saves if this is the best so far; lowers ``trainer.max_iter`` if it is time to end."""
-        problem = None
-        if comm.is_main_process():
-            try:
-                self._keep_best(steps, metrics, checkpointer)
-            except CheckpointError as error:
-                problem = error
-        raise_jointly(problem)
+        jointly(lambda: self._keep_best(steps, metrics, checkpointer))
         if steps < trainer.max_iter and self.exhausted(steps):
             trainer.max_iter = steps
 
@@ -152,7 +150,8 @@ class ModelSelection:
     def _keep_best(
         self, steps: int, metrics: Mapping[str, float], checkpointer: Checkpointer
     ) -> None:
-        before = max(self._signed(), default=None)
+        # An evaluation that is made again may be in the history, but not its checkpoint.
+        before = max(self._signed(until=steps - 1), default=None)
         self.history.add(steps, metrics)
         if self.metric not in metrics:
             logger.warning("%s is undefined in this evaluation: it does not count.", self.metric)

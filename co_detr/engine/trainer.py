@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from detectron2.engine import SimpleTrainer, hooks
+from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
@@ -20,8 +20,10 @@ from co_detr.data.loader import BatchPlan
 from co_detr.engine.bad_step import BadStep, facts_of
 from co_detr.engine.gradient_norm import clip_gradient, gradient_norm
 from co_detr.engine.non_finite import NonFiniteGuard
+from co_detr.engine.optimizer_state import layout_of, with_own_settings
 from co_detr.engine.step import JointResult, MicroBatches, StepSettings
 from co_detr.engine.stop_signals import StopSignals
+from co_detr.engine.writers import WriterHook
 from co_detr.seeding import seed_everything
 
 
@@ -42,7 +44,8 @@ class Trainer(SimpleTrainer):
     Attributes:
         stopping: after a step, whether the training ends behind this iteration because a process
             was asked to; the same in all processes.
-        evaluation_pending: whether the evaluation behind the last iteration was cut short.
+        evaluation_pending: whether the evaluation behind the last iteration is still to be made; a
+            run that goes on from a checkpoint that says so begins with it.
     """
 
     def __init__(
@@ -75,6 +78,11 @@ class Trainer(SimpleTrainer):
     def plan(self) -> BatchPlan:
         return self.data_loader.batch_sampler
 
+    @property
+    def last_iteration(self) -> int:
+        """That was done; behind the training, `iter` is the one that does not come."""
+        return min(self.iter, self.max_iter - 1)
+
     def asked_to_stop(self) -> bool:
         """Whether this process was; others may not know yet."""
         return self._signals.received
@@ -101,14 +109,13 @@ class Trainer(SimpleTrainer):
                     # Asked to, or a hook has lowered `max_iter`.
                     if self.stopping or self.iter + 1 >= self.max_iter:
                         break
-            except BaseException:
-                self._close_writers()
-                raise
-            if self.stopping:
-                self._close_writers()
-            else:
-                self.iter = max(start_iter, self.max_iter)
-                self.after_train()
+                if not self.stopping:
+                    self.iter = max(start_iter, self.max_iter)
+                    self.after_train()
+            finally:
+                for hook in self._hooks:
+                    if isinstance(hook, WriterHook):
+                        hook.close()
 
     def run_step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -140,6 +147,8 @@ class Trainer(SimpleTrainer):
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
+        state["iteration"] = self.last_iteration
+        state["optimizer_layout"] = layout_of(self.optimizer, self.guard.model)
         # The only hook with a state is the schedule, which is a function of the iteration.
         state.pop("hooks", None)
         state["grad_scaler"] = self.grad_scaler.state_dict()
@@ -149,7 +158,13 @@ class Trainer(SimpleTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+        optimizer_state = with_own_settings(
+            state_dict["optimizer"],
+            state_dict.get("optimizer_layout"),
+            self.optimizer,
+            layout_of(self.optimizer, self.guard.model),
+        )
+        super().load_state_dict({**state_dict, "optimizer": optimizer_state})
         if state_dict["grad_scaler"]:  # empty when the run that saved it had no scaler
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         self.guard.in_a_row = state_dict.get("skips_in_a_row", 0)
@@ -236,8 +251,3 @@ class Trainer(SimpleTrainer):
             data_time=data_time,
             **means,
         )
-
-    def _close_writers(self) -> None:
-        for hook in self._hooks:
-            if isinstance(hook, hooks.PeriodicWriter):
-                hook.after_train()

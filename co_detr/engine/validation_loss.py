@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from torchvision.ops import StochasticDepth
 
 from co_detr.data.coco import class_names
+from co_detr.engine.cuda_settings import pin_for
 from co_detr.engine.selection import LOSS_PREFIX
 from co_detr.engine.step import StepSettings
 from co_detr.errors import ConfigError
@@ -83,7 +84,7 @@ class ValidationLoss:
         rounds = -(-len(records) // world_size)
         self.indices = [index * world_size + rank for index in range(rounds)]
         self.num_images = len(records)
-        self.loader = DataLoader(
+        loader = DataLoader(
             MapDataset(DatasetFromList(records, copy=False), mapper),
             sampler=[index % len(records) for index in self.indices],
             batch_size=1,
@@ -91,6 +92,7 @@ class ValidationLoss:
             collate_fn=list,
             generator=torch.Generator(),  # starting a loader draws from it
         )
+        self.loader = pin_for(loader, settings.device)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """``val_loss/<term>`` and ``val_loss/total``; the same in all processes."""

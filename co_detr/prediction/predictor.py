@@ -17,6 +17,7 @@ from torch import Tensor
 from co_detr.data.augmentation import augment
 from co_detr.data.images import ImageReader, ImageSource, name_of
 from co_detr.data.mapper import as_tensor, in_format
+from co_detr.engine.cuda_settings import cuda_settings
 from co_detr.errors import ConfigError
 from co_detr.prediction.loading import Config, load_detector
 
@@ -94,6 +95,7 @@ class Predictor:
         detector = load_detector(config, checkpoint, overrides=overrides, unsafe=unsafe)
         self.model = detector.model.to(self.device)
         self.class_names = detector.class_names
+        self._train = detector.cfg.train
         mapper = detector.cfg.dataloader.test.mapper
         self.image_format: str = mapper.image_format
         self.reader = ImageReader.of_data(detector.cfg.data)
@@ -149,12 +151,12 @@ class Predictor:
 
     @torch.no_grad()
     def _detect(self, batch: list[tuple[Key, Sample]]) -> list[tuple[Key, Sample, Instances]]:
-        outputs = self.model(
-            [
-                {"image": sample.image, "height": len(sample.rgb), "width": sample.rgb.shape[1]}
-                for _, sample in batch
-            ]
-        )
+        inputs = [
+            {"image": sample.image, "height": len(sample.rgb), "width": sample.rgb.shape[1]}
+            for _, sample in batch
+        ]
+        with cuda_settings(self._train, self.device):
+            outputs = self.model(inputs)
         detections = [output["instances"].to("cpu") for output in outputs]
         return [
             (key, sample, found[found.scores >= self.score_threshold])

@@ -1,4 +1,4 @@
-"""Training curves from the metrics file that Detectron2's `JSONWriter` appends to."""
+"""Training curves from the file `metrics.jsonl` of a run."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """Learning-rate schedule of the reference recipe: 12 epochs, x0.1 after the 11th, no warm-up."""
 
 from detectron2.config import LazyCall as L
-from detectron2.solver import WarmupParamScheduler
 
-from co_detr.engine.optim import StepSchedule
+from co_detr.engine.optim import StepSchedule, WarmUp
 
 # Iterations of one epoch at total batch 16.
 COCO = 7500  # 118 287 images, rounded up as in Detectron2's schedules
@@ -19,10 +18,11 @@ def set_epochs(train, lr_multiplier, epochs, drops, iterations=COCO):
     lr_multiplier.drops = [drop / epochs for drop in drops]
 
 
-def warmed_up(lr_multiplier, train, iterations=500, factor=0.01):
+def warmed_up(lr_multiplier, iterations=500, factor=0.01):
     """The schedule with a linear warm-up of `iterations` in front, from `factor` times the rate."""
-    return L(WarmupParamScheduler)(
+    return L(WarmUp)(
         scheduler=lr_multiplier,
-        warmup_factor=factor,
-        warmup_length=iterations / train.max_iter,
+        iterations=iterations,
+        max_iter="${train.max_iter}",
+        factor=factor,
     )

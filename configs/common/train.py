@@ -16,9 +16,13 @@ train = dict(
     device="cuda" if torch.cuda.is_available() else "cpu",
     seed=0,
     amp=dict(enabled=False, dtype="bfloat16"),
+    # Float32 on tensor cores (tf32); cuDNN's search for the fastest algorithm of each image size.
+    cuda=dict(tf32=True, cudnn_benchmark=False),
+    # Kernels that give the same numbers in every run; slower. What has none is named in a warning.
+    deterministic=False,
     compile=False,  # torch.compile of encoder and decoder layers; costs a minute at the start
     clip_grad=dict(max_norm=0.1),  # L2 norm over all parameters; None: no clipping
-    # Images per optimiser step, over all processes; the learning rate belongs to it.
+    # Images per optimizer step, over all processes; the learning rate belongs to it.
     effective_batch_size=16,
     # Images that a process computes at a time; gradients are accumulated until the step has all of
     # its images. None: its whole share at once.

@@ -14,6 +14,7 @@ from co_detr.analysis.registry import MEASURES, choose_measures
 from co_detr.analysis.samples import load_samples
 from co_detr.engine.checkpoint import Checkpointer
 from co_detr.engine.config import load_config, save_config
+from co_detr.engine.run_folder import RunIdentity
 from co_detr.errors import ConfigError, DataError, exit_code
 from tests.analysis.cases import encoder_only_subject, plain, tiny_samples, tiny_subject
 from tests.engine.tiny_data import TinyData, make_tiny_data
@@ -137,6 +138,21 @@ def test_names_of_models(runs, text, name):
     assert [path.name for path in argument.checkpoints] == ["model_0000004.pth", "model_final.pth"]
 
 
+def test_paths_of_models_may_have_any_character(runs, tmp_path):
+    odd = tmp_path / "lr=1,2 = x"
+    odd.symlink_to(runs.hybrid)
+    weights = f"{odd}/model_final.pth"
+    for text, name in ((str(odd), "k2"), (f"K = 2={odd}", "K = 2")):
+        argument = parse_model(text)
+        assert (argument.name, argument.weights) == (name, weights)
+    argument = parse_model(f"a={odd}/config.yaml,{weights}")
+    assert (argument.name, argument.config, argument.weights) == (
+        "a",
+        f"{odd}/config.yaml",
+        weights,
+    )
+
+
 def test_weights_of_an_unfinished_run(runs, tmp_path):
     (tmp_path / "config.yaml").write_text("")
     for name in ("model_0000004.pth", "model_0000009.pth"):
@@ -144,6 +160,17 @@ def test_weights_of_an_unfinished_run(runs, tmp_path):
         assert parse_model(str(tmp_path)).weights == str(tmp_path / name)
     (tmp_path / "model_best.pth").write_text("")
     assert parse_model(str(tmp_path)).weights == str(tmp_path / "model_best.pth")
+
+
+def test_checkpoints_of_another_run_in_the_folder_do_not_count(tmp_path):
+    (tmp_path / "config.yaml").write_text("")
+    run = RunIdentity.new()
+    run.write(str(tmp_path))
+    for name, owner in (("final", "other"), ("0000004", run.run_id), ("0000009", "other")):
+        torch.save({"trainer": {}, "run_id": owner}, tmp_path / f"model_{name}.pth")
+    argument = parse_model(str(tmp_path))
+    assert argument.weights == str(tmp_path / "model_0000004.pth")
+    assert argument.checkpoints == (tmp_path / "model_0000004.pth",)
 
 
 def test_one_checkpoint_of_a_run(runs):

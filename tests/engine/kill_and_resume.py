@@ -19,8 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
 
 from co_detr.engine.checkpoint_files import MARKER, problem_of
+from co_detr.engine.selection import HISTORY_FILE
 from co_detr.files import INCOMPLETE
 from tests.engine.processes import TrainNet
 from tests.engine.tiny_data import make_tiny_data
@@ -33,7 +36,9 @@ SETTINGS = [
     "train.amp.dtype=float16",
     "model.dropout=0.3",
     "lr_multiplier.drops=[0.5]",
+    "train.eval_period=9",
 ]
+_EVALUATES = "Start inference on"
 
 
 @dataclass
@@ -41,7 +46,8 @@ class Result:
     """What happened.
 
     Attributes:
-        moments: how many kills hit the start, an iteration, or a file that was being written.
+        moments: how many kills hit the start, an iteration, an evaluation, or a file that was being
+            written.
         problems: sentences on what is wrong; empty if all is well.
     """
 
@@ -79,13 +85,16 @@ def kill_and_resume(root: Path, kills: int, iterations: int, seed: int = 0) -> R
 
 def _kill(run: TrainNet, folder: Path, chance: random.Random) -> str | None:
     """Kills the run somewhere; returns where, or None if it ended by itself."""
-    where = chance.choice(["start", "iteration", "save", "save"])
+    where = chance.choice(["start", "iteration", "evaluation", "save", "save"])
     before, left_before = _last(folder), _incomplete(folder)
     if where == "start":
         time.sleep(chance.uniform(0, 0.5))
     else:
         run.wait_until(lambda: _last(folder) != before)
-        time.sleep(chance.uniform(0, 0.2))
+        if where == "evaluation":
+            done = run.output.count(_EVALUATES)
+            run.wait_until(lambda: run.output.count(_EVALUATES) > done, interval=0)
+        time.sleep(chance.uniform(0, 0.05 if where == "evaluation" else 0.2))
         if where == "save":
             run.wait_until(lambda: bool(_incomplete(folder) - left_before), interval=0)
     if not run.is_running:
@@ -94,6 +103,8 @@ def _kill(run: TrainNet, folder: Path, chance: random.Random) -> str | None:
     run.kill()
     if _incomplete(folder) - left_before:
         return "while writing"
+    if where == "evaluation":
+        return where
     return "start" if _last(folder) == before else "iteration"
 
 
@@ -124,8 +135,18 @@ def _differences(whole: Path, parts: Path) -> list[str]:
     for key in ("model", "trainer", "iteration"):
         if not _equal(expected[key], actual[key]):
             problems.append(f"{key} of model_final.pth differs")
+    best = [torch.load(folder / "model_best.pth") for folder in (whole, parts)]
+    if best[0]["iteration"] != best[1]["iteration"] or not _equal(
+        *(each["model"] for each in best)
+    ):
+        problems.append("model_best.pth differs")
     if _log(whole) != _log(parts):
         problems.append("metrics.jsonl differs")
+    for name in (HISTORY_FILE, "metrics.json", "coco_instances_results.json"):
+        if (whole / name).read_text() != (parts / name).read_text():
+            problems.append(f"{name} differs")
+    if _events(whole) != _events(parts):
+        problems.append("the TensorBoard events differ")
     if left := _incomplete(parts):
         problems.append(f"still there: {left}")
     return problems
@@ -148,6 +169,17 @@ def _log(folder: Path) -> list[dict]:
         {key: value for key, value in line.items() if "time" not in key and "eta" not in key}
         for line in lines
     ]
+
+
+def _events(folder: Path) -> list[tuple[str, int, float]]:
+    """All scalars in the event files, as they lie there, without times."""
+    found = []
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        for record in RawEventFileLoader(str(path)).Load():
+            event = Event.FromString(record)
+            for value in event.summary.value:
+                found.append((value.tag, event.step, value.simple_value))
+    return sorted(each for each in found if "time" not in each[0] and "eta" not in each[0])
 
 
 def main() -> int:

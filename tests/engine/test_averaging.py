@@ -147,3 +147,10 @@ def test_wrong_settings(tiny_cfg, override, message, tmp_path):
         run_training(
             tiny_cfg(override, f"train.init_checkpoint={tmp_path / 'init.pth'}"), resume=False
         )
+
+
+def test_an_average_that_is_switched_off_is_dropped_with_a_word(tiny_cfg, tmp_path, caplog):
+    run_training(tiny_cfg("train.ema.enabled=true", "train.max_iter=3"), resume=False)
+    run_training(tiny_cfg("train.max_iter=4"), resume=True)
+    assert "The averaged weights of" in caplog.text and "are dropped" in caplog.text
+    assert "ema" not in torch.load(tmp_path / "out" / "model_final.pth")

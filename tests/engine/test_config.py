@@ -1,13 +1,19 @@
 """Overrides reach every part, and mistakes in them are explained."""
 
+import typing
 from pathlib import Path
 
 import pytest
-from detectron2.config import instantiate
+from detectron2.config import LazyCall, instantiate
+from detectron2.solver import WarmupParamScheduler
+from omegaconf import OmegaConf
 
 from co_detr.engine.config import load_config, save_config
-from co_detr.engine.optim import LearningRateFactor, StepSchedule
-from co_detr.engine.run import build_model
+from co_detr.engine.optim import LearningRateFactor, StepSchedule, WarmUp
+from co_detr.engine.overrides import TEXT_OR_NULL, text_override
+from co_detr.engine.run import build_model, run_training
+from co_detr.engine.tracking.mlflow_writer import MlflowSettings
+from co_detr.engine.tracking.wandb_writer import WandbSettings
 from co_detr.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +57,23 @@ def test_an_argument_left_at_its_default_can_be_overridden(tiny_cfg):
         ("train.seed.x=3", "train.seed has no keys."),
         ("train.max_iter", "is not of the form key=value"),
         ("~train.max_iter", "is not of the form key=value"),
-        ("data.train=a[b", "is not of the form key=value"),
+        ("train.max_iter=a[b", "is not of the form key=value"),
+        ("train.max_iter=1,2", "train.max_iter has several values"),
+        ("lr_multiplier.drops=high", "must be a list, such as [a,b]"),
+        ("train.amp=null", "would replace a group of keys: name one of these, such as train.amp.e"),
+        ("model=small", "would replace a group of keys"),
+        ("train.output_dir=", "train.output_dir is empty"),
+        (
+            "train.output_dir=null",
+            "must be a text and cannot be null: write 'train.output_dir=\"nul",
+        ),
+        ("data.val=NULL", "must be a text and cannot be null"),
+        ("data.train_images=[a, b]", "must be a text and not a list: give one value"),
+        ("train.wandb.name={a: 1}", "must be a text and not a dict"),
+        ("train.device=gpu", "train.device=gpu is no device: set it to cuda or cpu"),
+        ("data.train=${data.nothing}", "cannot be applied: Interpolation key 'data.nothing' not"),
+        ("data.train=???", "sets no value"),
+        ("data.train=\udcff", "is not valid UTF-8"),
         ("train.max_iter=many", "must be a number"),
         ("train.amp.enabled=maybe", "must be true or false"),
         ("train.max_iter=0", "train.max_iter=0 must be a whole number of at least 1"),
@@ -65,6 +87,99 @@ def test_mistaken_overrides(tiny_cfg, override, message):
         tiny_cfg(override)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "donn\u00e9es/x.json",
+            "a=b/",
+            "data (1)/",
+            "v1#2",
+            "it's",
+            "run,1",
+            "2024",
+            "1e3",
+            "true",
+        ),
+        *(
+            "a[b]",
+            "[1]/x.json",
+            "{a}b",
+            "a\\b\\",
+            "$HOME/x",
+            "a: b",
+            "50%",
+            "'a' or 'b'",
+            " x ",
+            "@x",
+        ),
+        *("off", "choice(a,b)", "C:\\data", '"a"b"', "+1", "a;b", "a&b", "x=~/y"),
+    ],
+)
+def test_text_is_taken_as_it_is(tiny_cfg, text):
+    keys = ("data.train", "data.val_images", "train.output_dir", "train.init_checkpoint")
+    # Also keys that are null or an argument's default, and one that refers to another key.
+    keys += ("train.wandb.name", "train.mlflow.tracking_uri", "train.mlflow.experiment")
+    keys += ("dataloader.evaluator.output_dir", "dataloader.test.dataset.image_root")
+    cfg = tiny_cfg(*(f"{key}={text}" for key in keys))
+    assert [OmegaConf.select(cfg, key) for key in keys] == [text] * len(keys)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [("'a, b'", "a, b"), ('"null"', "null"), ('"[a]"', "[a]"), ("'it\\'s'", "it's"), ('""', "")],
+)
+def test_quotation_marks_around_the_whole_text_are_taken_off(tiny_cfg, value, text):
+    cfg = tiny_cfg(f"data.train={value}", f"train.wandb.project={value}")
+    assert (cfg.data.train, cfg.train.wandb.project) == (text, text)
+
+
+def test_the_home_folder_is_put_in(tiny_cfg, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    cfg = tiny_cfg("data.train=~/x.json", "train.output_dir=~", "data.val='~/x.json'")
+    assert (cfg.data.train, cfg.train.output_dir) == ("/home/me/x.json", "/home/me")
+    assert cfg.data.val == "~/x.json"
+
+
+def test_null_where_a_text_may_be_left_out(tiny_cfg):
+    for key in TEXT_OR_NULL:
+        assert OmegaConf.select(tiny_cfg(f"{key}=null"), key) is None
+    assert tiny_cfg("dataloader.evaluator.output_dir=null").dataloader.evaluator.output_dir is None
+    assert set(TEXT_OR_NULL) >= {
+        f"train.{node}.{name}"
+        for node, settings in (("wandb", WandbSettings), ("mlflow", MlflowSettings))
+        for name, hint in typing.get_type_hints(settings).items()
+        if hint == str | None
+    }
+
+
+@pytest.mark.parametrize(
+    "text", ["a b", "null", "~/x", 'a"b', "a\\", '\\\\"', "[a]", "'x'", '"x"', "it's"]
+)
+def test_any_text_can_be_written_as_an_override(tiny_cfg, text):
+    assert tiny_cfg(text_override("train.output_dir", text)).train.output_dir == text
+
+
+def test_a_run_in_a_folder_with_such_a_name(tiny_cfg, tiny_data, tmp_path):
+    """From the command line to config.yaml and back."""
+    odd = tmp_path / "donn\u00e9es (1), it's #2=x"
+    odd.mkdir()
+    tiny_data.train.rename(odd / "train.json")
+    overrides = [f"data.train={odd / 'train.json'}", f"train.output_dir={odd / 'a,b=c'}"]
+    run_training(tiny_cfg(*overrides, "train.max_iter=1"), resume=False)
+    again = load_config(str(odd / "a,b=c" / "config.yaml"))
+    assert again.data.train == str(odd / "train.json")
+
+
+def test_wrong_types_in_a_config_file(tiny_cfg, tmp_path):
+    for key, value in (("train.output_dir", 2024), ("data.val", None), ("train.device", [])):
+        cfg = tiny_cfg()
+        OmegaConf.update(cfg, key, value, merge=False)
+        save_config(cfg, str(tmp_path / "config.yaml"))
+        with pytest.raises(ConfigError, match=rf"{key}=.* must be a text"):
+            load_config(str(tmp_path / "config.yaml"))
 
 
 def test_whole_numbers_may_be_written_with_an_exponent(tiny_cfg):
@@ -110,3 +225,36 @@ def test_schedule_drops_at_the_eleventh_of_twelve_epochs():
     assert schedule(82499 / 90000) == 1.0
     assert schedule(82500 / 90000) == pytest.approx(0.1)
     assert StepSchedule([0.9, 0.5])(0.95) == pytest.approx(0.01)
+
+
+def test_a_warm_up_is_as_long_as_it_says_whatever_the_training(tmp_path):
+    path = str(ROOT / "configs" / "co_dino_vit_l_o365_12ep.py")
+    for max_iter in (90000, 1000, 100):
+        cfg = load_config(path, [f"train.max_iter={max_iter}"])
+        save_config(cfg, str(tmp_path / "config.yaml"))
+        for each in (cfg, load_config(str(tmp_path / "config.yaml"))):
+            schedule = instantiate(each.lr_multiplier)
+            for iteration in (0, 1, 50, 99):
+                where = iteration / max_iter
+                expected = (0.01 + 0.99 * iteration / 500) * (0.1 if where >= 7 / 12 else 1)
+                assert schedule(where) == pytest.approx(expected, rel=1e-6)
+            if max_iter > 500:
+                assert schedule(500 / max_iter) == schedule(0.5) == 1.0
+                assert schedule(0.9) == pytest.approx(0.1)  # the drops of the schedule behind it
+
+
+def test_a_warm_up_equals_that_of_detectron2():
+    inner = StepSchedule([0.6])
+    ours, theirs = WarmUp(inner, 25, 100, 0.1), WarmupParamScheduler(inner, 0.1, 0.25)
+    for iteration in range(100):
+        assert ours(iteration / 100) == pytest.approx(theirs(iteration / 100), rel=1e-12)
+
+
+def test_a_saved_warm_up_of_an_earlier_version_still_loads(tmp_path):
+    cfg = load_config(str(ROOT / "configs" / "quickstart.py"))
+    cfg.lr_multiplier = LazyCall(WarmupParamScheduler)(
+        scheduler=cfg.lr_multiplier, warmup_factor=0.01, warmup_length=0.25
+    )
+    save_config(cfg, str(tmp_path / "config.yaml"))
+    again = load_config(str(tmp_path / "config.yaml"))
+    assert instantiate(again.lr_multiplier)(0.0) == pytest.approx(0.01)

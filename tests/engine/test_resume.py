@@ -1,11 +1,18 @@
 """Training that stops and resumes equals training that does not stop."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_detector import TinyDetector
 
+from co_detr.engine.config_yaml import read_yaml
 from co_detr.engine.run import run_training
+from co_detr.engine.writers import purge_events
+from co_detr.errors import CheckpointError
+from tests.engine.kill_and_resume import _events
 
 
 def _losses(output_dir):
@@ -36,6 +43,8 @@ def test_resume_equals_uninterrupted(tiny_cfg, tmp_path, workers):
     torch.manual_seed(123)
     run_training(tiny_cfg(*common, workers_too, output="parts"), resume=True)
 
+    # The interrupted run had logged two iterations more than it had saved.
+    assert _events(tmp_path / "whole") == _events(tmp_path / "parts")
     whole, parts = _losses(tmp_path / "whole"), _losses(tmp_path / "parts")
     assert sorted(whole) == list(range(6))
     assert whole == parts
@@ -94,3 +103,163 @@ def test_resume_warns_when_the_order_of_images_changes(tiny_cfg, caplog):
     run_training(tiny_cfg("train.max_iter=3"), resume=False)
     run_training(tiny_cfg("train.effective_batch_size=2", "train.max_iter=4"), resume=True)
     assert "another total_batch_size" in caplog.text
+
+
+def _group_settings(output_dir):
+    groups = _final_state(output_dir)["trainer"]["optimizer"]["param_groups"]
+    return [(group["initial_lr"], group["weight_decay"], list(group["betas"])) for group in groups]
+
+
+def test_settings_of_the_optimizer_take_effect_on_a_resume(tiny_cfg, tmp_path, caplog):
+    caplog.set_level("INFO")
+    run_training(tiny_cfg("train.max_iter=3"), resume=False)
+    new = ["optimizer.lr=1e-6", "optimizer.weight_decay=0.5", "optimizer.betas=[0.8,0.99]"]
+    run_training(tiny_cfg(*new), resume=True)
+    out = tmp_path / "out"
+    rates = sorted(_group_settings(out))
+    assert rates == [(pytest.approx(1e-7), 0.5, [0.8, 0.99]), (1e-6, 0.5, [0.8, 0.99])]
+    assert max(_losses(out)[5][4:]) <= 1e-6 < 1e-3 <= max(_losses(out)[2][4:])
+    assert "lr: 0.01 -> 1e-06" in caplog.text
+    assert "; betas: [0.9, 0.999] -> [0.8, 0.99]; weight_decay: 0.0001 -> 0.5." in caplog.text
+    assert "optimizer.lr: 0.01 -> 1e-06" in caplog.text  # of config.yaml
+    config = read_yaml(str(out / "config.yaml"))
+    assert config["optimizer"]["lr"] == 1e-6 and config["optimizer"]["weight_decay"] == 0.5
+
+
+def test_a_resume_with_other_settings_equals_a_hand_made_one(tiny_cfg, tmp_path):
+    """Moments of the checkpoint, everything else of the config: compared with torch's own AdamW."""
+    run_training(tiny_cfg("train.max_iter=3", "train.clip_grad.max_norm=null"), resume=False)
+    before = _final_state(tmp_path / "out")
+    cfg = tiny_cfg("optimizer.lr=1e-4", "train.max_iter=4", "train.clip_grad.max_norm=null")
+    run_training(cfg, resume=True)
+    after = _final_state(tmp_path / "out")
+    names = before["trainer"]["optimizer_layout"]["parameters"]
+    for index, name in enumerate(names):
+        old = before["trainer"]["optimizer"]["state"][index]
+        new = after["trainer"]["optimizer"]["state"][index]
+        gradient = (new["exp_avg"] - 0.9 * old["exp_avg"]) / 0.1
+        parameter = torch.nn.Parameter(before["model"][name].clone())
+        parameter.grad = gradient
+        rate = 1e-5 if name.startswith("backbone.") else 1e-4
+        expected = torch.optim.AdamW([parameter], lr=rate, weight_decay=1e-4)
+        expected.state[parameter] = {key: value.clone() for key, value in old.items()}
+        expected.step()
+        torch.testing.assert_close(after["model"][name], parameter.detach(), rtol=0, atol=2e-6)
+
+
+def test_other_groups_of_parameters_keep_their_moments(tiny_cfg, tmp_path):
+    """Another factor for the backbone puts the parameters into other groups, in another order."""
+    run_training(tiny_cfg("train.max_iter=3"), resume=False)
+    before = _final_state(tmp_path / "out")["trainer"]
+    for factor, prefixes in ((1.0, "[backbone.]"), (0.5, "[locate.]")):
+        run_training(
+            tiny_cfg(
+                "train.max_iter=3",
+                f"optimizer.params.lr_factor_func.factor={factor}",
+                f"optimizer.params.lr_factor_func.prefixes={prefixes}",
+                output="out",
+            ),
+            resume=True,
+        )
+        # Nothing was trained: what would be saved is what was loaded.
+        cfg = tiny_cfg(
+            "train.max_iter=4",
+            "optimizer.lr=0",
+            f"optimizer.params.lr_factor_func.factor={factor}",
+            f"optimizer.params.lr_factor_func.prefixes={prefixes}",
+        )
+        shutil.copytree(tmp_path / "out", tmp_path / f"copy{factor}")
+        cfg.train.output_dir = str(tmp_path / f"copy{factor}")
+        run_training(cfg, resume=True)
+        after = _final_state(tmp_path / f"copy{factor}")["trainer"]
+        old, new = (
+            {
+                name: each["optimizer"]["state"][index]
+                for index, name in enumerate(each["optimizer_layout"]["parameters"])
+            }
+            for each in (before, after)
+        )
+        assert old.keys() == new.keys()
+        for name, moments in old.items():
+            assert new[name]["exp_avg"].shape == moments["exp_avg"].shape
+            kept = 0.999 * moments["exp_avg_sq"]
+            assert torch.all(new[name]["exp_avg_sq"] >= kept * (1 - 1e-5)), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("sgd", "the optimizer is torch.optim.sgd.SGD but the checkpoint was trained with torch"),
+        ("optimizer.amsgrad=true", "optimizer.amsgrad=true needs moments"),
+        ("frozen", "classify.bias is not trained any more; 0 new, 2 gone"),
+        ("model.channels=9", "or start a new run with train.init_checkpoint set to the checkpoint"),
+    ],
+)
+@pytest.mark.parametrize("version", ["today", "earlier"])
+def test_what_cannot_be_resumed_is_one_sentence(tiny_cfg, tmp_path, change, message, version):
+    run_training(tiny_cfg("train.max_iter=3"), resume=False)
+    if version == "earlier":
+        path = tmp_path / "out" / "model_final.pth"
+        content = torch.load(path)
+        del content["trainer"]["optimizer_layout"]
+        torch.save(content, path)
+        message = message.replace("trained with torch", "trained with another one")
+        message = message.replace("classify.bias is", "other groups of parameters than").split(
+            " not"
+        )[0]
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    cfg = tiny_cfg(*([change] if "=" in change else []))
+    if change == "sgd":
+        cfg.optimizer = {"_target_": torch.optim.SGD, "params": cfg.optimizer.params, "lr": 1.0}
+    if change == "frozen":
+        cfg.model._target_ = FrozenDetector
+    with pytest.raises(CheckpointError) as caught:
+        run_training(cfg, resume=True)
+    assert message in caught.value.sentence and "\n" not in str(caught.value)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+class FrozenDetector(TinyDetector):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.classify.requires_grad_(False)
+
+
+def test_where_a_run_began_stays_in_its_config(tiny_cfg, tmp_path, caplog):
+    run_training(tiny_cfg("train.max_iter=3", output="first"), resume=False)
+    first = str(tmp_path / "first" / "model_final.pth")
+    run_training(tiny_cfg("train.max_iter=3", f"train.init_checkpoint={first}"), resume=False)
+    run_training(tiny_cfg("train.init_checkpoint=other.pth", "train.max_iter=4"), resume=True)
+    assert "train.init_checkpoint=other.pth has no effect" in caplog.text
+    caplog.clear()
+    run_training(tiny_cfg("train.max_iter=5"), resume=True)
+    assert "has no effect" not in caplog.text
+    assert read_yaml(str(tmp_path / "out" / "config.yaml"))["train"]["init_checkpoint"] == first
+
+
+def test_an_unchanged_resume_tells_no_changes(tiny_cfg, caplog):
+    caplog.set_level("INFO")
+    run_training(tiny_cfg("train.max_iter=3"), resume=False)
+    run_training(tiny_cfg("train.max_iter=3"), resume=True)
+    assert "differ from" not in caplog.text and "changed:" not in caplog.text
+
+
+def test_event_files_are_purged_and_stay_readable(tiny_cfg, tmp_path):
+    run_training(tiny_cfg("train.max_iter=4"), resume=False)
+    (file,) = (tmp_path / "out").glob("events.out.tfevents.*")
+    whole = _events(tmp_path / "out")
+    file.write_bytes(file.read_bytes()[:-5])  # as a run that is killed leaves it
+    purge_events(str(tmp_path / "out"), lambda name, iteration: iteration < 2 and name != "lr")
+    kept = _events(tmp_path / "out")
+    assert kept == [each for each in whole if each[1] < 2 and each[0] != "lr"] != []
+    reader = EventAccumulator(str(tmp_path / "out")).Reload()
+    assert [each.step for each in reader.Scalars("total_loss")] == [0, 1]
+    purge_events(str(tmp_path / "out"), lambda name, iteration: False)
+    assert not list((tmp_path / "out").glob("events*"))
+
+
+def test_a_new_run_in_the_folder_begins_its_curves(tiny_cfg, tmp_path):
+    run_training(tiny_cfg("train.max_iter=4"), resume=False)
+    run_training(tiny_cfg("train.max_iter=2"), resume=False)
+    reader = EventAccumulator(str(tmp_path / "out")).Reload()
+    assert [each.step for each in reader.Scalars("total_loss")] == [0, 1]

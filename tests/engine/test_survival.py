@@ -4,6 +4,7 @@ import argparse
 import errno
 import json
 import os
+import pydoc
 import resource
 import signal
 import time
@@ -12,11 +13,13 @@ import pytest
 import torch
 from tiny_detector import TinyDetector
 
+from co_detr.engine import run
+from co_detr.engine.checkpoint_hook import CheckpointHook
 from co_detr.engine.launch import guarded
 from co_detr.engine.run import run_evaluation_only, run_training
 from co_detr.errors import CheckpointError, ConfigError
 from co_detr.files import INCOMPLETE
-from tests.engine.kill_and_resume import kill_and_resume
+from tests.engine.kill_and_resume import _events, kill_and_resume
 
 EVERY_ITERATION = "train.checkpointer.period=1"
 
@@ -135,6 +138,88 @@ def test_an_evaluation_that_is_cut_short_is_made_again(tiny_cfg, tmp_path, monke
     _assert_equal_runs(whole, parts)
     assert _values(whole, "bbox/AP50") == _values(parts, "bbox/AP50")
     assert [iteration for iteration, _ in _values(parts, "bbox/AP50")] == [1, 3, 6]
+
+
+EVALUATING = ["train.eval_period=2", "train.checkpointer.period=100", "train.early_stop.patience=9"]
+
+
+def _fail_in(monkeypatch, owner, name, call, error, after=False):
+    """Makes the `call`-th call of a function raise, at its beginning or behind its end."""
+    function, calls = getattr(owner, name), []
+
+    def failing(*arguments, **others):
+        calls.append(None)
+        if len(calls) == call and not after:
+            raise error
+        result = function(*arguments, **others)
+        if len(calls) == call:
+            raise error
+        return result
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "after"),
+    [
+        ("co_detr.engine.run", "evaluate", 1, False),
+        ("co_detr.engine.run", "evaluate", 2, False),
+        ("co_detr.engine.run", "evaluate", 2, True),
+        ("co_detr.engine.run", "evaluate", 3, False),  # behind the last iteration
+        ("co_detr.engine.selection.EvaluationHistory", "add", 2, True),
+        ("co_detr.engine.selection.ModelSelection", "after_evaluation", 2, True),
+        ("co_detr.engine.writers.WriterHook", "write", 6, True),
+        ("co_detr.engine.checkpoint_hook.CheckpointHook", "_save", 1, True),
+    ],
+)
+def test_an_error_in_an_evaluation_costs_no_training(
+    tiny_cfg, tmp_path, monkeypatch, owner, name, call, after
+):
+    error = TypeError("unsupported operand") if after else KeyboardInterrupt()
+    torch.manual_seed(0)
+    run_training(tiny_cfg(*EVALUATING, output="whole"), resume=False)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    torch.manual_seed(0)
+    with monkeypatch.context() as patch:
+        owner = pydoc.locate(owner)
+        _fail_in(patch, owner, name, call, error, after)
+        with pytest.raises(type(error)):
+            run_training(tiny_cfg(*EVALUATING, output="parts"), resume=False)
+    last = torch.load(parts / (parts / "last_checkpoint").read_text())
+    assert last["iteration"] == {"evaluate": 2 * call - 1, "_save": 1}.get(name, 3)
+    run_training(tiny_cfg(*EVALUATING, output="parts"), resume=True)
+    _assert_equal_runs(whole, parts)
+    for file in ("evaluations.json", "metrics.json", "coco_instances_results.json"):
+        assert (whole / file).read_text() == (parts / file).read_text()
+    best = [torch.load(folder / "model_best.pth")["iteration"] for folder in (whole, parts)]
+    assert best[0] == best[1]
+    assert _values(whole, "bbox/AP50") == _values(parts, "bbox/AP50")
+    assert _events(whole) == _events(parts)
+
+
+def test_an_early_stop_that_was_interrupted(tiny_cfg, tmp_path, monkeypatch):
+    stopping = ["train.eval_period=1", "train.early_stop.patience=1"]
+    stopping += ["train.early_stop.min_delta=100", "train.checkpointer.period=100"]
+    torch.manual_seed(0)
+    run_training(tiny_cfg(*stopping, output="whole"), resume=False)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert torch.load(whole / "model_final.pth")["iteration"] == 1
+    for moment in ("evaluate", "_save_final"):
+        owner = run if moment == "evaluate" else CheckpointHook
+        torch.manual_seed(0)
+        with monkeypatch.context() as patch:
+            _fail_in(patch, owner, moment, 2 if moment == "evaluate" else 1, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                run_training(tiny_cfg(*stopping, output="parts"), resume=False)
+        assert (parts / "last_checkpoint").read_text() == "model_0000001.pth"
+        run_training(tiny_cfg(*stopping, output="parts"), resume=True)
+        assert (parts / "last_checkpoint").read_text() == "model_final.pth"
+        _assert_equal_runs(whole, parts)
+        final = torch.load(parts / "model_final.pth")
+        assert final["iteration"] == final["trainer"]["iteration"] == 1
+        assert _values(whole, "bbox/AP50") == _values(parts, "bbox/AP50")
+        text = (whole / "evaluations.json").read_text()
+        assert (parts / "evaluations.json").read_text() == text
 
 
 def _train_long(train_process, *arguments):
@@ -279,9 +364,9 @@ def test_no_readable_checkpoint_is_an_error(tiny_cfg, tmp_path):
     for path in (tmp_path / "out").glob("model_*.pth"):
         path.write_bytes(b"")
     log = (tmp_path / "out" / "metrics.jsonl").read_text()
-    for run in (run_training, run_evaluation_only):
+    for start in (run_training, run_evaluation_only):
         with pytest.raises(CheckpointError, match="no checkpoint in .* can be read") as caught:
-            run(tiny_cfg(), resume=True)
+            start(tiny_cfg(), resume=True)
         assert "model_final.pth is cut off" in caught.value.sentence
         assert "model_0000002.pth is cut off" in caught.value.sentence
     assert (tmp_path / "out" / "metrics.jsonl").read_text() == log

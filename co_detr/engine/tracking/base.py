@@ -64,17 +64,18 @@ class ScalarWriter(EventWriter):
 
     def __init__(self, window_size: int) -> None:
         self.window_size = window_size
-        self._last_write = -1
+        self._written: dict[str, int] = {}
 
     def write(self) -> None:
         by_iteration: dict[int, dict[str, float]] = defaultdict(dict)
         latest = get_event_storage().latest_with_smoothing_hint(self.window_size)
         for name, (value, iteration) in latest.items():
-            if iteration > self._last_write:
+            # By name: an evaluation follows when the losses of its iteration are written already.
+            if iteration > self._written.get(name, -1):
                 by_iteration[iteration][name] = float(value)
+                self._written[name] = iteration
         for iteration in sorted(by_iteration):
             self.log(iteration, by_iteration[iteration])
-            self._last_write = iteration
 
     @abstractmethod
     def log(self, iteration: int, scalars: dict[str, float]) -> None:

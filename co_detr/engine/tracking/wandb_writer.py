@@ -33,15 +33,14 @@ class WandbWriter(ScalarWriter):
         import wandb
 
         kept = tracked.run_file("wandb")
-        if kept.run_id is None:
-            kept.keep(uuid.uuid4().hex[:12])
+        run_id = kept.run_id or uuid.uuid4().hex[:12]
         try:
             self.run = wandb.init(
                 project=settings.project,
                 name=settings.name,
                 mode=settings.mode,
                 dir=tracked.output_dir,
-                id=kept.run_id,
+                id=run_id,
                 resume="allow",
             )
         except wandb.errors.Error as error:
@@ -49,6 +48,7 @@ class WandbWriter(ScalarWriter):
                 f"W&B cannot be used ({first_line(error)}): log in with wandb login, or set "
                 "train.wandb.mode=offline or train.wandb.enabled=false."
             ) from error
+        kept.keep(run_id)
         # A resumed run may have been started with other settings.
         self.run.config.update(tracked.config, allow_val_change=True)
 
