@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from co_detr.errors import ConfigError
 from co_detr.prediction.command_line import (
+    add_amp_argument,
     add_device_argument,
     add_image_arguments,
     add_model_arguments,
@@ -37,6 +38,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_model_arguments(parser)
     add_device_argument(parser)
+    add_amp_argument(parser)
     add_image_arguments(parser)
     add = parser.add_argument
     add("--score", type=float, default=0.3, help="where the slider starts (default: 0.3)")
@@ -73,6 +75,7 @@ def run(options: argparse.Namespace) -> None:
         overrides=options.set,
         unsafe=options.unsafe,
         max_image_pixels=options.max_image_pixels,
+        amp=options.amp,
     )
     hosts = [options.host, *options.allow_host]
     app = create_app(predictor, options.score, _title(options), hosts)

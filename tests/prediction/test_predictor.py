@@ -71,6 +71,17 @@ def test_batches_hold_images_of_one_size_and_keep_the_order(trained, predictor, 
         )
 
 
+@pytest.mark.parametrize("amp", ["bfloat16", "float16"])
+def test_mixed_precision_changes_detections_a_little(trained, predictor, photos, amp):
+    found = Predictor(trained.config, trained.checkpoint, device="cpu", amp=amp)(photos / "a.png")
+    expected = predictor(photos / "a.png")
+    assert found.scores.dtype == torch.float32 and found.pred_boxes.tensor.dtype == torch.float32
+    assert not found.scores.equal(expected.scores)
+    assert abs(found.scores.max() - expected.scores.max()) < 0.1
+    with pytest.raises(ConfigError, match="amp is 'half': choose"):
+        Predictor(trained.config, trained.checkpoint, device="cpu", amp="half")
+
+
 def test_few_samples_wait_for_others_of_their_size(trained):
     batched = Predictor(trained.config, trained.checkpoint, device="cpu", batch_size=2)
     read = []
