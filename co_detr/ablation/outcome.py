@@ -11,11 +11,10 @@ from statistics import median
 from typing import Any
 
 from co_detr.engine.checkpoint_files import FINAL, MARKER
+from co_detr.engine.memory import GPU_PEAK
 from co_detr.engine.selection import HISTORY_FILE
 
 _NUMBERED = re.compile(r"model_(\d+)\.pth")
-# The end of a progress line, which is there where PyTorch sees a GPU.
-_GPU_MEMORY = re.compile(r"iter \d+/\d+ .* (\d+) MiB$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -57,14 +56,14 @@ def read_outcome(folder: Path) -> Outcome:
     numbered = _NUMBERED.fullmatch(marker)
     saved = trained if marker == FINAL else int(numbered[1]) + 1 if numbered else 0
     times = [each["time"] for each in records if "time" in each]
-    memory = [int(match[1]) for match in _GPU_MEMORY.finditer(_text(folder / "log.txt"))]
+    memory = [each[GPU_PEAK] for each in records if GPU_PEAK in each]
     return Outcome(
         saved_iterations=saved,
         evaluations=evaluations,
         # The final checkpoint is saved before its evaluation, which may have been interrupted.
         is_finished=marker == FINAL and 0 < trained <= max(evaluations, default=0),
         seconds_per_iteration=median(times) if times else None,
-        gpu_peak_bytes=max(memory, default=0) * 2**20,
+        gpu_peak_bytes=round(max(memory, default=0) * 2**20),
     )
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+GPU_PEAK = "gpu_peak_mib"  # under which metrics.jsonl has what tensors took on the GPU so far
+
 
 @dataclass(frozen=True)
 class PeakMemory:

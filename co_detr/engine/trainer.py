@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from co_detr.data.loader import BatchPlan
 from co_detr.engine.bad_step import BadStep, facts_of
 from co_detr.engine.gradient_norm import clip_gradient, gradient_norm
+from co_detr.engine.memory import GPU_PEAK
 from co_detr.engine.non_finite import NonFiniteGuard
 from co_detr.engine.optimizer_state import layout_of, with_own_settings
 from co_detr.engine.step import JointResult, MicroBatches, StepSettings
@@ -251,3 +252,6 @@ class Trainer(SimpleTrainer):
             data_time=data_time,
             **means,
         )
+        if self.device_type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.settings.device)
+            get_event_storage().put_scalar(GPU_PEAK, peak / 2**20)

@@ -61,10 +61,7 @@ def test_half_a_line_and_a_damaged_history(tmp_path: Path) -> None:
     assert outcome.evaluations == {}
 
 
-def test_peak_memory_of_a_gpu_is_in_the_progress_lines(tmp_path: Path) -> None:
-    (tmp_path / "log.txt").write_text(
-        "[co_detr]: iter 20/90 22%  eta 0:00:01  loss 3  0.1 s/it (data 0.01)  900 MiB\n"
-        "[co_detr]: iter 40/90 44%  eta 0:00:01  loss 3  0.1 s/it (data 0.01)  1100 MiB\n"
-        "[co_detr]: the file has 7000 MiB\n"
-    )
-    assert read_outcome(tmp_path).gpu_peak_bytes == 1100 * 2**20
+def test_peak_memory_of_a_gpu_is_logged(tmp_path: Path) -> None:
+    lines = [{"iteration": 19, "gpu_peak_mib": 900.0}, {"iteration": 39, "gpu_peak_mib": 1100.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_outcome(tmp_path).gpu_peak_bytes == 1100.5 * 2**20

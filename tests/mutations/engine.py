@@ -1,0 +1,95 @@
+"""Training, resuming, data and evaluation: what their tests have to notice."""
+
+from tests.mutations import Mutation
+
+
+def _mutation(name: str, file: str, old: str, new: str, *tests: str) -> Mutation:
+    return Mutation(name, f"co_detr/{file}", old, new, tuple(f"tests/{each}.py" for each in tests))
+
+
+MUTATIONS = (
+    _mutation(
+        "all-processes-draw-the-same",
+        "engine/trainer.py",
+        "self.iter, micro_step, comm.get_rank())",
+        "self.iter, micro_step)",
+        "engine/test_trainer",
+    ),
+    _mutation(
+        "all-micro-batches-draw-the-same",
+        "engine/trainer.py",
+        "self.iter, micro_step, comm.get_rank())",
+        "self.iter, comm.get_rank())",
+        "engine/test_trainer",
+    ),
+    _mutation(
+        "loss-scale-stays",
+        "engine/trainer.py",
+        "        self.grad_scaler.update()",
+        "        pass",
+        "engine/test_trainer",
+    ),
+    _mutation(
+        "gradients-of-one-micro-batch",
+        "engine/trainer.py",
+        "total = sum(losses.values()) / self.settings.accumulation_steps",
+        "total = sum(losses.values())",
+        "engine/test_trainer",
+    ),
+    _mutation(
+        "resume-repeats-a-batch",
+        "engine/trainer.py",
+        'self.plan.resume(state_dict["data"], self.iter + 1)',
+        'self.plan.resume(state_dict["data"], self.iter)',
+        "engine/test_resume",
+    ),
+    _mutation(
+        "average-without-warm-up",
+        "engine/averaging.py",
+        "if warmup else 1.0",
+        "if not warmup else 1.0",
+        "engine/test_averaging",
+    ),
+    _mutation(
+        "samples-of-one-augmentation",
+        "data/loader.py",
+        'locally_seeded("sample", self.seed, key.position)',
+        'locally_seeded("sample", self.seed)',
+        "data_loading/test_loader",
+    ),
+    _mutation(
+        "processes-share-their-images",
+        "data/loader.py",
+        "mine = batch[self.rank :: self.world_size]",
+        "mine = batch[: len(batch) // self.world_size]",
+        "data_loading/test_loader",
+    ),
+    _mutation(
+        "dropout-in-validation-losses",
+        "engine/validation_loss.py",
+        "_KEPT_IN_EVAL = (_BatchNorm, _DropoutNd, StochasticDepth)",
+        "_KEPT_IN_EVAL = (_BatchNorm, StochasticDepth)",
+        "modeling/test_validation_loss",
+    ),
+    _mutation(
+        "categories-of-the-model",
+        "engine/evaluation.py",
+        'detection | {"category_id": ids[detection["category_id"]]}',
+        "detection",
+        "engine/test_evaluation",
+    ),
+    _mutation(
+        "limit-of-the-coco-api",
+        "engine/evaluation.py",
+        "evaluation.params.maxDets = [min(1, limit), min(10, limit), limit]",
+        "evaluation.params.maxDets = [1, 10, 100]",
+        "engine/test_evaluation",
+    ),
+    _mutation(
+        "boxes-without-area-count",
+        "engine/evaluation.py",
+        'if boxes.clip(annotation, images[annotation["image_id"]]) is not None',
+        "if annotation",
+        "engine/test_evaluation",
+    ),
+)
