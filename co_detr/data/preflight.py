@@ -27,13 +27,17 @@ class PreflightSettings:
         images: "all" decodes every image, "sample" some of each split, "off" none. Whether the
             files exist is looked up for all of them in any case.
         sample_size: how many images of each split "sample" decodes.
+        suspicion: "error" or "warning": what it is when boxes look, over the whole file, as if
+            they were no (x, y, w, h) of these images.
     """
 
     images: str = "sample"
     sample_size: int = 64
+    suspicion: str = "error"
 
     def __post_init__(self) -> None:
         require_choice("data.preflight.images", self.images, ("all", "sample", "off"))
+        require_choice("data.preflight.suspicion", self.suspicion, ("error", "warning"))
         if not (isinstance(self.sample_size, int) and self.sample_size >= 1):
             raise ConfigError(
                 f"data.preflight.sample_size={self.sample_size} must be a whole number of at "
@@ -77,7 +81,7 @@ def preflight(
     paths: list[set[str]] = []
     deep: list[DeepImage] = []
     for files in splits:
-        report = SplitReport(files.split, files.annotations)
+        report = SplitReport(files.split, files.annotations, suspicion=settings.suspicion)
         # Kept, as the file is loaded next.
         content = read_coco(files.annotations, keep=True)
         limits = limits or Limits()

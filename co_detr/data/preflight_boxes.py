@@ -21,6 +21,7 @@ _LARGEST_PART = 1.1
 _INSIDE = 0.9
 # Few boxes may be wrong one by one, and say nothing about the file.
 _FEWEST = 10
+_SWITCH = "if they are right, set data.preflight.suspicion=warning"
 _MANY_CROWDS = 0.05  # part of all boxes; COCO has 0.01
 
 
@@ -176,25 +177,27 @@ def _note_notation(
         is_error = other.leaving.mean() >= (0.1 if len(entries) >= _FEWEST else 0.5)
         in_file = "in the whole file" if is_error else "if all boxes of the file are these"
         report.add(
-            "error" if is_error else "warning",
+            report.suspicion if is_error else "warning",
             _cases(entries, other.leaving),
             f"boxes that leave their image as (x, y, w, h), but fit as {other.notation.name}",
-            f"{other.notation.mend} {in_file}",
+            f"{other.notation.mend} {in_file}; {_SWITCH}"
+            if is_error
+            else f"{other.notation.mend} {in_file}",
         )
-        return is_error
+        return is_error and report.suspicion == "error"
     corners = _from_size(boxes)
     area = (corners[:, 2:] - corners[:, :2]).clip(min=0).prod(axis=1)
     inside = np.minimum(corners[:, 2:], sizes) - corners[:, :2].clip(min=0)
     astray = (area > 0) & (inside.clip(min=0).prod(axis=1) < _INSIDE * area)
     if astray.sum() > max(2, 0.5 * len(entries)):
         report.add(
-            "error",
+            report.suspicion,
             _cases(entries, astray),
             f"boxes that do not fit their image ({astray.mean():.0%} of all)",
             "are they of another size of the images, of other images, or not (x, y, w, h) in "
-            "pixels? write them for these images",
+            f"pixels? write them for these images; {_SWITCH}",
         )
-        return True
+        return report.suspicion == "error"
     reach = (corners[:, 2:] / sizes).max(axis=0)
     if len(entries) >= _FEWEST and reach.max() < 0.5:
         report.add(

@@ -49,6 +49,7 @@ class SplitReport:
         categories: (id in the file, name), in the order of the ids.
         decoded: number of images that were decoded.
         values: how values of more than 8 bits are read, one sentence for each range.
+        suspicion: level of what is only likely, seen over the whole file.
     """
 
     split: str
@@ -60,6 +61,7 @@ class SplitReport:
     categories: list[tuple[int | str, str]] = field(default_factory=list)
     decoded: int = 0
     values: list[str] = field(default_factory=list)
+    suspicion: Level = "error"
     findings: list[Finding] = field(default_factory=list)
 
     @property

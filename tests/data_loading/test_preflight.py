@@ -384,6 +384,20 @@ def test_boxes_in_another_notation_stop_the_run(data, function, kind, mend):
     assert kind in data.error(invalid_boxes="error")
 
 
+def test_who_knows_better_can_go_on(data):
+    """The judgement is a likely one: large labels at the right edge look like corners."""
+    rng = np.random.default_rng(3)
+    for annotation in data.train["annotations"]:
+        w, h = rng.integers(8, 20, 2)
+        x, y = rng.integers(0, WIDTH - w), rng.integers(0, HEIGHT - h)
+        annotation["bbox"] = [int(value) for value in (x, y, x + w, y + h)]
+    data.write()
+    assert "if they are right, set data.preflight.suspicion=warning" in data.error()
+    kinds = [kind for _, kind in data.warnings(suspicion="warning")]
+    assert any("fit as corners (x0, y0, x1, y1)" in kind for kind in kinds)
+    assert "boxes that are partly outside their image" in kinds  # they are looked at one by one
+
+
 def test_some_boxes_outside_say_nothing_about_the_file(data):
     for annotation in data.train["annotations"][:2]:
         annotation["bbox"] = [30, 25, 40, 35]
