@@ -57,6 +57,15 @@ def test_equals_the_loop(kind, seed):
         assert (assigned < 4).all()  # of equals, the first
 
 
+@pytest.mark.parametrize(("shift", "is_inside"), [(0.0, False), (0.005, False), (0.02, True)])
+def test_a_centre_on_the_border_is_not_inside(shift, is_inside):
+    gt_boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+    far = torch.tensor([[100.0, 100.0, 110.0, 110.0], [200.0, 100.0, 210.0, 110.0]])
+    anchor = torch.tensor([[-5.0 + shift, 0.0, 5.0 + shift, 10.0]])  # overlaps enough in any case
+    assigned = ATSSAssigner(topk=3)([torch.cat([anchor, far])], gt_boxes)
+    assert assigned.tolist() == [0 if is_inside else -1, -1, -1]
+
+
 def test_levels_smaller_than_topk():
     levels = grid_anchors(strides=(16, 64, 128))  # 80, 6 and 2 anchors
     assert [len(level) for level in levels] == [80, 6, 2]
