@@ -89,6 +89,15 @@ def test_shapes(device, case, dtype):
     check(device, case, dtype, modes)
 
 
+@pytest.mark.parametrize(
+    ("mode", "widths"), [("atomics", {1}), ("vectors", {4}), ("deterministic", set())]
+)
+def test_modes_take_different_ways(device, mode, widths):
+    before = {count: device.additions(count) for count in (1, 4)}
+    check(device, SHAPES[3], torch.float32, [mode])
+    assert {count for count in before if device.additions(count) > before[count]} == widths
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=short_name)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_cases(device, case, dtype):
@@ -181,8 +190,8 @@ def test_too_many_levels_are_refused(device):
 # What lockstep/faults.cu does wrong -> what has to be noticed. In the order of its enumeration.
 FAULTS = {
     "none": "",
-    "exited_lane": "lane 8 reads lane 16, which does not take part, by __shfl_sync",
-    "divergent": "wait at different places; lane 0 at __shfl_sync .*; lane 16 at __shfl_sync",
+    "exited_lane": "do not come; lane 0 at __shfl_sync .*; lane 16 has ended",
+    "divergent": "do not come; lane 0 at __shfl_sync .*; lane 16 at __shfl_sync",
     "unnamed_lane": "thread 16: a lane does not name itself in __shfl_sync",
     "absent_lane": "lane 0 reads lane 16, which does not take part, by __shfl_xor_sync",
     "reads_past_end": r"block \(1, 0\), thread 63: reads 4 bytes outside of its memory",

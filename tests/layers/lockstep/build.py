@@ -25,26 +25,33 @@ LIBRARY = "co_detr_lockstep"  # the operators' namespace in torch.ops
 
 FLAGS = ["-std=c++20", "-fPIC", "-w", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"]
 # Sanitizers, without their libraries: lockstep.cpp has what the compiler calls.
-DEVICE_FLAGS = ["-O1", "-fsanitize=thread,alignment"]
+DEVICE_FLAGS = ("-O1", "-fsanitize=thread,alignment")
 
 
 @dataclass(frozen=True)
 class Unit:
     """What is compiled at once.
 
-    ``architecture``: ``__CUDA_ARCH__``, for code of the device. ``replaced``: text -> other text;
-    each has to be there once.
+    ``defines``: macros for the sources alone. ``replaced``: text -> other text; each has to be
+    there once.
     """
 
     name: str
     sources: tuple[Path, ...]
     flags: tuple[str, ...]
-    architecture: int | None = None
+    defines: tuple[tuple[str, str], ...] = ()
     replaced: tuple[tuple[str, str], ...] = ()
 
 
-def device_unit(name: str, source: Path, architecture: int = 800, *flags: str) -> Unit:
-    return Unit(name, (source,), (*DEVICE_FLAGS, *flags), architecture)
+def device_unit(
+    name: str, source: Path, architecture: int = 800, *defines: tuple[str, str]
+) -> Unit:
+    compiler = {
+        "__CUDA_ARCH__": str(architecture),
+        "__CUDACC_VER_MAJOR__": "13",
+        "__CUDACC_VER_MINOR__": "0",
+    }
+    return Unit(name, (source,), DEVICE_FLAGS, (*compiler.items(), *defines))
 
 
 UNITS = (  # the slowest first
@@ -65,7 +72,9 @@ UNITS = (  # the slowest first
             f"backward_{architecture}",
             SOURCES / "ms_deform_attn_cuda_backward.cu",
             architecture,
-            f"-Dlaunch_backward=launch_backward_{architecture}",
+            ("launch_backward", f"launch_backward_{architecture}"),
+            # GCC lets templates of this template be shared, though its namespace is anonymous.
+            ("Backward", f"Backward_{architecture}"),
         )
         for architecture in (800, 900)
     ),
@@ -147,10 +156,7 @@ def translate_instruction(statement: str) -> str:
 
 def write_unit(unit: Unit, folder: Path) -> Path:
     """The file that the compiler gets."""
-    parts = ['#include "prelude.h"']
-    if unit.architecture is not None:
-        parts.append(f"#define __CUDA_ARCH__ {unit.architecture}")
-        parts.append("#define __CUDACC_VER_MAJOR__ 13\n#define __CUDACC_VER_MINOR__ 0")
+    parts = ['#include "prelude.h"', *(f"#define {name} {text}" for name, text in unit.defines)]
     for source in unit.sources:
         text = source.read_text()
         parts.append(f'#line 1 "{source}"')
@@ -239,6 +245,10 @@ class Device:
         """As :func:`co_detr.layers.ms_deform_attn`, differentiable once."""
         flat = [size for shape in level_shapes for size in shape]
         return _Attention.apply(self, value, flat, sampling_locations, attention_weights)
+
+    def additions(self, count: int) -> int:
+        """How often kernels added ``count`` numbers at once to memory, so far."""
+        return self.library.lockstep_additions(count)
 
     def commit(self, fault: int, numbers: Tensor, output: Tensor) -> str:
         """Launches the kernel of faults.cu that has this fault; what was noticed."""

@@ -195,10 +195,10 @@ int source_lane(int index, const Meeting& meeting) {
 void exchange(unsigned mask) {
   bool any = false;
   for (int i = 0; i < warp_lanes; ++i) {
-    any = any || ((mask >> i & 1) && lanes[i].state == State::waiting && lanes[i].meeting.bits);
+    any = any || ((mask >> i & 1) && lanes[i].meeting.bits);
   }
   for (int i = 0; i < warp_lanes && fault.empty(); ++i) {
-    if (!(mask >> i & 1) || lanes[i].state != State::waiting) {
+    if (!(mask >> i & 1)) {
       continue;
     }
     const Meeting& meeting = lanes[i].meeting;
@@ -207,8 +207,7 @@ void exchange(unsigned mask) {
       continue;
     }
     const int source = source_lane(i, meeting);
-    if (source < 0 || source >= warp_lanes || !(mask >> source & 1) ||
-        lanes[source].state == State::ended) {
+    if (source < 0 || source >= warp_lanes || !(mask >> source & 1)) {
       fault = place() + ": lane " + std::to_string(i) + " reads lane " + std::to_string(source) +
           ", which does not take part, by " + describe(meeting);
     } else {
@@ -216,13 +215,14 @@ void exchange(unsigned mask) {
     }
   }
   for (int i = 0; i < warp_lanes; ++i) {
-    if ((mask >> i & 1) && lanes[i].state == State::waiting) {
+    if (mask >> i & 1) {
       lanes[i].state = State::ready;
     }
   }
 }
 
-// One group of waiting lanes goes on, or it is known that none ever will.
+// One group of waiting lanes goes on, or it is known that none ever will. CUDA does not wait for
+// lanes that have ended; this does, since the kernels keep the lanes of a warp together.
 void bring_together() {
   std::string waiting;
   for (int i = 0; i < warp_lanes; ++i) {
@@ -234,8 +234,7 @@ void bring_together() {
     for (int other = 0; other < warp_lanes; ++other) {
       const bool is_here =
           lanes[other].state == State::waiting && meeting.same_place(lanes[other].meeting);
-      complete = complete &&
-          (is_here || !(meeting.mask >> other & 1) || lanes[other].state == State::ended);
+      complete = complete && (is_here || !(meeting.mask >> other & 1));
       first_here = first_here && !(is_here && other < i);
     }
     if (complete) {
@@ -245,7 +244,13 @@ void bring_together() {
       waiting += "; lane " + std::to_string(i) + " at " + describe(meeting);
     }
   }
-  fault = place() + ": the lanes of a warp wait at different places" + waiting;
+  for (int i = 0; i < warp_lanes; ++i) {
+    if (lanes[i].state == State::ended) {
+      waiting += "; lane " + std::to_string(i) + " has ended";
+      break;
+    }
+  }
+  fault = place() + ": lanes wait for others that do not come" + waiting;
 }
 
 void run_warp(int threads) {
@@ -345,8 +350,11 @@ void check(const void* address, size_t bytes, Access access) {
   fail(text.str());
 }
 
+long additions[5];  // by how many numbers they add
+
 template <typename T>
 void add_numbers(T* to, const T* numbers, int count) {
+  ++additions[count];
   if (reinterpret_cast<uintptr_t>(to) % (count * sizeof(T)) != 0) {
     fail(
         "adds to " + std::to_string(count * sizeof(T)) +
@@ -428,6 +436,9 @@ VISIBLE void lockstep_use_device_memory(bool use) {
   static c10::Allocator* const usual = c10::GetCPUAllocator();
   c10::SetCPUAllocator(use ? &device : usual, /*priority=*/255);
 }
+
+// How often kernels added this many numbers at once, so far.
+VISIBLE long lockstep_additions(int count) { return lockstep::additions[count]; }
 
 // Launches this kernel with fewer blocks than asked for, to see whether they share out the rest.
 VISIBLE void lockstep_limit_grid(const char* kernel, unsigned x, unsigned y) {
