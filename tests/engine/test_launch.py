@@ -75,7 +75,7 @@ def fail_in_the_evaluation_of_the_main_process():
     def fail(self, *arguments, **others):
         raise TypeError("a bug in the evaluation")
 
-    CocoBoxEvaluator._eval_predictions = fail
+    CocoBoxEvaluator.judge = fail
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,9 @@ def _evaluate(tiny_data, output, *overrides, resume=False, config=CONFIG_FILE):
     adopt_class_count(cfg, given, eval_only=True, resume=resume)
     check_data(cfg, eval_only=True)
     run_evaluation_only(cfg, resume=resume)
-    return json.loads((output / "coco_instances_results.json").read_text())
+    # In the folder of a training, evaluations have a folder of their own.
+    (results,) = output.rglob("coco_instances_results.json")
+    return json.loads(results.read_text())
 
 
 def test_a_val_set_that_lacks_a_class_of_the_checkpoint(trained, tiny_data, tmp_path):

@@ -151,7 +151,8 @@ class InsideCells:
 
     def pad(self, values: Tensor, padding: int | bool) -> Tensor:
         """``(n,)`` values of the corner -> ``(H*W*A,)``, the others with ``padding``."""
-        grid = values.new_full((self.height, self.width, self.num_anchors), padding)
+        shape = (self.height, self.width, self.num_anchors)
+        grid = torch.full(shape, padding, dtype=values.dtype, device=values.device)
         grid[: self.rows, : self.columns] = values.view(self.rows, self.columns, self.num_anchors)
         return grid.flatten()
 
