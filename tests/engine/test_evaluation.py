@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from detectron2.config import instantiate
 from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -94,6 +95,24 @@ def test_odd_values_are_the_same_for_loader_and_evaluation(oracle_cfg, tiny_data
     assert metrics["AP"] == metrics["APs"] == pytest.approx(100)
     detections = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
     assert all(type(d["image_id"]) is type(d["category_id"]) is int for d in detections)
+
+
+def test_boxes_that_nothing_can_match_are_not_missed(oracle_cfg, tiny_data):
+    """Training leaves them out, so the evaluation must not count them as objects not found."""
+
+    def change(content):
+        image = content["images"][0]
+        for number, box in enumerate(([5, 5, 0, 8], [3000, 3000, 10, 10])):
+            content["annotations"].append(
+                {"id": 900 + number, "image_id": image["id"], "category_id": 3}
+                | {"bbox": box, "area": 80, "iscrowd": 0}
+            )
+
+    _edit_val(tiny_data, change)
+    cfg = oracle_cfg()
+    model = instantiate(cfg.model)
+    model.annotations = [each for each in model.annotations if each["id"] < 900]
+    assert _build_evaluation(cfg)(model)["AP"] == pytest.approx(100)
 
 
 def _crowded(content):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -149,17 +150,16 @@ class InsideCells:
         grid = values.unflatten(0, (self.height, self.width, self.num_anchors))
         return grid[: self.rows, : self.columns].flatten(0, 2)
 
-    def pad(self, values: Tensor, padding: int | bool) -> Tensor:
+    def pad(self, values: Tensor, padding: int) -> Tensor:
         """``(n,)`` values of the corner -> ``(H*W*A,)``, the others with ``padding``."""
-        shape = (self.height, self.width, self.num_anchors)
-        grid = torch.full(shape, padding, dtype=values.dtype, device=values.device)
-        grid[: self.rows, : self.columns] = values.view(self.rows, self.columns, self.num_anchors)
-        return grid.flatten()
+        grid = values.view(self.rows, self.columns, self.num_anchors)
+        outside = (0, 0, 0, self.width - self.columns, 0, self.height - self.rows)
+        return F.pad(grid, outside, value=padding).flatten()
 
     def mask(self, device: torch.device | None = None) -> Tensor:
         """``(H*W*A,)`` bool, True in the corner."""
         number = self.rows * self.columns * self.num_anchors
-        return self.pad(torch.ones(number, dtype=torch.bool, device=device), False)
+        return self.pad(torch.ones(number, dtype=torch.bool, device=device), 0)
 
 
 def gather_cells(maps: list[Tensor], image: int, indices: Tensor) -> Tensor:
