@@ -1,0 +1,93 @@
+"""Where the tests compute: ``TEST_DEVICE=cuda pytest`` does on a GPU what the CPU does otherwise.
+
+* Tensors that a file of the tests makes lie on the device, and are the same ones on each: values are
+  drawn on the host (`TensorsOfTests`). Tensors that the project makes lie where it puts them, so
+  that one which it forgets on the host is an error.
+* Models are moved: ``tiny_model(...)`` lies on the device already, others take ``.to(DEVICE)``.
+* Inputs of a model stay on the host, as a data loader gives them (`on_host`).
+* `assert_close` compares across devices and knows by how much a GPU's float32 may differ.
+* A test that says nothing about the device is marked ``cpu_only("reason")``.
+
+``TEST_DEVICE=emulated`` needs no GPU: a device of its own whose kernels are the CPU's, with which
+it is found out whether tests and models keep their tensors together; see `cuda_emulation`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+NAME = os.environ.get("TEST_DEVICE", "cpu")
+if NAME == "emulated":
+    from tests.cuda_emulation import register_emulated_device
+
+    register_emulated_device(NAME)
+ON_CPU = NAME == "cpu"
+DEVICE = torch.device(NAME) if ON_CPU else torch.device(NAME, 0)  # as tensors say it
+TESTS = Path(__file__).parent
+# Whose tests follow TEST_DEVICE. Those of `layers` name their devices themselves; data, checkpoint
+# files, tables and plots, and the folders about them, have nothing that a GPU computes.
+FOLDERS = ("modeling", "engine", "prediction", "export", "analysis")
+FACTORIES = {
+    *(torch.tensor, torch.as_tensor, torch.zeros, torch.ones, torch.full, torch.empty, torch.eye),
+    *(torch.arange, torch.linspace, torch.rand, torch.randn, torch.randint, torch.randperm),
+}
+# What float32 on a GPU may differ from the CPU's: sums have another order.
+FLOAT32 = {"rtol": 1e-3, "atol": 1e-4}
+
+
+class TensorsOfTests(TorchFunctionMode):
+    """Puts what files of the tests make on `DEVICE`, unless they name a device."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if (
+            func not in FACTORIES
+            or kwargs.get("device") is not None
+            or not sys._getframe(1).f_code.co_filename.startswith(f"{TESTS}/")
+        ):
+            return func(*args, **kwargs)
+        needs_grad = kwargs.pop("requires_grad", False)
+        return func(*args, **kwargs).to(DEVICE).requires_grad_(needs_grad)
+
+
+@contextmanager
+def on_host() -> Iterator[None]:
+    """Tensors made in it lie on the host, as those of a data loader do."""
+    with torch._C.DisableTorchFunction() if not ON_CPU else nullcontext():
+        yield
+
+
+@contextmanager
+def running(path: Path) -> Iterator[None]:
+    """Around everything that belongs to a test in the file ``path``, fixtures included."""
+    with ExitStack() as stack:
+        if not ON_CPU and any(path.is_relative_to(TESTS / folder) for folder in FOLDERS):
+            if NAME == "emulated":
+                from tests.cuda_emulation import EmulatedDevice
+
+                stack.enter_context(EmulatedDevice(DEVICE))
+            stack.enter_context(TensorsOfTests())
+        yield
+
+
+def to_host(values: Any) -> Any:
+    """The same with every tensor on the host, without its graph."""
+    return tree_map_only(Tensor, lambda each: each.detach().cpu(), values)
+
+
+def assert_close(actual: Any, expected: Any, **options: Any) -> None:
+    """`torch.testing.assert_close` across devices; float32 of a GPU is allowed `FLOAT32`."""
+    if DEVICE.type == "cuda" and "rtol" in options:
+        for name, least in FLOAT32.items():
+            options[name] = max(options[name], least)
+    torch.testing.assert_close(to_host(actual), to_host(expected), **options)
