@@ -1,7 +1,7 @@
 """Where the tests compute: ``TEST_DEVICE=cuda pytest`` does on a GPU what the CPU does otherwise.
 
-* Tensors that a file of the tests makes lie on the device, and are the same ones on each: values are
-  drawn on the host (`TensorsOfTests`). Tensors that the project makes lie where it puts them, so
+* Tensors that a file of the tests makes lie on the device (`TensorsOfTests`), with the same values
+  on each: they are drawn on the host. Tensors that the project makes lie where it puts them, so
   that one which it forgets on the host is an error.
 * Models are moved: ``tiny_model(...)`` lies on the device already, others take ``.to(DEVICE)``.
 * Inputs of a model stay on the host, as a data loader gives them (`on_host`).

@@ -146,9 +146,7 @@ def make_batch(
         return _make_batch(sizes, num_gts, seed)
 
 
-def _make_batch(
-    sizes: Sequence[tuple[int, int]], num_gts: Sequence[int], seed: int
-) -> list[dict]:
+def _make_batch(sizes: Sequence[tuple[int, int]], num_gts: Sequence[int], seed: int) -> list[dict]:
     generator = torch.Generator().manual_seed(seed)
     batch = []
     for size, number in zip(sizes, num_gts, strict=True):
