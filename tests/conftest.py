@@ -15,8 +15,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if not torch.cuda.is_available() and item.get_closest_marker("gpu") is not None:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+            # With the fixture `device` of tests/gpu any device will do.
+            if not (device.NAME == "emulated" and "device" in item.fixturenames):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         cpu_only = item.get_closest_marker("cpu_only")
         if cpu_only is not None and not device.ON_CPU:
             item.add_marker(pytest.mark.skip(reason=f"on the CPU only: {cpu_only.args[0]}"))

@@ -15,28 +15,22 @@ one (`register_emulated_device`): that is the device of ``TEST_DEVICE=emulated``
 
 from __future__ import annotations
 
-import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import detectron2
-import fvcore
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-import co_detr
+from benchmarks.step.waits import innermost_line
 
 aten = torch.ops.aten
 DEVICE = torch.device("cuda:0")
-PACKAGES = [Path(each.__file__).parent for each in (co_detr, detectron2, torchvision, fvcore)]
 # How many values come out depends on the values that go in, so the host has to ask.
 ASKS_FOR_SIZE = {
     aten.nonzero.default,
@@ -87,6 +81,9 @@ class EmulatedTensor(Tensor):
     def __repr__(self, **_: Any) -> str:
         return f"emulated {self.host!r}"
 
+    def __reduce_ex__(self, protocol: int) -> Any:
+        return self.host.__reduce_ex__(protocol)  # a file has no such device
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
@@ -98,7 +95,7 @@ class EmulatedTensor(Tensor):
 class EmulatedDevice(TorchDispatchMode):
     """Runs what is on the emulated device on the host; ``waits`` counts by kind and place.
 
-    A place is the innermost line of one of `PACKAGES`, "backward" where there is none.
+    See `innermost_line` for what a place is.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -165,12 +162,11 @@ class EmulatedDevice(TorchDispatchMode):
             waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking"))
             kind = "copy" if crosses and waits else None
         if kind is not None:
-            self.waits[kind, _place()] += 1
+            self.waits[kind, innermost_line()] += 1
 
     def own_waits(self) -> dict[tuple[str, str], int]:
         """Those of `co_detr`."""
-        own = f"{PACKAGES[0].name}/"
-        return {key: count for key, count in self.waits.items() if key[1].startswith(own)}
+        return {key: count for key, count in self.waits.items() if key[1].startswith("co_detr/")}
 
 
 class EmulatedCuda(EmulatedDevice):
@@ -210,15 +206,6 @@ def _index_wait(indices: Iterable[Tensor | None]) -> str | None:
 
 def _on_device(tensor: Tensor) -> bool:
     return isinstance(tensor, EmulatedTensor)
-
-
-def _place() -> str:
-    for frame in reversed(traceback.extract_stack()):
-        path = Path(frame.filename)
-        for package in PACKAGES:
-            if path.is_relative_to(package):
-                return f"{path.relative_to(package.parent)}:{frame.lineno}"
-    return "backward"
 
 
 def to_emulated(tensor: Tensor) -> Tensor:

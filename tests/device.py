@@ -70,12 +70,13 @@ def on_host() -> Iterator[None]:
 @contextmanager
 def running(path: Path) -> Iterator[None]:
     """Around everything that belongs to a test in the file ``path``, fixtures included."""
+    follows = any(path.is_relative_to(TESTS / folder) for folder in FOLDERS)
     with ExitStack() as stack:
-        if not ON_CPU and any(path.is_relative_to(TESTS / folder) for folder in FOLDERS):
-            if NAME == "emulated":
-                from tests.cuda_emulation import EmulatedDevice
+        if NAME == "emulated" and (follows or path.is_relative_to(TESTS / "gpu")):
+            from tests.cuda_emulation import EmulatedDevice
 
-                stack.enter_context(EmulatedDevice(DEVICE))
+            stack.enter_context(EmulatedDevice(DEVICE))
+        if follows and not ON_CPU:
             stack.enter_context(TensorsOfTests())
         yield
 

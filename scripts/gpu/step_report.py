@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import traceback
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,10 +21,9 @@ import torch
 from benchmarks.step.case import Case
 from benchmarks.step.co_detr_subject import CoDETRSubject
 from benchmarks.step.contestants import BUILT_IN
+from benchmarks.step.waits import count_waits, own
 
-ROOT = Path(__file__).resolve().parents[2]
 WARM_UP = 3
-WAIT = "synchronizing CUDA operation"  # in the warning of torch.cuda.set_sync_debug_mode
 
 
 def training_step(device: str, tiny: bool) -> Callable[[], None]:
@@ -46,42 +43,12 @@ def training_step(device: str, tiny: bool) -> Callable[[], None]:
     return step
 
 
-def count_waits(step: Callable[[], None], device: str) -> Counter[str]:
-    """Waits by the innermost line of this project; "elsewhere" without one (the backward pass)."""
-    found: Counter[str] = Counter()
-
-    def note(message, category, filename, lineno, file=None, line=None) -> None:
-        if WAIT in str(message):
-            found[_place()] += 1
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = note
-        if device == "cuda":
-            torch.cuda.set_sync_debug_mode("warn")
-        try:
-            step()
-        finally:
-            if device == "cuda":
-                torch.cuda.set_sync_debug_mode("default")
-    return found
-
-
-def _place() -> str:
-    for frame in reversed(traceback.extract_stack()):
-        path = Path(frame.filename)
-        if path.is_relative_to(ROOT / "co_detr"):
-            return f"{path.relative_to(ROOT)}:{frame.lineno}: {frame.line}"
-    return "elsewhere"
-
-
 def report_waits(step: Callable[[], None], options: argparse.Namespace) -> None:
     found = count_waits(step, options.device)
-    print("Waits of one step, by the innermost line of this project:")
+    print("Waits of one step, by the innermost line of this project and its detection libraries:")
     for place, count in found.most_common():
         print(f"{count:6} {place}")
-    own = sum(count for place, count in found.items() if place != "elsewhere")
-    figures = {"waits": found.total(), "of them in co_detr": own}
+    figures = {"waits": found.total(), "of them in co_detr": own(found)}
     print(f"figures: {json.dumps(figures)}")
 
 

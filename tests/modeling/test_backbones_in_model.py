@@ -5,6 +5,7 @@ import torch
 from detectron2.config import instantiate
 from detectron2.structures import ImageList
 
+from tests.device import DEVICE
 from tests.modeling.backbone_builders import TINY_SWIN, TINY_VIT, backbone_node
 from tests.modeling.builders import (
     NUM_CLASSES,
@@ -36,7 +37,7 @@ def config_with(name, **settings):
 
 def build(cfg):
     torch.manual_seed(0)
-    model = instantiate(cfg.model)
+    model = instantiate(cfg.model).to(DEVICE)
     randomise(model)
     return model
 

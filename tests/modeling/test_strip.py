@@ -10,6 +10,7 @@ from torch import nn
 from co_detr.errors import CheckpointError
 from co_detr.modeling.queries import TwoStageQueries
 from co_detr.prediction.loading import load_detector
+from tests.device import DEVICE
 from tests.modeling.builders import (
     NUM_CLASSES,
     assert_complete,
@@ -124,7 +125,7 @@ def test_the_inference_source_may_stand_anywhere(stripped, tmp_path):
     extra.update(name="group1", training_only=True)
     cfg.model.queries = [extra, cfg.model.queries[0]]
     torch.manual_seed(0)
-    model = instantiate(cfg.model)
+    model = instantiate(cfg.model).to(DEVICE)
     randomise(model)
     expected = detect(model, make_batch())
     if stripped:
