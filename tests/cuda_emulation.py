@@ -81,6 +81,15 @@ class EmulatedTensor(Tensor):
     def __repr__(self, **_: Any) -> str:
         return f"emulated {self.host!r}"
 
+    @property
+    def data(self) -> Tensor:
+        return Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, values: EmulatedTensor) -> None:
+        Tensor.data.__set__(self, values)
+        self.host = values.host
+
     def __reduce_ex__(self, protocol: int) -> Any:
         return self.host.__reduce_ex__(protocol)  # a file has no such device
 
@@ -187,9 +196,28 @@ class EmulatedCuda(EmulatedDevice):
         self._driver.stop()
 
 
+_KEPT: list[torch.library.Library] = []
+
+
 def register_emulated_device(name: str) -> None:
-    """Makes ``name`` a type of device, for `EmulatedDevice`; there is one in a process."""
-    backend_registration._setup_privateuseone_for_python_backend(rename=name)
+    """Makes ``name`` a type of device, for `EmulatedDevice`; there is one in a process.
+
+    Needs a PyTorch that knows devices made in Python (2.10 or newer).
+    """
+
+    class DeviceModule(backend_registration._DummyBackendModule):
+        """What PyTorch asks a type of device for. Autocast may be on, but changes nothing."""
+
+        def get_amp_supported_dtype(self) -> list[torch.dtype]:
+            return [torch.bfloat16, torch.float16]
+
+    backend_registration._setup_privateuseone_for_python_backend(
+        rename=name, backend_module=DeviceModule()
+    )
+    # Of autocast's rules there are none.
+    library = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
+    library.fallback(torch.library.fallthrough_kernel)
+    _KEPT.append(library)  # it takes its kernels along
     # The autograd engine has as many queues as the kind of device with most of them; this one's
     # guard says that there are none.
     torch._C._ensureCUDADeviceGuardSet()

@@ -8,7 +8,6 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from co_detr.modeling.backbones import SwinTransformer, VisionTransformer
-from tests.device import DEVICE
 from tests.modeling.builders import CONFIGS
 
 TINY_SWIN = {"embed_dim": 8, "depths": [2, 2, 2], "num_heads": [1, 2, 4], "window_size": 3}
@@ -46,13 +45,13 @@ def randomise_all(module: nn.Module, seed: int = 0) -> None:
 
 def tiny_swin(**settings) -> SwinTransformer:
     settings = TINY_SWIN | {"drop_path_rate": 0.0, "out_features": ["stage0", "stage2"]} | settings
-    model = SwinTransformer(**settings).to(DEVICE)
+    model = SwinTransformer(**settings)
     randomise_all(model)
     return model
 
 
 def tiny_vit(**settings) -> VisionTransformer:
-    model = VisionTransformer(**TINY_VIT | {"drop_path_rate": 0.0} | settings).to(DEVICE)
+    model = VisionTransformer(**TINY_VIT | {"drop_path_rate": 0.0} | settings)
     randomise_all(model)
     return model
 

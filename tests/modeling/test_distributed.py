@@ -11,6 +11,8 @@ import torch
 from tests.modeling.builders import make_batch
 from tests.modeling.distributed_worker import NUM_GTS, SIZES, build, step
 
+pytestmark = pytest.mark.cpu_only("two processes: NCCL wants a card for each, see tests/gpu")
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -20,6 +20,8 @@ from tests.cuda_emulation import (
 )
 from tests.modeling.builders import CONFIGS, make_batch, randomise, shrink, tiny_model, with_masks
 
+pytestmark = pytest.mark.cpu_only("emulates a GPU on the CPU")
+
 FAMILIES = [
     "co_detr_r50",
     "co_detr_r50_k6",

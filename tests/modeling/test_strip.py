@@ -33,7 +33,7 @@ def with_training_queries(model):
         name="one_to_many",
         training_only=True,
     )
-    model.queries = nn.ModuleList([extra, *model.queries])
+    model.queries = nn.ModuleList([extra, *model.queries]).to(DEVICE)
     return model
 
 
