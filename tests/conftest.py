@@ -19,8 +19,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             # With the fixture `device` of tests/gpu any device will do.
             if not (device.NAME == "emulated" and "device" in item.fixturenames):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        cpu_only = item.get_closest_marker("cpu_only")
-        if cpu_only is not None and not device.ON_CPU:
+        if device.ON_CPU:
+            continue
+        if not device.has_device(item.path):
+            item.add_marker(pytest.mark.skip(reason="nothing in it is computed on a device"))
+        elif (cpu_only := item.get_closest_marker("cpu_only")) is not None:
             item.add_marker(pytest.mark.skip(reason=f"on the CPU only: {cpu_only.args[0]}"))
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,14 @@ if NAME == "emulated":
     register_emulated_device(NAME)
 ON_CPU = NAME == "cpu"
 DEVICE = torch.device(NAME) if ON_CPU else torch.device(NAME, 0)  # as tensors say it
+# Of processes that a test starts: the emulated device is known in one process alone.
+CHILD = "cpu" if NAME == "emulated" else NAME
 TESTS = Path(__file__).parent
-# Whose tests follow TEST_DEVICE. Those of `layers` name their devices themselves; data, checkpoint
-# files, tables and plots, and the folders about them, have nothing that a GPU computes.
-FOLDERS = ("modeling", "engine", "prediction", "export", "analysis")
+# Whose tests follow TEST_DEVICE, and whose name their devices themselves. The others are about
+# files and tables, or about what is done on the CPU alone: traces for export, comparisons with the
+# reference's numbers, reports on a model.
+FOLDERS = ("modeling", "engine", "prediction")
+OF_THEIR_OWN = ("layers", "gpu")
 FACTORIES = {
     *(torch.tensor, torch.as_tensor, torch.zeros, torch.ones, torch.full, torch.empty, torch.eye),
     *(torch.arange, torch.linspace, torch.rand, torch.randn, torch.randint, torch.randperm),
@@ -67,18 +71,40 @@ def on_host() -> Iterator[None]:
         yield
 
 
+def has_device(path: Path) -> bool:
+    """Whether the tests in the file ``path`` say something about another device than the CPU."""
+    return _lies_in(path, FOLDERS + OF_THEIR_OWN)
+
+
+def _lies_in(path: Path, folders: Sequence[str]) -> bool:
+    return any(path.is_relative_to(TESTS / folder) for folder in folders)
+
+
 @contextmanager
 def running(path: Path) -> Iterator[None]:
     """Around everything that belongs to a test in the file ``path``, fixtures included."""
-    follows = any(path.is_relative_to(TESTS / folder) for folder in FOLDERS)
+    follows = _lies_in(path, FOLDERS)
     with ExitStack() as stack:
-        if NAME == "emulated" and (follows or path.is_relative_to(TESTS / "gpu")):
+        if NAME == "emulated" and (follows or _lies_in(path, ("gpu",))):
             from tests.cuda_emulation import EmulatedDevice
 
             stack.enter_context(EmulatedDevice(DEVICE))
+        if _lies_in(path, ("engine",)):
+            repeat_bits()
+            stack.callback(torch.use_deterministic_algorithms, False)
         if follows and not ON_CPU:
             stack.enter_context(TensorsOfTests())
         yield
+
+
+def repeat_bits() -> None:
+    """Lets a GPU compute the same bits again, as the CPU does; for tests that ask for them.
+
+    Only where it can: what has no such kernel says so, and RoIAlign would be compiled first.
+    """
+    if DEVICE.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def to_host(values: Any) -> Any:

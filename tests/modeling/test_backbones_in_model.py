@@ -111,7 +111,7 @@ def test_mixed_precision_stays_near_full_precision(name):
     images = torch.randn(1, 3, 96, 128)
     with torch.no_grad():
         full = backbone(images)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             mixed = backbone(images)
     for name, expected in full.items():
         assert (mixed[name].float() - expected).abs().mean() < 0.1 * expected.abs().mean()

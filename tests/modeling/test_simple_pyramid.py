@@ -67,7 +67,7 @@ def test_cells_lie_where_anchors_are():
     maps = list(pyramid(memory).values())[:3]
     anchors = DefaultAnchorGenerator(
         sizes=[[32]], aspect_ratios=[1.0], strides=STRIDES[:3], offset=0.5
-    )
+    ).to(DEVICE)
     for level, boxes in zip(maps, anchors(maps), strict=True):
         centres = boxes.get_centers().view(*level.shape[2:], 2).double()
         difference = level[0, :2].detach() - centres.permute(2, 0, 1)

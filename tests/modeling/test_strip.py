@@ -134,10 +134,10 @@ def test_the_inference_source_may_stand_anywhere(stripped, tmp_path):
     torch.save({"model": model.state_dict(), "class_names": list("abcde")}, path)
     detector = load_detector(cfg, path)
     assert len(detector.model.queries) == 1
-    assert_same_detections(detect(detector.model, make_batch()), expected)
+    assert_same_detections(detect(detector.model.to(DEVICE), make_batch()), expected)
     if not stripped:
         whole = load_detector(cfg, path, training_parts=True)
-        assert_same_detections(detect(whole.model, make_batch()), expected)
+        assert_same_detections(detect(whole.model.to(DEVICE), make_batch()), expected)
 
 
 def test_weights_of_another_source_do_not_pass_for_those_of_inference(tmp_path):
