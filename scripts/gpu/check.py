@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from stages import Figures, Stage, gpu_stages, rehearsal_stages
+from scripts.gpu.stages import Figures, Stage, gpu_stages, rehearsal_stages
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOWN_LINES = 12  # of the output of a stage that failed

@@ -58,7 +58,11 @@ def gpu_stages(out: Path, data: str | None) -> list[Stage]:
         ),
         Stage(
             "build",
-            ["bash", "-c", f"{PYTHON} setup.py build_ext --inplace && {PYTHON} -c '{_HAS_CUDA}'"],
+            [
+                *("bash", "-ec"),
+                f"{PYTHON} setup.py build_ext --inplace; {PYTHON} -c '{_HAS_CUDA}'; "
+                f"{PYTHON} -m co_detr.collect_env",
+            ],
             limit=180,
             group=1,
             environment={
@@ -290,7 +294,7 @@ def _environment(output: str) -> Figures:
 
 
 def _built(output: str) -> Figures:
-    return {"for": _architecture()}
+    return {"for": _architecture()} | _environment(output)
 
 
 def _tests(output: str) -> Figures:

@@ -11,6 +11,7 @@ from co_detr.engine.config import load_config
 from tests.device import CHILD, NAME
 from tests.engine.processes import TrainNet
 from tests.engine.tiny_data import TinyData, make_tiny_data
+from tests.paths import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent))  # the config imports tiny_detector
@@ -52,7 +53,7 @@ def train_net(tiny_data: TinyData):
             timeout=300,
             cwd=ROOT,
             env=os.environ
-            | {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"},
+            | {"PYTHONPATH": python_path(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
         )
 
     return run

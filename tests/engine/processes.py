@@ -15,6 +15,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 from tests.device import repeat_bits
+from tests.paths import python_path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -97,7 +98,7 @@ def free_port() -> int:
 
 def _start_server() -> None:
     before = dict(os.environ)
-    os.environ.update(PYTHONPATH=f"{ROOT}:{HERE}", OMP_NUM_THREADS="1")
+    os.environ.update(PYTHONPATH=python_path(HERE), OMP_NUM_THREADS="1")
     try:
         _SERVER.set_forkserver_preload(["train_net", __name__])
         forkserver.ensure_running()

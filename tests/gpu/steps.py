@@ -4,6 +4,8 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
+from co_detr.modeling.supervision import Assignment, score_groups
+from co_detr.structures import Predictions, QuerySet, TrainingOutput
 from tests.modeling.builders import make_batch, randomise, tiny_model
 
 # Everything is sampled, and there are no fillers, so that only the order of what is drawn differs.
@@ -43,3 +45,21 @@ def step(model: nn.Module) -> tuple[dict[str, float], dict[str, Tensor]]:
         if parameter.grad is not None
     }
     return {name: loss.item() for name, loss in losses.items()}, gradients
+
+
+def pixels_to_predictions(model: nn.Module, batch: list[dict]) -> Predictions:
+    """What no value has to be known for on the host: preprocessing, encoder, queries, decoder."""
+    memory = model.encode(model.preprocess(batch))
+    return model.decoder(QuerySet.concat([model.inference_source(memory)]), memory)
+
+
+def training_output(model: nn.Module, batch: list[dict]) -> TrainingOutput:
+    with EventStorage():
+        return model.training_step(model.preprocess(batch), [each["instances"] for each in batch])
+
+
+def losses_of_groups(model: nn.Module, output: TrainingOutput) -> dict[str, Tensor]:
+    """The criterion on what is decoded and assigned."""
+    assignment = Assignment(output.targets, output.proposal_targets)
+    sizes = output.memory.image_sizes
+    return score_groups(output.groups, output.predictions, assignment, sizes, model.criterion)

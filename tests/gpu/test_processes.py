@@ -4,14 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.engine.tiny_data import make_tiny_data
+from tests.paths import ROOT, python_path
 
 pytestmark = pytest.mark.gpu
-ROOT = Path(__file__).resolve().parents[2]
 ENGINE = ROOT / "tests" / "engine"  # the tiny detector and its config
 
 
@@ -31,7 +30,7 @@ def train(tmp_path):
             text=True,
             timeout=90,
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths()), "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"PYTHONPATH": python_path(ENGINE), "OMP_NUM_THREADS": "1"},
         )
         said = result.stdout + result.stderr
         assert result.returncode == 0, said
@@ -39,10 +38,6 @@ def train(tmp_path):
         return [line["total_loss"] for line in lines if "total_loss" in line], said
 
     return run
-
-
-def paths():
-    return [str(ROOT), str(ENGINE), *filter(None, [os.environ.get("PYTHONPATH")])]
 
 
 def test_one_process_with_workers_float16_and_a_resume(train, tmp_path):

@@ -5,10 +5,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from benchmarks.step.waits import count_waits, own
-from co_detr.modeling.supervision import Assignment, score_groups
-from co_detr.structures import QuerySet
 from co_detr.transfer import to_device
-from tests.gpu.steps import build, losses_of, step
+from tests.gpu.steps import (
+    build,
+    losses_of,
+    losses_of_groups,
+    pixels_to_predictions,
+    step,
+    training_output,
+)
 from tests.modeling.builders import make_batch, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -47,27 +52,19 @@ def no_waiting():
 
 
 def test_no_wait_from_pixels_to_predictions(no_waiting):
-    model = tiny_model(2).to(CUDA)
-    batch = make_batch()
-    losses_of(model)  # what is done once only: libraries, constants
+    model, batch = tiny_model(2).to(CUDA), make_batch()
+    pixels_to_predictions(model, batch)  # what is done once only: libraries, constants
     no_waiting()
-    memory = model.encode(model.preprocess(batch))
-    queries = QuerySet.concat([model.inference_source(memory)])
-    predictions = model.decoder(queries, memory)
+    predictions = pixels_to_predictions(model, batch)
     torch.cuda.set_sync_debug_mode("default")
     assert predictions.boxes.isfinite().all()
 
 
 def test_no_wait_in_the_criterion(no_waiting):
     model = tiny_model(2).to(CUDA)
-    batch = make_batch()
-    losses_of(model)
-    truth = [each["instances"] for each in batch]
-    output = model.training_step(model.preprocess(batch), truth)
-    assignment = Assignment(output.targets, output.proposal_targets)
-    sizes = output.memory.image_sizes
+    output = training_output(model, make_batch())
     no_waiting()
-    losses = score_groups(output.groups, output.predictions, assignment, sizes, model.criterion)
+    losses = losses_of_groups(model, output)
     torch.cuda.set_sync_debug_mode("default")
     for name, value in losses.items():
         torch.testing.assert_close(value, output.losses[name], msg=name)

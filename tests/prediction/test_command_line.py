@@ -18,6 +18,7 @@ from co_detr.prediction import Predictor
 from co_detr.prediction.command_line import parse_arguments, run
 from co_detr.prediction.inputs import IMAGES, find_inputs
 from tests.device import CHILD
+from tests.paths import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -181,7 +182,7 @@ def script(*arguments: str) -> subprocess.CompletedProcess:
         text=True,
         timeout=300,
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"},
     )
 
 
