@@ -35,7 +35,7 @@ from benchmarks.step.contestants import (
     has_transformers,
     parse_added,
 )
-from benchmarks.step.processes import start_workers, take_turns
+from benchmarks.step.processes import Worker, take_turns, wait_for
 from benchmarks.step.tables import as_json, measurements_table, ratios_table
 from benchmarks.step.worker import Setup
 
@@ -55,15 +55,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for contestant in contestants:
         print(f"  {contestant.name}: {contestant.about}")
     results = []
-    for case in cases(options):
-        setups = [
-            Setup(contestant, case, allocator, options.threads)
+
+    def start(case: Case) -> list[Worker]:
+        return [
+            Worker(Setup(contestant, case, allocator, options.threads), pythons[contestant.kind])
             for allocator in options.allocators
             for contestant in contestants
             if case.mode == "train" or contestant.name not in TRAINING_ONLY
         ]
+
+    all_cases = cases(options)
+    # A GPU's host has the memory for all of them, and starting takes longer than the steps.
+    started = {case: start(case) for case in all_cases} if options.together else {}
+    for case in all_cases:
         failures: dict[str, str] = {}
-        workers = start_workers(setups, pythons, failures)
+        workers = wait_for(started.get(case) or start(case), failures)
         records = take_turns(workers, options.rounds, options.warm_up, options.steps, failures)
         results.append(as_json(case, records, failures))
         print(f"\n## {case.title}\n")
@@ -101,10 +107,17 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--allocator",
         choices=("default", "tuned", "both"),
-        default="both",
-        help="glibc's settings for freed memory: its own, this project's, or a run of each",
+        help="glibc's settings for freed memory: its own, this project's, or a run of each "
+        "(default: both, on CUDA its own)",
     )
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
+    add(
+        *("--precision", "--precisions"),
+        nargs="+",
+        choices=("fp32", "tf32", "bf16"),
+        default=["fp32"],
+        help="bf16: autocast",
+    )
+    add("--together", action="store_true", help="start the processes of all cases at once")
     add("--with-optimizer", action="store_true", help="a training step also clips and updates")
     add("--train-size", type=size, metavar="HxW", help="640x896; on CUDA 800x1333")
     add("--test-size", type=size, metavar="HxW", help="800x1216; on CUDA 800x1333")
@@ -120,9 +133,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.train_size = options.train_size or QUICK_SIZE
         options.test_size = options.test_size or QUICK_SIZE
         options.rounds = options.steps = 1
-    options.allocators = (
-        ("default", "tuned") if options.allocator == "both" else (options.allocator,)
-    )
+    usual = "default" if options.device == "cuda" else "both"  # it is the host's memory
+    allocator = options.allocator or usual
+    options.allocators = ("default", "tuned") if allocator == "both" else (allocator,)
     try:
         options.added = [parse_added(text) for text in options.add]
     except ValueError as error:
@@ -150,9 +163,10 @@ def cases(options: argparse.Namespace) -> list[Case]:
             batch=options.batch or BATCH[options.device],
             num_gts=options.gts,
             device=options.device,
-            precision=options.precision,
+            precision=precision,
             with_optimizer=options.with_optimizer and mode == "train",
         )
+        for precision in options.precision
         for mode in sizes
         if options.mode in (mode, "both")
     ]

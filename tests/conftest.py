@@ -3,16 +3,37 @@
 import pytest
 import torch
 
+from tests import device
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # More threads than this only slow the tiny models of the tests down.
     torch.set_num_threads(min(2, torch.get_num_threads()))
+    # Comparisons with the CPU need float32 that is float32.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
-        if item.get_closest_marker("gpu") is not None:
-            item.add_marker(skip)
+        if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+            # With the fixture `device` of tests/gpu any device will do.
+            if not (device.NAME == "emulated" and "device" in item.fixturenames):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if device.ON_CPU:
+            continue
+        if not device.has_device(item.path):
+            item.add_marker(pytest.mark.skip(reason="nothing in it is computed on a device"))
+        elif (cpu_only := item.get_closest_marker("cpu_only")) is not None:
+            item.add_marker(pytest.mark.skip(reason=f"on the CPU only: {cpu_only.args[0]}"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector):
+    with device.running(collector.path):  # for constants of modules
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    with device.running(item.path):
+        return (yield)

@@ -9,32 +9,28 @@ What a machine without a GPU can find out with it:
 It is a dispatch mode, so it sees what C++ does as well: torchvision's operators and our own. Unlike
 with PyTorch's fake tensors, values are computed, so that heads whose work depends on them run, too.
 Kernels are the CPU's: nothing is said about those of CUDA, memory or time. There is no backward
-pass: the autograd engine asks the driver for a device.
+pass on ``cuda:0``: the autograd engine asks the driver for a device. A device of another name has
+one (`register_emulated_device`): that is the device of ``TEST_DEVICE=emulated``; see `device`.
 """
 
 from __future__ import annotations
 
-import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import detectron2
-import fvcore
 import torch
-import torchvision
 from torch import Tensor, nn
+from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-import co_detr
+from benchmarks.step.waits import innermost_line
 
 aten = torch.ops.aten
 DEVICE = torch.device("cuda:0")
-PACKAGES = [Path(each.__file__).parent for each in (co_detr, detectron2, torchvision, fvcore)]
 # How many values come out depends on the values that go in, so the host has to ask.
 ASKS_FOR_SIZE = {
     aten.nonzero.default,
@@ -68,7 +64,7 @@ class EmulatedTensor(Tensor):
     host: Tensor
 
     @staticmethod
-    def __new__(cls, host: Tensor) -> EmulatedTensor:
+    def __new__(cls, host: Tensor, device: torch.device = DEVICE) -> EmulatedTensor:
         made = torch.Tensor._make_wrapper_subclass(
             cls,
             host.shape,
@@ -76,7 +72,7 @@ class EmulatedTensor(Tensor):
             storage_offset=host.storage_offset(),
             dtype=host.dtype,
             layout=host.layout,
-            device=DEVICE,
+            device=device,
             requires_grad=False,
         )
         made.host = host
@@ -84,6 +80,18 @@ class EmulatedTensor(Tensor):
 
     def __repr__(self, **_: Any) -> str:
         return f"emulated {self.host!r}"
+
+    @property
+    def data(self) -> Tensor:
+        return Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, values: EmulatedTensor) -> None:
+        Tensor.data.__set__(self, values)
+        self.host = values.host
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        return self.host.__reduce_ex__(protocol)  # a file has no such device
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
@@ -93,29 +101,25 @@ class EmulatedTensor(Tensor):
         raise RuntimeError(f"{func} on an emulated tensor outside of the emulation.")
 
 
-class EmulatedCuda(TorchDispatchMode):
+class EmulatedDevice(TorchDispatchMode):
     """Runs what is on the emulated device on the host; ``waits`` counts by kind and place.
 
-    A place is the innermost line of one of `PACKAGES`, "backward" where there is none.
+    See `innermost_line` for what a place is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
-        torch._C._ensureCUDADeviceGuardSet()  # what autograd asks for the device, without one
+        self.device = torch.device(device.type, 0)
         self.waits: Counter[tuple[str, str]] = Counter()
-        # A call that names the device would look for a driver first.
-        self._driver = mock.patch.object(torch.cuda, "_lazy_init", lambda: None)
 
-    def __enter__(self) -> EmulatedCuda:
-        self._driver.start()
-        # torch.tensor(values, device="cuda") is to make a tensor of the host and move it, visibly.
+    def __enter__(self) -> EmulatedDevice:
+        # torch.tensor(values, device=..) is to make a tensor of the host and move it, visibly.
         torch._C._set_only_lift_cpu_tensors(True)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         torch._C._set_only_lift_cpu_tensors(False)
-        self._driver.stop()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -123,7 +127,7 @@ class EmulatedCuda(TorchDispatchMode):
         emulated = any(isinstance(each, EmulatedTensor) for each in tensors)
         target = kwargs.get("device")
         target = None if target is None else torch.device(target).type
-        if not emulated and target != "cuda":
+        if not emulated and target != self.device.type:
             return func(*args, **kwargs)
         self._note_waits(func, args, kwargs, emulated, target)
         self._check_devices(func, args, tensors)
@@ -137,7 +141,7 @@ class EmulatedCuda(TorchDispatchMode):
         result = REPLACED.get(func, func)(*inner_args, **inner_kwargs)
         if target == "cpu" or (func is aten.copy_.default and not _on_device(args[0])):
             return args[0] if func is aten.copy_.default else result.clone()
-        wrapped = tree_map_only(Tensor, EmulatedTensor, result)
+        wrapped = tree_map_only(Tensor, lambda each: EmulatedTensor(each, self.device), result)
         return return_and_correct_aliasing(func, args, kwargs, wrapped)
 
     def _check_devices(self, func, args, tensors: list[Tensor]) -> None:
@@ -160,19 +164,63 @@ class EmulatedCuda(TorchDispatchMode):
         elif func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
             kind = _index_wait(args[1]) if _on_device(args[0]) else None
         elif func is aten._to_copy.default:
-            crosses = target is not None and (target == "cuda") != emulated
+            crosses = target is not None and (target != "cpu") != emulated
             kind = "copy" if crosses and not kwargs.get("non_blocking") else None
         elif func is aten.copy_.default:
             crosses = _on_device(args[0]) != _on_device(args[1])
             waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking"))
             kind = "copy" if crosses and waits else None
         if kind is not None:
-            self.waits[kind, _place()] += 1
+            self.waits[kind, innermost_line()] += 1
 
     def own_waits(self) -> dict[tuple[str, str], int]:
         """Those of `co_detr`."""
-        own = f"{PACKAGES[0].name}/"
-        return {key: count for key, count in self.waits.items() if key[1].startswith(own)}
+        return {key: count for key, count in self.waits.items() if key[1].startswith("co_detr/")}
+
+
+class EmulatedCuda(EmulatedDevice):
+    """The one that says it is a GPU: autocast and all that asks for the type of a device."""
+
+    def __init__(self) -> None:
+        super().__init__(DEVICE)
+        torch._C._ensureCUDADeviceGuardSet()  # what autograd asks for the device, without one
+        # A call that names the device would look for a driver first.
+        self._driver = mock.patch.object(torch.cuda, "_lazy_init", lambda: None)
+
+    def __enter__(self) -> EmulatedCuda:
+        self._driver.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._driver.stop()
+
+
+_KEPT: list[torch.library.Library] = []
+
+
+def register_emulated_device(name: str) -> None:
+    """Makes ``name`` a type of device, for `EmulatedDevice`; there is one in a process.
+
+    Needs a PyTorch that knows devices made in Python (2.10 or newer).
+    """
+
+    class DeviceModule(backend_registration._DummyBackendModule):
+        """What PyTorch asks a type of device for. Autocast may be on, but changes nothing."""
+
+        def get_amp_supported_dtype(self) -> list[torch.dtype]:
+            return [torch.bfloat16, torch.float16]
+
+    backend_registration._setup_privateuseone_for_python_backend(
+        rename=name, backend_module=DeviceModule()
+    )
+    # Of autocast's rules there are none.
+    library = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
+    library.fallback(torch.library.fallthrough_kernel)
+    _KEPT.append(library)  # it takes its kernels along
+    # The autograd engine has as many queues as the kind of device with most of them; this one's
+    # guard says that there are none.
+    torch._C._ensureCUDADeviceGuardSet()
 
 
 def _index_wait(indices: Iterable[Tensor | None]) -> str | None:
@@ -186,15 +234,6 @@ def _index_wait(indices: Iterable[Tensor | None]) -> str | None:
 
 def _on_device(tensor: Tensor) -> bool:
     return isinstance(tensor, EmulatedTensor)
-
-
-def _place() -> str:
-    for frame in reversed(traceback.extract_stack()):
-        path = Path(frame.filename)
-        for package in PACKAGES:
-            if path.is_relative_to(package):
-                return f"{path.relative_to(package.parent)}:{frame.lineno}"
-    return "backward"
 
 
 def to_emulated(tensor: Tensor) -> Tensor:

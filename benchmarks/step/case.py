@@ -22,7 +22,8 @@ class Case:
         batch: images.
         num_gts: ground truths per image.
         device: ``cpu`` or ``cuda``.
-        precision: ``fp32``, or ``bf16`` for autocast.
+        precision: ``fp32``; ``tf32``, which differs on a GPU alone; or ``bf16`` for autocast (with
+            TF32 for what stays in float32).
         with_optimizer: a training step also clips and updates.
     """
 
@@ -32,7 +33,7 @@ class Case:
     batch: int
     num_gts: int = 8
     device: str = "cpu"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     with_optimizer: bool = False
 
     @property
@@ -47,9 +48,10 @@ class Case:
         enabled = self.precision == "bf16"
         return torch.autocast(self.device, dtype=torch.bfloat16, enabled=enabled)
 
-    def synchronize(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+    def set_precision(self) -> None:
+        """For the whole process; PyTorch's own choice is TF32 in convolutions and nowhere else."""
+        tf32 = self.precision != "fp32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ class CoDETRSubject:
             instances = Instances((case.height, case.width))
             instances.gt_boxes = Boxes(image.boxes)
             instances.gt_classes = image.classes
-            self.batch.append({"image": image.pixels, "instances": instances})
+            # Pixels as the data mapper gives them: a quarter of the bytes to copy to a GPU.
+            self.batch.append({"image": image.pixels.byte(), "instances": instances})
 
     def loss(self) -> Tensor:
         with EventStorage():

@@ -59,13 +59,14 @@ class Record:
 
 
 class Worker:
-    """A process that holds one built contestant.
+    """A process that holds one contestant, which it starts to build at once.
 
     Raises:
-        WorkerError: if it cannot be built; so does every turn that fails.
+        WorkerError: from `wait` if it cannot be built; so does every turn that fails.
     """
 
     def __init__(self, setup: Setup, python: str):
+        self.setup = setup
         self._log = tempfile.TemporaryFile("w+")
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         self._process = subprocess.Popen(
@@ -83,11 +84,19 @@ class Worker:
                 "TOKENIZERS_PARALLELISM": "false",
             },
         )
-        built = self._ask(asdict(setup))
-        self.record = Record(setup, **built)
+        self._send(asdict(setup))
+
+    @property
+    def name(self) -> str:
+        return f"{self.setup.contestant.name} ({self.setup.allocator} allocator)"
+
+    def wait(self) -> None:
+        """Until it is built."""
+        self.record = Record(self.setup, **self._receive())
 
     def turn(self, warm_up: int, steps: int) -> list[Step]:
-        reply = self._ask({"warm_up": warm_up, "steps": steps})
+        self._send({"warm_up": warm_up, "steps": steps})
+        reply = self._receive()
         self.record.peak = max(self.record.peak, reply["peak"])
         self.record.turns.append([Step(**step) for step in reply["steps"]])
         return self.record.turns[-1]
@@ -99,12 +108,15 @@ class Worker:
         self._process.stdout.close()
         self._log.close()
 
-    def _ask(self, message: dict) -> dict:
-        try:
+    def _send(self, message: dict) -> None:
+        with contextlib.suppress(BrokenPipeError):  # `_receive` says what ended it
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
+
+    def _receive(self) -> dict:
+        try:
             reply = json.loads(self._process.stdout.readline() or "null")
-        except (BrokenPipeError, json.JSONDecodeError):
+        except json.JSONDecodeError:
             reply = None
         if reply is None or "error" in reply:
             self._log.seek(0)
@@ -116,24 +128,19 @@ class Worker:
         return reply
 
 
-def start_workers(
-    setups: list[Setup], pythons: dict[str, str], failures: dict[str, str]
-) -> list[Worker]:
-    """One worker per setup, built one after the other; reasons of failures by name.
-
-    Args:
-        pythons: interpreter by kind of contestant.
-    """
-    workers = []
-    for setup in setups:
-        name = f"{setup.contestant.name} ({setup.allocator} allocator)"
-        print(f"building {name}", file=sys.stderr, flush=True)
+def wait_for(workers: list[Worker], failures: dict[str, str]) -> list[Worker]:
+    """Those that could be built; reasons of failures by name."""
+    built = []
+    for worker in workers:
+        print(f"building {worker.name}", file=sys.stderr, flush=True)
         try:
-            workers.append(Worker(setup, pythons[setup.contestant.kind]))
+            worker.wait()
         except WorkerError as error:
-            failures[name] = str(error)
+            failures[worker.name] = str(error)
             print(f"  failed: {error}", file=sys.stderr, flush=True)
-    return workers
+        else:
+            built.append(worker)
+    return built
 
 
 def take_turns(
@@ -149,7 +156,7 @@ def take_turns(
     for number in range(rounds):
         shuffler.shuffle(order)
         for worker in list(order):
-            name = "{} ({} allocator)".format(*worker.record.key)
+            name = worker.name
             try:
                 done = worker.turn(warm_up, steps)
             except WorkerError as error:

@@ -81,32 +81,54 @@ class Runner:
     def step(self) -> Step:
         torch.manual_seed(0)  # the same proposals and queries are drawn in every step
         before = Usage.now()
-        start = self._clock()
+        stopwatch = Stopwatch(self.case.device)
+        stopwatch.mark()
         if self.case.mode == "inference":
             with torch.inference_mode(), self.case.autocast():
                 result = float(self.subject.detect())
-            times = [start, *[self._clock()] * 3]
+            for _ in range(3):  # all of it is forward
+                stopwatch.mark()
         else:
             self.subject.model.zero_grad(set_to_none=True)
             with self.case.autocast():
                 loss = self.subject.loss()
-            times = [start, self._clock()]
+            stopwatch.mark()
             loss.backward()
-            times.append(self._clock())
+            stopwatch.mark()
             if self.optimizer is not None:
                 nn.utils.clip_grad_norm_(self.subject.model.parameters(), MAX_GRAD_NORM)
                 self.optimizer.step()
-            times.append(self._clock())
+            stopwatch.mark()
             result = loss.item()
         if not math.isfinite(result):
             raise FloatingPointError(f"the loss is {result}")
-        forward, backward, optimizer = (b - a for a, b in zip(times, times[1:], strict=False))
+        forward, backward, optimizer = stopwatch.seconds()
         used = Usage.now().since(before)
         return Step(forward, backward, optimizer, **asdict(used), result=result)
 
-    def _clock(self) -> float:
-        self.case.synchronize()
-        return time.perf_counter()
+
+class Stopwatch:
+    """Seconds between marks; on CUDA by events, so that marks do not make the host wait."""
+
+    def __init__(self, device: str):
+        self.on_cuda = device == "cuda"
+        self.marks: list[float | torch.cuda.Event] = []
+        if self.on_cuda:
+            torch.cuda.synchronize()  # what came before is not part of the first section
+
+    def mark(self) -> None:
+        if not self.on_cuda:
+            self.marks.append(time.perf_counter())
+            return
+        self.marks.append(torch.cuda.Event(enable_timing=True))
+        self.marks[-1].record()
+
+    def seconds(self) -> list[float]:
+        pairs = list(zip(self.marks, self.marks[1:], strict=False))
+        if not self.on_cuda:
+            return [after - before for before, after in pairs]
+        self.marks[-1].synchronize()
+        return [before.elapsed_time(after) / 1000 for before, after in pairs]
 
 
 def tune_allocator() -> bool:
@@ -137,6 +159,7 @@ def serve(read_line: Callable[[], str], reply: Callable[[dict], None]) -> None:
     """Obeys commands until stdin ends."""
     setup = Setup.from_json(read_line())
     torch.set_num_threads(setup.threads)
+    setup.case.set_precision()
     tuned = setup.allocator == "tuned" and tune_allocator()
     if setup.allocator == "tuned" and not tuned:
         raise RuntimeError("the allocator cannot be tuned here; use --allocator default")

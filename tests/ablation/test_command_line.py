@@ -9,6 +9,7 @@ import pytest
 
 from tests.ablation.test_runner import kill_this_process_when
 from tests.engine.tiny_data import make_tiny_data
+from tests.paths import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE_TESTS = ROOT / "tests" / "engine"
@@ -28,7 +29,7 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Of a grid of two variants, of which the second has no val set."""
     data = make_tiny_data(tmp_path)
     monkeypatch.syspath_prepend(str(ENGINE_TESTS))  # the config imports tiny_detector
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ENGINE_TESTS}")
+    monkeypatch.setenv("PYTHONPATH", python_path(ENGINE_TESTS))
     grid = tmp_path / "grid.yaml"
     grid.write_text(
         f"config: {ENGINE_TESTS / 'tiny_config.py'}\n"

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from co_detr.engine.config import load_config
+from tests.device import CHILD, NAME
 from tests.engine.processes import TrainNet
 from tests.engine.tiny_data import TinyData, make_tiny_data
+from tests.paths import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent))  # the config imports tiny_detector
@@ -26,7 +28,8 @@ def tiny_cfg(tiny_data: TinyData, tmp_path: Path):
     """Makes a config; arguments are overrides."""
 
     def make(*overrides: str, output: str = "out"):
-        return load_config(CONFIG_FILE, [*tiny_data.overrides(tmp_path / output), *overrides])
+        common = [*tiny_data.overrides(tmp_path / output), f"train.device={NAME}"]
+        return load_config(CONFIG_FILE, [*common, *overrides])
 
     return make
 
@@ -36,18 +39,21 @@ def train_net(tiny_data: TinyData):
     """Runs train_net.py as a user would; with `processes`, under torchrun."""
 
     def run(*arguments: str, processes: int = 1, config: str = CONFIG_FILE):
-        launcher = [sys.executable]
+        launcher, device = [sys.executable], CHILD
+        if processes > 1 or "--num-gpus" in arguments:
+            device = "cpu"  # NCCL wants a card for each
         if processes > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone"]
             launcher += ["--nproc-per-node", str(processes)]
         return subprocess.run(
-            [*launcher, str(ROOT / "train_net.py"), "--config-file", config, *arguments],
+            [*launcher, str(ROOT / "train_net.py"), "--config-file", config]
+            + [f"train.device={device}", *arguments],
             capture_output=True,
             text=True,
             timeout=300,
             cwd=ROOT,
             env=os.environ
-            | {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"},
+            | {"PYTHONPATH": python_path(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
         )
 
     return run
@@ -62,7 +68,9 @@ def train_process(tiny_data: TinyData, tmp_path: Path):
     started = []
 
     def start(*arguments: str, output: str = "out", **settings) -> TrainNet:
-        started.append(TrainNet([*tiny_data.overrides(tmp_path / output), *arguments], **settings))
+        device = CHILD if settings.get("rank") is None else "cpu"
+        common = [*tiny_data.overrides(tmp_path / output), f"train.device={device}"]
+        started.append(TrainNet([*common, *arguments], **settings))
         return started[-1]
 
     yield start

@@ -14,6 +14,9 @@ from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 
+from tests.device import repeat_bits
+from tests.paths import python_path
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CONFIG_FILE = str(HERE / "tiny_config.py")
@@ -95,7 +98,7 @@ def free_port() -> int:
 
 def _start_server() -> None:
     before = dict(os.environ)
-    os.environ.update(PYTHONPATH=f"{ROOT}:{HERE}", OMP_NUM_THREADS="1")
+    os.environ.update(PYTHONPATH=python_path(HERE), OMP_NUM_THREADS="1")
     try:
         _SERVER.set_forkserver_preload(["train_net", __name__])
         forkserver.ensure_running()
@@ -116,6 +119,7 @@ def _run(
     os.environ.update({key: str(value) for key, value in environment.items()})
     multiprocessing.set_start_method("fork", force=True)  # of its loading workers, as usual
     sys.path.insert(0, str(HERE))  # the config imports tiny_detector
+    repeat_bits()
     if prepare is not None:
         prepare()
     import train_net

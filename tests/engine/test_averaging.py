@@ -9,6 +9,7 @@ from detectron2.config import instantiate
 from co_detr.engine.averaging import AveragedWeights, EmaSettings
 from co_detr.engine.run import run_evaluation_only, run_training
 from co_detr.errors import ConfigError
+from tests.device import DEVICE
 
 EMA = ["train.ema.enabled=true", "train.ema.decay=0.5", "train.ema.warmup_iterations=3"]
 
@@ -123,7 +124,7 @@ def test_a_finished_run_without_an_average_evaluates_its_weights(tiny_cfg, tmp_p
 
 
 def test_buffers_are_copied():
-    model = torch.nn.BatchNorm1d(2)
+    model = torch.nn.BatchNorm1d(2).to(DEVICE)
     averaged = AveragedWeights(model, EmaSettings(enabled=True, decay=0.9))
     for _ in range(2):
         model(torch.randn(8, 2))

@@ -12,6 +12,8 @@ from co_detr.engine.checkpoint import Checkpointer
 from co_detr.errors import CheckpointError
 from co_detr.modeling.backbones import SwinTransformer
 
+pytestmark = pytest.mark.cpu_only("files of weights; test_resume.py loads them on a device")
+
 
 def _save(model, path, **changes):
     torch.save({"model": model.state_dict() | changes}, path)

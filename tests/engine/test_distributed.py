@@ -8,6 +8,8 @@ from detectron2.utils.env import seed_all_rng
 
 from co_detr.engine.run import run_training
 
+pytestmark = pytest.mark.cpu_only("two processes: NCCL wants a card for each, see tests/gpu")
+
 # The large epsilon keeps AdamW from dividing rounding differences by tiny numbers.
 COMMON = [
     "train.max_iter=4",

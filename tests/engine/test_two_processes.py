@@ -14,6 +14,8 @@ from co_detr.engine.run import run_evaluation_only, run_training
 from tests.engine.processes import free_port
 from tests.engine.test_distributed import COMMON, _run
 
+pytestmark = pytest.mark.cpu_only("two processes: NCCL wants a card for each, see tests/gpu")
+
 
 @pytest.fixture
 def two(train_process):

@@ -11,6 +11,7 @@ from co_detr.engine.run import run_training
 from co_detr.engine.step import StepSettings
 from co_detr.engine.validation_loss import ValidationLoss
 from co_detr.errors import ConfigError
+from tests.device import DEVICE, NAME
 
 ON = ["train.val_loss.enabled=true", "train.eval_period=2"]
 
@@ -105,9 +106,9 @@ def test_nothing_is_left_behind(tiny_cfg):
     cfg = tiny_cfg()
     records = instantiate(cfg.dataloader.test.dataset)
     measure = ValidationLoss(
-        records, instantiate(cfg.dataloader.test.mapper), StepSettings("cpu", seed=0)
+        records, instantiate(cfg.dataloader.test.mapper), StepSettings(NAME, seed=0)
     )
-    model = Noisy().eval()
+    model = Noisy().to(DEVICE).eval()
     model.norm.train()
     state = {key: value.clone() for key, value in model.state_dict().items()}
     torch.manual_seed(3)

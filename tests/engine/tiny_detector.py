@@ -62,7 +62,7 @@ class TinyDetector(nn.Module):
         scale = box.new_tensor([width, height, width, height])
         result.pred_boxes = Boxes((xyxy * scale).expand(self.num_classes, 4).clone())
         result.scores = logits.sigmoid()
-        result.pred_classes = torch.arange(self.num_classes)
+        result.pred_classes = torch.arange(self.num_classes, device=logits.device)
         return {"instances": result}
 
 

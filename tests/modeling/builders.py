@@ -19,6 +19,7 @@ from co_detr.modeling import CoDETR
 from co_detr.modeling.backbones import SwinTransformer, VisionTransformer
 from co_detr.modeling.resnet import resnet_stages
 from co_detr.structures import Candidates, EncoderMemory
+from tests.device import DEVICE, NAME, on_host
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("*.py"))
@@ -57,7 +58,7 @@ def shrink(cfg: DictConfig) -> DictConfig:
             further.num_queries = 30
         if "num_extra" in model.queries[0]:
             model.queries[0].num_extra = NUM_EXTRA
-    cfg.train.update(device="cpu", init_checkpoint="")
+    cfg.train.update(device=NAME, init_checkpoint="")
     cfg.dataloader.train.num_workers = cfg.dataloader.test.num_workers = 0
     auxiliary = model.auxiliary
     if auxiliary is None:
@@ -106,10 +107,10 @@ def tiny_config(heads: int = 2, overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def tiny_model(heads: int = 2, overrides: Sequence[str] = (), seed: int = 0) -> CoDETR:
-    """A tiny model in training mode, with the initial weights of `seed`."""
+    """A tiny model on the tests' device in training mode, with the initial weights of `seed`."""
     cfg = tiny_config(heads, overrides)
     torch.manual_seed(seed)
-    return instantiate(cfg.model)
+    return instantiate(cfg.model).to(DEVICE)
 
 
 def randomise(model: torch.nn.Module, seed: int = 0, scale: float = 0.1) -> None:
@@ -118,7 +119,7 @@ def randomise(model: torch.nn.Module, seed: int = 0, scale: float = 0.1) -> None
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter += scale * noise.to(parameter.dtype)
+            parameter += scale * noise.to(parameter)
 
 
 def random_boxes(
@@ -140,7 +141,12 @@ def make_batch(
     num_gts: Sequence[int] = (3, 2),
     seed: int = 0,
 ) -> list[dict]:
-    """Inputs as the data mapper makes them: random images and boxes."""
+    """Inputs as the data mapper makes them, on the host: random images and boxes."""
+    with on_host():
+        return _make_batch(sizes, num_gts, seed)
+
+
+def _make_batch(sizes: Sequence[tuple[int, int]], num_gts: Sequence[int], seed: int) -> list[dict]:
     generator = torch.Generator().manual_seed(seed)
     batch = []
     for size, number in zip(sizes, num_gts, strict=True):

@@ -15,6 +15,7 @@ from co_detr.modeling.auxiliary.dense import (
     InsideCells,
     centreness_target,
 )
+from tests.device import DEVICE
 from tests.modeling.builders import make_instances
 
 CLASSES = 3
@@ -35,7 +36,7 @@ def make_head():
         assigner=ATSSAssigner(topk=9),
         anchor_scale=4.0,
         num_groups=2,
-    )
+    ).to(DEVICE)
 
 
 def make_maps(seed=0):

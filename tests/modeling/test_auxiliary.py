@@ -6,6 +6,7 @@ from detectron2.config import instantiate
 from detectron2.utils.events import EventStorage
 
 from co_detr.errors import ConfigError
+from tests.device import DEVICE
 from tests.modeling.builders import (
     NUM_CLASSES,
     make_batch,
@@ -61,7 +62,7 @@ def test_candidates_fit_the_ground_truth(name):
     output, _ = run(model, batch)
     assert [group.name for group in output.groups] == ["matching", "roi_queries", "atss_queries"]
     first, empty = output.auxiliary[name].candidates.instances
-    truth = batch[0]["instances"]
+    truth = batch[0]["instances"].to(DEVICE)
     positive = first.gt_classes < NUM_CLASSES
     assert positive.any()
     for label, box in zip(first.gt_classes[positive], first.gt_boxes.tensor[positive], strict=True):

@@ -14,6 +14,8 @@ from co_detr.modeling.resnet import ResNet as CheckpointedResNet
 from co_detr.modeling.resnet import resnet_stages
 from tests.modeling.backbone_builders import outputs_and_gradients
 
+pytestmark = pytest.mark.cpu_only("parts by hand; models with them run on the device")
+
 STAGES = ["res2", "res3", "res4", "res5"]
 
 

@@ -16,6 +16,8 @@ from co_detr.modeling import ChannelMapper
 from co_detr.modeling.backbones import ViTPyramid
 from tests.modeling.backbone_builders import TINY_SWIN, on_meta, tiny_swin, tiny_vit
 
+pytestmark = pytest.mark.cpu_only("parts by hand; models with them run on the device")
+
 HEADS = TINY_SWIN["num_heads"]
 DEPTHS = TINY_SWIN["depths"]
 

@@ -5,6 +5,7 @@ import torch
 from detectron2.config import instantiate
 from detectron2.structures import ImageList
 
+from tests.device import DEVICE
 from tests.modeling.backbone_builders import TINY_SWIN, TINY_VIT, backbone_node
 from tests.modeling.builders import (
     NUM_CLASSES,
@@ -36,7 +37,7 @@ def config_with(name, **settings):
 
 def build(cfg):
     torch.manual_seed(0)
-    model = instantiate(cfg.model)
+    model = instantiate(cfg.model).to(DEVICE)
     randomise(model)
     return model
 
@@ -110,7 +111,7 @@ def test_mixed_precision_stays_near_full_precision(name):
     images = torch.randn(1, 3, 96, 128)
     with torch.no_grad():
         full = backbone(images)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             mixed = backbone(images)
     for name, expected in full.items():
         assert (mixed[name].float() - expected).abs().mean() < 0.1 * expected.abs().mean()

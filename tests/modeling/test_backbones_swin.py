@@ -21,6 +21,8 @@ from tests.modeling.backbone_builders import (
     tiny_swin,
 )
 
+pytestmark = pytest.mark.cpu_only("parts by hand; models with them run on the device")
+
 
 @pytest.mark.parametrize("size", [(48, 64), (45, 61), (4, 3)])
 def test_shapes_strides_and_channels(size):

@@ -21,6 +21,8 @@ from tests.modeling.backbone_builders import (
     tiny_vit,
 )
 
+pytestmark = pytest.mark.cpu_only("parts by hand; models with them run on the device")
+
 
 def table_of(height, width, head_dim, dtype=torch.float64):
     return RotaryTable.of_map(height, width, head_dim, device=torch.device("cpu"), dtype=dtype)

@@ -13,6 +13,7 @@ from co_detr.export.exporting import ExportSettings, export_detector
 from co_detr.modeling.boxes import inverse_sigmoid
 from co_detr.prediction.loading import Detector, load_detector
 from co_detr.structures import QuerySet
+from tests.device import DEVICE
 from tests.modeling.builders import (
     CONFIGS,
     NUM_CLASSES,
@@ -37,7 +38,7 @@ def build(name, *overrides, seed=0):
     cfg = shrink(load_config(str(CONFIGS / "baselines" / f"{name}.py")))
     apply_overrides(cfg, [f"model.num_classes={NUM_CLASSES}", *overrides])
     torch.manual_seed(seed)
-    return instantiate(cfg.model)
+    return instantiate(cfg.model).to(DEVICE)
 
 
 def copy_shared(target, source):
@@ -211,7 +212,7 @@ def test_learned_queries_have_groups_too():
     cfg.model.num_classes = NUM_CLASSES
     cfg.model.queries.append(copy.deepcopy(cfg.model.queries[0]))
     cfg.model.queries[1].update(name="group1", training_only=True)
-    model = instantiate(cfg.model)
+    model = instantiate(cfg.model).to(DEVICE)
     losses = train_step(model, make_batch())
     assert_complete(model, losses)
     assert sum(name.startswith("group1.") for name in losses) == len(losses) / 2

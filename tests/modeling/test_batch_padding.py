@@ -9,6 +9,7 @@ from detectron2.structures import Instances
 from co_detr.engine.run import run_evaluation_only
 from co_detr.errors import ConfigError
 from co_detr.modeling import BatchPadding
+from tests.device import DEVICE
 from tests.modeling.builders import (
     assert_complete,
     detect,
@@ -29,7 +30,7 @@ def build(**padding):
     cfg = tiny_config()
     cfg.model.padding = L(BatchPadding)(**padding)
     torch.manual_seed(0)
-    model = instantiate(cfg.model)
+    model = instantiate(cfg.model).to(DEVICE)
     randomise(model)
     return model.eval()
 
@@ -122,7 +123,7 @@ def test_lsj_config_from_files_to_metrics(rectangles):
     cfg = load("co_dino_r50_lsj_12ep", "model.auxiliary=null", *overrides)
     shrink(cfg)
     torch.manual_seed(0)
-    model = instantiate(cfg.model)
+    model = instantiate(cfg.model).to(DEVICE)
     batch = next(iter(instantiate(cfg.dataloader.train)))
     assert all(max(sample["image"].shape) <= 128 for sample in batch)
     losses = train_step(model, batch)

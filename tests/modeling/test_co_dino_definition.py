@@ -14,6 +14,7 @@ from torch import nn
 
 from co_detr.engine.config import apply_overrides, load_config
 from co_detr.structures import AuxiliaryOutput
+from tests.device import DEVICE
 from tests.modeling.builders import (
     CONFIGS,
     NUM_CLASSES,
@@ -50,7 +51,7 @@ def make_step(num_gts, padding="negatives"):
     ]
     apply_overrides(cfg, settings)
     torch.manual_seed(0)
-    model = instantiate(cfg.model).double().train()
+    model = instantiate(cfg.model).to(DEVICE).double().train()
     randomise(model)
     generator = torch.Generator().manual_seed(sum(num_gts))
     pixels = torch.randn(len(num_gts), 3, 96, 128, generator=generator, dtype=torch.float64)

@@ -8,6 +8,7 @@ from detectron2.config import instantiate
 
 from co_detr.engine.run import run_evaluation_only
 from co_detr.modeling import TopKPostprocessor
+from tests.device import DEVICE
 from tests.modeling.builders import detect, evaluating, make_batch, shrink
 from tests.modeling.test_configs import load
 
@@ -18,7 +19,7 @@ def config(*overrides):
 
 def test_both_kinds_of_detections():
     torch.manual_seed(0)
-    model = instantiate(config("model.compare_top_k=true").model)
+    model = instantiate(config("model.compare_top_k=true").model).to(DEVICE)
     batch = make_batch()
     with evaluating(model):
         both = model(batch)

@@ -9,6 +9,7 @@ from co_detr.engine.config import load_config
 from co_detr.modeling import TopKPostprocessor
 from co_detr.modeling.auxiliary import DenseHead, SimplePyramid
 from co_detr.modeling.single_scale import ConditionalDecoder, DABDecoder
+from tests.device import DEVICE
 from tests.modeling.builders import (
     CONFIGS,
     EXPERIMENTS,
@@ -142,7 +143,7 @@ def test_every_family_has_a_member():
 def test_one_step_and_one_detection(name):
     cfg = shrink(load(name, f"model.num_classes={NUM_CLASSES}"))
     torch.manual_seed(0)
-    model = instantiate(cfg.model)
+    model = instantiate(cfg.model).to(DEVICE)
     randomise(model)  # a layer that starts at zero keeps gradients from the ones before it
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
@@ -213,7 +214,7 @@ def test_layer_wise_learning_rates_of_vit():
 
 def test_heads_can_be_switched_off_from_the_command_line():
     for name in ("quickstart", "co_detr_r50"):
-        model = instantiate(shrink(load(name, "model.auxiliary=null")).model)
+        model = instantiate(shrink(load(name, "model.auxiliary=null")).model).to(DEVICE)
         assert model.auxiliary is None
         assert all(key.startswith("matching.") for key in train_step(model, make_batch()))
 

@@ -84,6 +84,7 @@ def test_another_number_of_classes_and_layers(official):
     assert "shapes that differ" in message and "and " in message and " more" in message
 
 
+@pytest.mark.cpu_only("renames what was read from a file")
 def test_official_anchors_loop_ratios_outside_of_sizes():
     """Three ratios and three sizes; Detectron2's index is size * 3 + ratio."""
     model = tiny_model(2)

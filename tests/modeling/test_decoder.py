@@ -8,6 +8,7 @@ from co_detr.modeling import DeformableDecoder, TopKPostprocessor
 from co_detr.modeling.boxes import inverse_sigmoid
 from co_detr.modeling.queries.two_stage import propose_grid
 from co_detr.structures import QueryGroup, QuerySet
+from tests.device import DEVICE
 from tests.modeling.builders import random_memory, randomise, tiny_model
 
 
@@ -22,7 +23,7 @@ def make_decoder(**settings):
         feedforward_dim=16,
         **settings,
     )
-    return decoder.double()
+    return decoder.to(DEVICE).double()
 
 
 def make_queries(number=7):

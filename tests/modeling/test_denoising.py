@@ -8,6 +8,7 @@ from co_detr.engine.config import load_config
 from co_detr.errors import ConfigError
 from co_detr.modeling.queries import DenoisingQueries
 from co_detr.structures import GroundTruth, QueryGroup, QuerySet
+from tests.device import DEVICE
 from tests.modeling.builders import CONFIGS, NUM_CLASSES, random_memory, shrink
 
 CHANNELS = 32
@@ -15,7 +16,8 @@ CHANNELS = 32
 
 def make_source(**settings):
     torch.manual_seed(0)
-    return DenoisingQueries(num_classes=NUM_CLASSES, embed_dim=CHANNELS, **settings)
+    source = DenoisingQueries(num_classes=NUM_CLASSES, embed_dim=CHANNELS, **settings)
+    return source.to(DEVICE)
 
 
 def make_truth(*num_gts, seed=0):
@@ -186,7 +188,7 @@ def test_denoising_sees_the_matched_group_whatever_it_is_called():
         str(CONFIGS / "co_dino_r50.py"), ["model.auxiliary=null", "model.num_classes=5"]
     )
     shrink(cfg).model.queries[0].name = "main"
-    model = instantiate(cfg.model)
+    model = instantiate(cfg.model).to(DEVICE)
     memory, truth = random_memory(dtype=torch.float32), make_truth(2, 1)
     groups = [group for source in model.queries for group in source.training_groups(memory, truth)]
     matched, denoising = groups

@@ -10,6 +10,9 @@ import torch
 
 from tests.modeling.builders import make_batch
 from tests.modeling.distributed_worker import NUM_GTS, SIZES, build, step
+from tests.paths import python_path
+
+pytestmark = pytest.mark.cpu_only("two processes: NCCL wants a card for each, see tests/gpu")
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +29,7 @@ def two_processes(tmp_path_factory):
         text=True,
         timeout=300,
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stderr
     return torch.load(output)

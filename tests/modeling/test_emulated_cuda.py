@@ -18,7 +18,10 @@ from tests.cuda_emulation import (
     emulated_autocast,
     to_emulated,
 )
+from tests.gpu.steps import losses_of_groups, pixels_to_predictions, training_output
 from tests.modeling.builders import CONFIGS, make_batch, randomise, shrink, tiny_model, with_masks
+
+pytestmark = pytest.mark.cpu_only("emulates a GPU on the CPU")
 
 FAMILIES = [
     "co_detr_r50",
@@ -115,6 +118,19 @@ def test_a_training_step_waits_for_the_device_only_where_it_must(name, most):
     with EmulatedCuda() as device:
         losses_of(emulate(model))
     assert sum(device.own_waits().values()) <= most, device.own_waits()
+
+
+def test_no_wait_from_pixels_to_predictions_and_in_the_criterion():
+    model, batch = build("co_detr_r50"), make_batch()
+    with EmulatedCuda() as device:
+        pixels_to_predictions(emulate(model), batch)
+        assert not device.waits, device.waits
+        output = training_output(model, batch)
+        device.waits.clear()
+        losses = losses_of_groups(model, output)
+        assert not device.waits, device.waits
+        for name, value in losses.items():
+            assert value.item() == output.losses[name].item(), name
 
 
 def test_detecting_waits_for_the_device_once():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from co_detr.errors import ConfigError
+from tests.device import DEVICE
 from tests.modeling.builders import (
     assert_complete,
     detect,
@@ -22,7 +23,7 @@ from tests.modeling.test_configs import instantiate, load
 def model():
     cfg = shrink(load("co_detr_r50_mask_rcnn", "model.num_classes=5"))
     torch.manual_seed(0)
-    model = instantiate(cfg.model)
+    model = instantiate(cfg.model).to(DEVICE)
     randomise(model)
     return model
 

@@ -5,6 +5,7 @@ from detectron2.config import instantiate
 
 from co_detr.engine.evaluation import evaluate
 from co_detr.engine.run import run_evaluation_only, run_training
+from tests.device import DEVICE
 from tests.modeling.builders import tiny_config
 
 RECIPE = [
@@ -24,7 +25,7 @@ def test_four_images_are_learnt_by_heart(rectangles):
     assert metrics["AP"] > 90
 
     # The decoder could do this alone; so each head is asked as well.
-    model = instantiate(cfg.model)
+    model = instantiate(cfg.model).to(DEVICE)
     model.load_state_dict(torch.load(f"{cfg.train.output_dir}/model_final.pth")["model"])
     for name in model.auxiliary.heads:
         loader, evaluator = instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)

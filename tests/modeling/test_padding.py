@@ -6,6 +6,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from torch import nn
 
+from tests.device import DEVICE
 from tests.modeling.builders import detect, evaluating, make_batch, randomise, tiny_model
 
 SIZES = ((100, 128), (128, 75))  # each is padded on one side to 128 x 128
@@ -37,7 +38,7 @@ def patch_model():
     model = tiny_model(0)
     model.backbone = PatchBackbone(32)
     randomise(model)
-    return model.double()
+    return model.to(DEVICE).double()
 
 
 def queries_and_outputs(model, batch):

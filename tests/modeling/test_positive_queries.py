@@ -9,6 +9,7 @@ from co_detr.errors import ConfigError
 from co_detr.modeling.auxiliary import HybridAssignmentHeads
 from co_detr.modeling.boxes import normalise_boxes
 from co_detr.modeling.queries import PositiveQueries
+from tests.device import DEVICE
 from tests.modeling.builders import NUM_CLASSES, make_candidates, randomise
 
 SIZES = [(96, 128), (96, 128)]
@@ -19,7 +20,7 @@ def make_source(**settings):
     settings = {"num_classes": NUM_CLASSES, "embed_dim": 32, "max_queries": 30} | settings
     source = PositiveQueries(**settings)
     randomise(source)
-    return source.double()
+    return source.to(DEVICE).double()
 
 
 def make_group(positives, backgrounds, **settings):

@@ -7,6 +7,7 @@ from torch import nn
 
 from co_detr.errors import ConfigError
 from co_detr.modeling.auxiliary import SimplePyramid
+from tests.device import DEVICE
 from tests.modeling.builders import random_memory
 
 STRIDES = [8, 16, 32, 64, 128]
@@ -14,7 +15,7 @@ STRIDES = [8, 16, 32, 64, 128]
 
 def make_pyramid(strides=STRIDES, stride=32):
     pyramid = SimplePyramid(embed_dim=32, strides=strides, stride=stride, num_groups=8)
-    return pyramid.double()
+    return pyramid.to(DEVICE).double()
 
 
 def memory_of(height, width):
@@ -66,7 +67,7 @@ def test_cells_lie_where_anchors_are():
     maps = list(pyramid(memory).values())[:3]
     anchors = DefaultAnchorGenerator(
         sizes=[[32]], aspect_ratios=[1.0], strides=STRIDES[:3], offset=0.5
-    )
+    ).to(DEVICE)
     for level, boxes in zip(maps, anchors(maps), strict=True):
         centres = boxes.get_centers().view(*level.shape[2:], 2).double()
         difference = level[0, :2].detach() - centres.permute(2, 0, 1)

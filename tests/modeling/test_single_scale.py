@@ -16,6 +16,7 @@ from co_detr.modeling.single_scale.attention import (
     ConditionalSelfAttention,
 )
 from co_detr.structures import QueryGroup, QuerySet
+from tests.device import DEVICE
 from tests.modeling.builders import random_memory, randomise
 
 CHANNELS, HEADS, QUERIES = 32, 4, 5
@@ -33,7 +34,7 @@ def make_encoder(**settings):
         position_encoding=SinePosition(CHANNELS, offset=0.0), num_layers=2, **SIZES, **settings
     )
     randomise(encoder)
-    return encoder.double().eval()
+    return encoder.to(DEVICE).double().eval()
 
 
 def make_memory(images=IMAGES, **settings):
@@ -48,7 +49,7 @@ def make_decoder(kind, seed=0, **settings):
     decoder = kind(num_classes=3, num_layers=3, **SIZES, **settings)
     if seed is not None:
         randomise(decoder, seed)
-    return decoder.double().eval()
+    return decoder.to(DEVICE).double().eval()
 
 
 def make_queries(kind, **changes):
@@ -80,7 +81,7 @@ def by_head(x, head):
 def test_cross_attention_is_a_content_term_plus_a_spatial_term(adds_position):
     memory = make_memory()
     content, position, spatial = random(3, 2, QUERIES, CHANNELS, seed=2)
-    attention = ConditionalCrossAttention(CHANNELS, HEADS, 0.0, adds_position).double()
+    attention = ConditionalCrossAttention(CHANNELS, HEADS, 0.0, adds_position).to(DEVICE).double()
     randomise(attention)
     actual = attention(content, position, spatial, memory)
     for image in range(2):
@@ -110,7 +111,7 @@ def test_cross_attention_is_a_content_term_plus_a_spatial_term(adds_position):
 def test_self_attention_honours_who_may_attend():
     content, position = random(2, 1, QUERIES, CHANNELS)
     allowed = torch.eye(QUERIES, dtype=torch.bool) | (random(QUERIES, QUERIES, seed=3) > 0)
-    attention = ConditionalSelfAttention(CHANNELS, HEADS, 0.0).double()
+    attention = ConditionalSelfAttention(CHANNELS, HEADS, 0.0).to(DEVICE).double()
     randomise(attention)
     query = attention.query_content(content[0]) + attention.query_position(position[0])
     key = attention.key_content(content[0]) + attention.key_position(position[0])
@@ -158,7 +159,7 @@ def test_an_encoder_of_one_map_refuses_two():
 
 
 def test_dropout_reaches_the_attention_in_training_only():
-    attention = ConditionalSelfAttention(CHANNELS, HEADS, 0.5).double()
+    attention = ConditionalSelfAttention(CHANNELS, HEADS, 0.5).to(DEVICE).double()
     content, position = random(2, 1, QUERIES, CHANNELS)
     first, second = (attention(content, position, None) for _ in range(2))
     assert not torch.equal(first, second)
@@ -239,7 +240,7 @@ def test_layers_share_their_heads(kind):
 
 @pytest.mark.parametrize("kind", [ConditionalDecoder, DABDecoder])
 def test_a_decoder_of_one_layer_trains_all_its_parameters(kind):
-    decoder = kind(num_classes=3, num_layers=1, **SIZES).double()
+    decoder = kind(num_classes=3, num_layers=1, **SIZES).to(DEVICE).double()
     predictions = decoder(make_queries(kind), make_memory())
     (predictions.boxes.sum() + predictions.logits.sum()).backward()
     assert [name for name, p in decoder.named_parameters() if p.grad is None] == []
@@ -260,7 +261,7 @@ def test_learned_queries():
     # An exported graph has tokens of a batch, but sizes of one image.
     memory = dataclasses.replace(make_memory(), image_sizes=IMAGES[:1])
     anchors, points = (
-        source(num_queries=7, embed_dim=CHANNELS).double()
+        source(num_queries=7, embed_dim=CHANNELS).to(DEVICE).double()
         for source in (AnchorQueries, PointQueries)
     )
     group = anchors(memory)

@@ -9,6 +9,7 @@ from co_detr.data.digit_scene import SceneConfig, draw_scene
 from co_detr.data.digits import DigitsConfig, load_glyphs, load_photograph
 from co_detr.engine.config import load_config
 from co_detr.structures import QuerySet
+from tests.device import DEVICE
 from tests.modeling.builders import (
     CONFIGS,
     NUM_CLASSES,
@@ -35,7 +36,7 @@ def build(kind, *overrides, seed=0):
     overrides = [f"model.num_classes={NUM_CLASSES}", *overrides]
     cfg = shrink(load(f"co_{kind}_detr_r50", *overrides))
     torch.manual_seed(seed)
-    return instantiate(cfg.model)
+    return instantiate(cfg.model).to(DEVICE)
 
 
 def test_published_recipe():
@@ -103,7 +104,8 @@ def test_stripping_leaves_detections_and_the_plain_model(kind):
     batch = make_batch()
     before = detect(model, batch)
     model.strip_auxiliary()
-    plain = instantiate(shrink(load(f"{kind}_detr_r50", f"model.num_classes={NUM_CLASSES}")).model)
+    cfg = shrink(load(f"{kind}_detr_r50", f"model.num_classes={NUM_CLASSES}"))
+    plain = instantiate(cfg.model).to(DEVICE)
     plain.load_state_dict(model.state_dict())
     for found in (detect(model, batch), detect(plain, batch)):
         for one, other in zip(found, before, strict=True):
@@ -119,7 +121,7 @@ def test_there_is_a_small_one_of_each_kind():
 @pytest.mark.parametrize("overrides", [[], ["model.auxiliary=null"]])
 def test_small_models(kind, overrides):
     cfg = load(f"baselines/co_{kind}_detr_small", *overrides)
-    model = instantiate(cfg.model)
+    model = instantiate(cfg.model).to(DEVICE)
     batch = make_batch(((64, 96),), num_gts=(2,))
     losses = train_step(model, batch)
     assert_complete(model, losses)

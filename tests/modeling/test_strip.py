@@ -10,6 +10,7 @@ from torch import nn
 from co_detr.errors import CheckpointError
 from co_detr.modeling.queries import TwoStageQueries
 from co_detr.prediction.loading import load_detector
+from tests.device import DEVICE
 from tests.modeling.builders import (
     NUM_CLASSES,
     assert_complete,
@@ -32,7 +33,7 @@ def with_training_queries(model):
         name="one_to_many",
         training_only=True,
     )
-    model.queries = nn.ModuleList([extra, *model.queries])
+    model.queries = nn.ModuleList([extra, *model.queries]).to(DEVICE)
     return model
 
 
@@ -124,7 +125,7 @@ def test_the_inference_source_may_stand_anywhere(stripped, tmp_path):
     extra.update(name="group1", training_only=True)
     cfg.model.queries = [extra, cfg.model.queries[0]]
     torch.manual_seed(0)
-    model = instantiate(cfg.model)
+    model = instantiate(cfg.model).to(DEVICE)
     randomise(model)
     expected = detect(model, make_batch())
     if stripped:
@@ -133,10 +134,10 @@ def test_the_inference_source_may_stand_anywhere(stripped, tmp_path):
     torch.save({"model": model.state_dict(), "class_names": list("abcde")}, path)
     detector = load_detector(cfg, path)
     assert len(detector.model.queries) == 1
-    assert_same_detections(detect(detector.model, make_batch()), expected)
+    assert_same_detections(detect(detector.model.to(DEVICE), make_batch()), expected)
     if not stripped:
         whole = load_detector(cfg, path, training_parts=True)
-        assert_same_detections(detect(whole.model, make_batch()), expected)
+        assert_same_detections(detect(whole.model.to(DEVICE), make_batch()), expected)
 
 
 def test_weights_of_another_source_do_not_pass_for_those_of_inference(tmp_path):

@@ -12,6 +12,7 @@ from co_detr.engine.validation_loss import training_without_trace
 from co_detr.errors import DataError
 from co_detr.modeling.single_scale.attention import ConditionalSelfAttention
 from co_detr.modeling.transformer_layers import SelfAttention
+from tests.device import DEVICE
 from tests.modeling.builders import CONFIGS, shrink, tiny_config
 from tests.modeling.test_resume import losses_of
 
@@ -38,10 +39,10 @@ def test_the_training_does_not_notice_it(rectangles, tmp_path):
 
 @pytest.mark.parametrize("attention", [SelfAttention, ConditionalSelfAttention])
 def test_dropout_of_attention_is_off_too(attention):
-    layer = attention(32, 4, dropout=0.5)
+    layer = attention(32, 4, dropout=0.5).to(DEVICE)
     x = torch.randn(1, 10, 32)
     assert not torch.equal(layer(x, x, None), layer(x, x, None))
-    with training_without_trace(layer, torch.device("cpu")), torch.no_grad():
+    with training_without_trace(layer, DEVICE), torch.no_grad():
         assert layer.training
         assert torch.equal(layer(x, x, None), layer(x, x, None))
     assert not torch.equal(layer(x, x, None), layer(x, x, None))

@@ -16,6 +16,7 @@ from trained_run import CLASSES, SIZE, Run
 
 from co_detr.engine.checkpoint import Checkpointer
 from co_detr.prediction import Predictor
+from tests.device import NAME
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +33,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="session")
 def predictor(trained: Run) -> Predictor:
-    return Predictor(trained.config, trained.checkpoint, device="cpu")
+    return Predictor(trained.config, trained.checkpoint, device=NAME)
 
 
 @pytest.fixture

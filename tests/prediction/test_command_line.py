@@ -18,6 +18,8 @@ from co_detr.errors import ConfigError, DataError
 from co_detr.prediction import Predictor
 from co_detr.prediction.command_line import parse_arguments, run
 from co_detr.prediction.inputs import find_inputs
+from tests.device import CHILD
+from tests.paths import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,7 +30,7 @@ def predict(trained, tmp_path):
 
     def call(*arguments: str, output: str = "drawn"):
         options = ["--config-file", trained.config, "--checkpoint", trained.checkpoint]
-        options += ["--device", "cpu", "--output", str(tmp_path / output)]
+        options += ["--device", CHILD, "--output", str(tmp_path / output)]
         status = run(parse_arguments([*options, *map(str, arguments)]))
         return status, json.loads((tmp_path / output / "predictions.json").read_text())
 
@@ -202,7 +204,7 @@ def script(*arguments: str) -> subprocess.CompletedProcess:
         text=True,
         timeout=300,
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -213,7 +215,7 @@ def test_the_script_as_a_user_runs_it(trained, photos, tmp_path):
     checkpoint = tmp_path / "with_average.pth"
     torch.save({**content, "ema": {"n_averaged": torch.tensor(9), **averaged}}, checkpoint)
     result = script(
-        *("--config-file", trained.config, "--checkpoint", checkpoint, "--device", "cpu"),
+        *("--config-file", trained.config, "--checkpoint", checkpoint, "--device", CHILD),
         *(photos / "a.png", photos / "b.png", "--output", tmp_path / "drawn"),
     )
     assert result.returncode == 1, result.stderr

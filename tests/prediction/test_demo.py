@@ -23,6 +23,8 @@ from co_detr.data.images import ImageReader
 from co_detr.demo import command_line
 from co_detr.demo.server import MEGABYTES, create_app, listen
 from co_detr.errors import ConfigError, NonFiniteError
+from tests.device import CHILD
+from tests.paths import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 RAW = "application/octet-stream"
@@ -204,9 +206,9 @@ def test_the_script_as_a_user_runs_it(trained):
         port = free.getsockname()[1]
     process = subprocess.Popen(
         [sys.executable, "demo.py", "--config-file", trained.config, "--port", str(port)]
-        + ["--checkpoint", trained.checkpoint, "--device", "cpu"],
+        + ["--checkpoint", trained.checkpoint, "--device", CHILD],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -18,6 +18,7 @@ from co_detr.engine.checkpoint import Checkpointer
 from co_detr.errors import CheckpointError, ConfigError, DataError
 from co_detr.prediction import Predictor
 from co_detr.prediction.loading import load_detector
+from tests.device import NAME
 
 
 def same(first, second):
@@ -53,7 +54,7 @@ def test_all_kinds_of_images_give_the_same(predictor, photos):
 
 
 def test_batches_hold_images_of_one_size_and_keep_the_order(trained, predictor, photos):
-    batched = Predictor(trained.config, trained.checkpoint, device="cpu", batch_size=2)
+    batched = Predictor(trained.config, trained.checkpoint, device=NAME, batch_size=2)
     sizes = []
     batched.model.register_forward_pre_hook(
         lambda _, inputs: sizes.append([tuple(each["image"].shape) for each in inputs[0]])
@@ -83,7 +84,7 @@ def test_mixed_precision_changes_detections_a_little(trained, predictor, photos,
 
 
 def test_few_samples_wait_for_others_of_their_size(trained):
-    batched = Predictor(trained.config, trained.checkpoint, device="cpu", batch_size=2)
+    batched = Predictor(trained.config, trained.checkpoint, device=NAME, batch_size=2)
     read = []
 
     def samples():
@@ -104,7 +105,7 @@ def test_class_names_come_from_the_checkpoint(predictor, photos):
 def test_score_threshold(trained, predictor, photos):
     found = predictor(photos / "a.png")
     limit = found.scores.median().item()
-    chosen = Predictor(trained.config, trained.checkpoint, device="cpu", score_threshold=limit)
+    chosen = Predictor(trained.config, trained.checkpoint, device=NAME, score_threshold=limit)
     assert same(chosen(photos / "a.png"), found[found.scores >= limit])
     assert 0 < (found.scores < limit).sum()
 
@@ -116,12 +117,12 @@ def test_training_parts_are_stripped(trained, predictor, photos):
     sample = predictor.prepare(photos / "a.png")
     with torch.no_grad():
         full = trained.model.eval()([{"image": sample.image, "height": 60, "width": 80}])
-    assert same(predictor(photos / "a.png"), full[0]["instances"])
+    assert same(predictor(photos / "a.png"), full[0]["instances"].to("cpu"))
 
 
 @pytest.mark.parametrize("heads", [0, 1])
 def test_other_auxiliary_heads_in_the_config_do_not_matter(trained, predictor, photos, heads):
-    other = Predictor(tiny_config(heads, SIZE), trained.checkpoint, device="cpu")
+    other = Predictor(tiny_config(heads, SIZE), trained.checkpoint, device=NAME)
     assert same(other(photos / "a.png"), predictor(photos / "a.png"))
 
 
@@ -133,21 +134,21 @@ def test_a_checkpoint_without_auxiliary_heads(trained, predictor, photos, tmp_pa
         if not key.startswith("auxiliary.")
     }
     torch.save(content, tmp_path / "plain.pth")
-    other = Predictor(trained.config, tmp_path / "plain.pth", device="cpu")
+    other = Predictor(trained.config, tmp_path / "plain.pth", device=NAME)
     assert same(other(photos / "a.png"), predictor(photos / "a.png"))
 
 
 def test_a_checkpoint_of_the_reference(trained, predictor, photos, tmp_path):
     official = restore_official(trained.model.state_dict(), trained.model).state_dict
     torch.save({"meta": {"CLASSES": tuple(CLASSES)}, "state_dict": official}, tmp_path / "o.pth")
-    other = Predictor(trained.config, tmp_path / "o.pth", device="cpu")
+    other = Predictor(trained.config, tmp_path / "o.pth", device=NAME)
     assert other.class_names == CLASSES
     assert same(other(photos / "a.png"), predictor(photos / "a.png"))
 
 
 def test_the_checkpoint_decides_on_the_number_of_classes(trained, predictor, photos, caplog):
     cfg = tiny_config(2, [*SIZE, "model.num_classes=80"])
-    other = Predictor(cfg, trained.checkpoint, device="cpu")
+    other = Predictor(cfg, trained.checkpoint, device=NAME)
     assert "has 5 classes, the config 80: the model is built for 5." in caplog.text
     assert cfg.model.num_classes == 80  # the caller's config is not changed
     assert same(other(photos / "a.png"), predictor(photos / "a.png"))
@@ -221,12 +222,12 @@ def test_averaged_weights_are_used_unless_told_otherwise(trained, tmp_path):
     torch.save(content | {"ema": averaged.state_dict()}, both)
     image = np.full((60, 80, 3), 128, np.uint8)
 
-    found = Predictor(trained.config, both, device="cpu")(image)
+    found = Predictor(trained.config, both, device=NAME)(image)
     torch.save(content | {"model": averaged.module.state_dict()}, tmp_path / "averaged.pth")
-    expected = Predictor(trained.config, tmp_path / "averaged.pth", device="cpu")(image)
+    expected = Predictor(trained.config, tmp_path / "averaged.pth", device=NAME)(image)
     assert same(found, expected)
 
     raw = ["train.init_checkpoint_weights=raw"]
-    found = Predictor(trained.config, both, device="cpu", overrides=raw)(image)
-    expected = Predictor(trained.config, trained.checkpoint, device="cpu")(image)
+    found = Predictor(trained.config, both, device=NAME, overrides=raw)(image)
+    expected = Predictor(trained.config, trained.checkpoint, device=NAME)(image)
     assert same(found, expected)

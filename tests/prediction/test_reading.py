@@ -8,12 +8,13 @@ from PIL import Image
 from co_detr.data.images import ImageReader
 from co_detr.errors import DataError
 from co_detr.prediction import Predictor
+from tests.device import NAME
 
 
 @pytest.mark.parametrize("image_format", ["RGB", "BGR"])
 def test_network_input_is_that_of_the_evaluation(trained, photos, image_format):
     overrides = [f"data.image_format={image_format}"]
-    predictor = Predictor(trained.config, trained.checkpoint, device="cpu", overrides=overrides)
+    predictor = Predictor(trained.config, trained.checkpoint, device=NAME, overrides=overrides)
     mapper = instantiate(trained.cfg.dataloader.test.mapper)
     mapper.image_format = image_format
     path = str(photos / "a.png")
