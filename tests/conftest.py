@@ -7,6 +7,8 @@ from tests import device
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if device.DEVICE.type == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("TEST_DEVICE=cuda, but PyTorch finds no GPU here.")
     # More threads than this only slow the tiny models of the tests down.
     torch.set_num_threads(min(2, torch.get_num_threads()))
     # Comparisons with the CPU need float32 that is float32.
@@ -16,8 +18,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
-            # With the fixture `device` of tests/gpu any device will do.
-            if not (device.NAME == "emulated" and "device" in item.fixturenames):
+            if not device.can_be_emulated(item):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if device.ON_CPU:
             continue

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -36,6 +37,8 @@ ON_CPU = NAME == "cpu"
 DEVICE = torch.device(NAME) if ON_CPU else torch.device(NAME, 0)  # as tensors say it
 # Of processes that a test starts: the emulated device is known in one process alone.
 CHILD = "cpu" if NAME == "emulated" else NAME
+# For trainings that are compared bit by bit, as those of the tiny detector are.
+EXACT = ["train.deterministic=true", "train.cuda.tf32=false"]
 TESTS = Path(__file__).parent
 # Whose tests follow TEST_DEVICE, and whose name their devices themselves. The others are about
 # files and tables, or about what is done on the CPU alone: traces for export, comparisons with the
@@ -78,6 +81,11 @@ def has_device(path: Path) -> bool:
     return _lies_in(path, FOLDERS + OF_THEIR_OWN)
 
 
+def can_be_emulated(item: pytest.Item) -> bool:
+    """Whether it is, and its test needs any device instead of a card: `device` of tests/gpu."""
+    return NAME == "emulated" and _lies_in(item.path, ("gpu",)) and "device" in item.fixturenames
+
+
 def _lies_in(path: Path, folders: Sequence[str]) -> bool:
     return any(path.is_relative_to(TESTS / folder) for folder in folders)
 
@@ -91,23 +99,18 @@ def running(path: Path) -> Iterator[None]:
             from tests.cuda_emulation import EmulatedDevice
 
             stack.enter_context(EmulatedDevice(DEVICE))
-        if _lies_in(path, ("engine",)):
-            repeat_bits()
-            stack.callback(torch.use_deterministic_algorithms, False)
         if follows and not ON_CPU:
+            _usual_switches()
             stack.enter_context(TensorsOfTests())
             stack.enter_context(mock.patch.object(torch.testing, "assert_close", assert_close))
         yield
 
 
-def repeat_bits() -> None:
-    """Lets a GPU compute the same bits again, as the CPU does; for tests that ask for them.
-
-    Only where it can: what has no such kernel says so, and RoIAlign would be compiled first.
-    """
-    if DEVICE.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+def _usual_switches() -> None:
+    """Float32 that is float32, and kernels as they are, whatever the test before asked for."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(False)
 
 
 def assert_close(actual: Any, expected: Any, **options: Any) -> None:

@@ -159,7 +159,6 @@ def serve(read_line: Callable[[], str], reply: Callable[[dict], None]) -> None:
     """Obeys commands until stdin ends."""
     setup = Setup.from_json(read_line())
     torch.set_num_threads(setup.threads)
-    setup.case.set_precision()
     tuned = setup.allocator == "tuned" and tune_allocator()
     if setup.allocator == "tuned" and not tuned:
         raise RuntimeError("the allocator cannot be tuned here; use --allocator default")
@@ -167,6 +166,7 @@ def serve(read_line: Callable[[], str], reply: Callable[[dict], None]) -> None:
     make_subject = subject_class(setup.contestant)
     after_import = meter.current()
     runner = Runner(make_subject(setup.contestant, setup.case), setup.case)
+    setup.case.set_precision()  # a config of this project has its own
     after_build = meter.current()
     meter.reset_peak()
     parameters = sum(p.numel() for p in runner.subject.model.parameters())

@@ -163,10 +163,11 @@ def rehearsal_stages(out: Path, data: str | None) -> list[Stage]:
         Stage(
             "tests-gpu",
             [*_pytest(out, "gpu"), "-m", "gpu", "tests/gpu", "tests/layers"],
-            limit=120,
+            limit=180,
             group=2,
+            environment=emulated,
             figures=_tests,
-            note="collected and skipped",
+            note="what needs no card, on an emulated device",
         ),
         Stage(
             "tests-core",

@@ -30,8 +30,8 @@ def training_step(device: str, tiny: bool) -> Callable[[], None]:
     """Forward, backward, clipping and update, with TF32 as in a usual training."""
     height, width = (128, 160) if tiny else (800, 1333)
     case = Case("train", height, width, batch=2, device=device, precision="tf32")
-    case.set_precision()
     subject = CoDETRSubject(BUILT_IN["k2"], case)
+    case.set_precision()
     optimizer = subject.optimizer()
 
     def step() -> None:

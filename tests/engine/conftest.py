@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from co_detr.engine.config import load_config
-from tests.device import CHILD, NAME
+from tests.device import CHILD, EXACT, NAME
 from tests.engine.processes import TrainNet
 from tests.engine.tiny_data import TinyData, make_tiny_data
 from tests.paths import python_path
@@ -16,6 +16,11 @@ from tests.paths import python_path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent))  # the config imports tiny_detector
 CONFIG_FILE = str(Path(__file__).parent / "tiny_config.py")
+
+
+def on(device: str) -> list[str]:
+    """Overrides for a training there."""
+    return [f"train.device={device}", *(EXACT if device == "cuda" else [])]
 
 
 @pytest.fixture
@@ -28,7 +33,7 @@ def tiny_cfg(tiny_data: TinyData, tmp_path: Path):
     """Makes a config; arguments are overrides."""
 
     def make(*overrides: str, output: str = "out"):
-        common = [*tiny_data.overrides(tmp_path / output), f"train.device={NAME}"]
+        common = [*tiny_data.overrides(tmp_path / output), *on(NAME)]
         return load_config(CONFIG_FILE, [*common, *overrides])
 
     return make
@@ -47,7 +52,7 @@ def train_net(tiny_data: TinyData):
             launcher += ["--nproc-per-node", str(processes)]
         return subprocess.run(
             [*launcher, str(ROOT / "train_net.py"), "--config-file", config]
-            + [f"train.device={device}", *arguments],
+            + [*on(device), *arguments],
             capture_output=True,
             text=True,
             timeout=300,
@@ -69,7 +74,7 @@ def train_process(tiny_data: TinyData, tmp_path: Path):
 
     def start(*arguments: str, output: str = "out", **settings) -> TrainNet:
         device = CHILD if settings.get("rank") is None else "cpu"
-        common = [*tiny_data.overrides(tmp_path / output), f"train.device={device}"]
+        common = [*tiny_data.overrides(tmp_path / output), *on(device)]
         started.append(TrainNet([*common, *arguments], **settings))
         return started[-1]
 

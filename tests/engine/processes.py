@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 
-from tests.device import repeat_bits
 from tests.paths import python_path
 
 HERE = Path(__file__).parent
@@ -119,7 +118,6 @@ def _run(
     os.environ.update({key: str(value) for key, value in environment.items()})
     multiprocessing.set_start_method("fork", force=True)  # of its loading workers, as usual
     sys.path.insert(0, str(HERE))  # the config imports tiny_detector
-    repeat_bits()
     if prepare is not None:
         prepare()
     import train_net

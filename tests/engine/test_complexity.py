@@ -12,6 +12,8 @@ from co_detr.engine.complexity import FLOP_HANDLERS, Complexity, PartCost, analy
 from co_detr.layers import MultiScaleDeformableAttention
 from tests.modeling.builders import NUM_CLASSES, NUM_QUERIES, tiny_model
 
+pytestmark = pytest.mark.cpu_only("operations are counted, which are the same everywhere")
+
 ROOT = Path(__file__).resolve().parents[2]
 HEIGHT, WIDTH = 96, 128
 TOKENS = 12 * 16 + 6 * 8 + 3 * 4 + 2 * 2

@@ -10,6 +10,8 @@ import co_detr
 from co_detr.engine.cuda_settings import configure_torch, cuda_settings, pin_for
 from co_detr.engine.run import run_training
 
+pytestmark = pytest.mark.cpu_only("PyTorch's switches, which need no device")
+
 
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from co_detr.engine.gradient_norm import clip_gradient, gradient_norm
+from tests.device import DEVICE
 
 NEWER = ("get_total_norm", "clip_grads_with_norm_")
 
@@ -21,7 +22,7 @@ def torch_version(request, monkeypatch):
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2), nn.Linear(2, 2))
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2), nn.Linear(2, 2)).to(DEVICE)
     model[:2](torch.randn(5, 4)).square().sum().backward()  # the last layer has no gradient
     return model
 

@@ -11,6 +11,8 @@ from PIL import Image
 
 from co_detr.visualization.samples import plot_samples, sample_of
 
+pytestmark = pytest.mark.cpu_only("draws what a data loader gives")
+
 TOOL = Path(__file__).parents[2] / "tools" / "inspect_data.py"
 CONFIG_FILE = str(Path(__file__).parent / "tiny_config.py")
 

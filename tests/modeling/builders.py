@@ -59,6 +59,7 @@ def shrink(cfg: DictConfig) -> DictConfig:
         if "num_extra" in model.queries[0]:
             model.queries[0].num_extra = NUM_EXTRA
     cfg.train.update(device=NAME, init_checkpoint="")
+    cfg.train.cuda.tf32 = False  # what is compared with the CPU has to be float32
     cfg.dataloader.train.num_workers = cfg.dataloader.test.num_workers = 0
     auxiliary = model.auxiliary
     if auxiliary is None:

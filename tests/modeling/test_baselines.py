@@ -85,7 +85,7 @@ def test_hybrid_matching_repeats_every_ground_truth():
     assert [group.num_queries for group in output.groups] == [NUM_QUERIES, NUM_EXTRA]
     for targets, repeats in zip(output.targets, (1, 6), strict=True):
         for image, sample in enumerate(batch):
-            truth = sample["instances"].gt_classes
+            truth = sample["instances"].gt_classes.to(DEVICE)
             for labels in targets.labels[:, image]:
                 found = labels[labels < NUM_CLASSES]
                 expected = torch.bincount(truth, minlength=NUM_CLASSES) * repeats
@@ -295,7 +295,9 @@ def test_checkpoints_are_read_for_prediction(name, tmp_path):
     cfg.model.num_classes = NUM_CLASSES
     detector = load_detector(cfg, tmp_path / "model.pth")
     batch = make_batch()
-    for one, other in zip(detect(detector.model, batch), detect(model, batch), strict=True):
+    for one, other in zip(
+        detect(detector.model.to(DEVICE), batch), detect(model, batch), strict=True
+    ):
         assert torch.equal(one.scores, other.scores)
 
 

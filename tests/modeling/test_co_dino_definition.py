@@ -90,6 +90,7 @@ def gradients(model, losses):
     return dict(zip(parameters, found, strict=True))
 
 
+@pytest.mark.cpu_only("the definition is computed on the host")
 @pytest.mark.parametrize(
     ("num_gts", "padding"),
     [

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pytest
 import torch
 
 from co_detr.engine.run import run_training
@@ -36,6 +37,7 @@ def losses_of(output_dir):
     }
 
 
+@pytest.mark.cpu_only("RoIAlign would be compiled to repeat its bits; tests/gpu asks for them")
 def test_resume_equals_uninterrupted(rectangles, tmp_path):
     whole, parts = tmp_path / "out", tmp_path / "parts"
     torch.manual_seed(0)

@@ -16,14 +16,14 @@ from trained_run import CLASSES, SIZE, Run
 
 from co_detr.engine.checkpoint import Checkpointer
 from co_detr.prediction import Predictor
-from tests.device import NAME
+from tests.device import CHILD, NAME
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Both auxiliary heads, random weights."""
     folder = tmp_path_factory.mktemp("run")
-    cfg = tiny_config(2, SIZE)
+    cfg = tiny_config(2, [*SIZE, f"train.device={CHILD}"])
     LazyConfig.save(cfg, str(folder / "config.yaml"))
     model = tiny_model(2)
     randomise(model)

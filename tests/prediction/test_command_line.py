@@ -18,7 +18,7 @@ from co_detr.errors import ConfigError, DataError
 from co_detr.prediction import Predictor
 from co_detr.prediction.command_line import parse_arguments, run
 from co_detr.prediction.inputs import find_inputs
-from tests.device import CHILD
+from tests.device import CHILD, NAME
 from tests.paths import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +30,7 @@ def predict(trained, tmp_path):
 
     def call(*arguments: str, output: str = "drawn"):
         options = ["--config-file", trained.config, "--checkpoint", trained.checkpoint]
-        options += ["--device", CHILD, "--output", str(tmp_path / output)]
+        options += ["--device", NAME, "--output", str(tmp_path / output)]
         status = run(parse_arguments([*options, *map(str, arguments)]))
         return status, json.loads((tmp_path / output / "predictions.json").read_text())
 

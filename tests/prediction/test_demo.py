@@ -23,9 +23,10 @@ from co_detr.data.images import ImageReader
 from co_detr.demo import command_line
 from co_detr.demo.server import MEGABYTES, create_app, listen
 from co_detr.errors import ConfigError, NonFiniteError
-from tests.device import CHILD
+from tests.device import CHILD, NAME
 from tests.paths import python_path
 
+pytestmark = pytest.mark.skipif(NAME == "emulated", reason="the emulation lives in one thread")
 ROOT = Path(__file__).resolve().parents[2]
 RAW = "application/octet-stream"
 

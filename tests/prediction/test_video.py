@@ -9,14 +9,14 @@ import pytest
 from co_detr.errors import ConfigError
 from co_detr.prediction.command_line import parse_arguments, run
 from co_detr.prediction.video import VideoReader
-from tests.device import CHILD
+from tests.device import NAME
 
 FRAMES = 7
 
 
 def arguments(trained, tmp_path, *more):
     options = ["--config-file", trained.config, "--checkpoint", trained.checkpoint]
-    options += ["--device", CHILD, "--output", str(tmp_path / "drawn"), "--video"]
+    options += ["--device", NAME, "--output", str(tmp_path / "drawn"), "--video"]
     return parse_arguments([*options, *map(str, more)])
 
 
