@@ -12,7 +12,6 @@ compare. See docs/fidelity.md.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from co_detr.noise import silence_dependencies
 silence_dependencies()
 
 from co_detr.parity.check import check_file
-from co_detr.parity.golden_file import golden_files
+from co_detr.parity.golden_file import golden_files, of_instance_segmentation
 from co_detr.parity.printing import format_file, format_summary
 
 
@@ -32,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--failures-only", action="store_true", help="print only what is not ok")
     options = parser.parse_args(arguments)
     files = golden_files(options.directory) if options.directory.is_dir() else []
-    left_out = [path.name for path in files if re.match("(case|units)_M", path.name)]
+    left_out = [path.name for path in files if of_instance_segmentation(path)]
     files = [path for path in files if path.name not in left_out]
     if not files:
         message = "holds no golden file; name the folder with case_*.pt or units.pt."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ _LARGEST_PART = 1.1
 _INSIDE = 0.9
 # Few boxes may be wrong one by one, and say nothing about the file.
 _FEWEST = 10
+# Cells across an object: with fewer a detector misses most of them, with enough it does not.
+_FEWEST_CELLS = 3
+_ENOUGH_CELLS = 5
 _SWITCH = "if they are right, set data.preflight.suspicion=warning"
 _MANY_CROWDS = 0.05  # part of all boxes; COCO has 0.01
 
@@ -34,6 +38,24 @@ class Limit:
 
 
 @dataclass(frozen=True)
+class InputSize:
+    """How large images are when the model sees them.
+
+    Attributes:
+        short_edge, max_size: pixels of the shorter side, and at most of the longer one.
+        stride: pixels of a cell of the finest level of the encoder.
+    """
+
+    short_edge: int
+    max_size: int
+    stride: int
+
+    def scale(self, width: int, height: int) -> float:
+        """The factor of an image's sides."""
+        return min(self.short_edge / min(width, height), self.max_size / max(width, height))
+
+
+@dataclass(frozen=True)
 class Limits:
     """What the objects of an image are compared with; None: not known.
 
@@ -41,11 +63,13 @@ class Limits:
         queries: of the model, per image.
         detections: that the model gives, per image.
         evaluated: detections that the evaluation looks at, per image and class.
+        input_size: of the evaluation, which the sizes of objects are told in.
     """
 
     queries: Limit | None = None
     detections: Limit | None = None
     evaluated: Limit | None = None
+    input_size: InputSize | None = None
 
 
 def check_boxes(
@@ -257,6 +281,8 @@ def count_objects(report: SplitReport, good: list[Entry], images: Images, limits
     effect = "they cannot be learned" if report.split == "train" else "their AP is undefined"
     report.add("warning", unused, "classes without a box", effect)
     _compare_with_limits(report, objects, images, limits)
+    if limits.input_size is not None:
+        _tell_sizes(report, objects, images, limits.input_size)
 
 
 def _check_crowds(report: SplitReport, crowds: list[Entry], number: int) -> None:
@@ -311,6 +337,43 @@ def _compare_with_limits(
             f"images with more objects {than} ({limit.number})",
             f"{effect}: set {limit.key}={most}",
         )
+
+
+def _tell_sizes(
+    report: SplitReport, objects: list[Entry], images: Images, input_size: InputSize
+) -> None:
+    """Objects as the model sees them; too small ones give a low AP that nothing else explains."""
+    sides = []
+    for each in objects:
+        image, (_, _, w, h) = images[each["image_id"]], each["bbox"]
+        # Clipped boxes would be a little smaller; the square root is that of COCO's sizes.
+        sides.append(input_size.scale(image["width"], image["height"]) * math.sqrt(w * h))
+    small, median, large = np.percentile(sides, [10, 50, 90])
+    stride = input_size.stride
+    report.sizes.append(
+        f"at the network's input size (short edge {input_size.short_edge}, at most "
+        f"{input_size.max_size}) half of the objects are smaller than {median:.0f} pixels "
+        f"({median / stride:.1f} cells of the finest level), a tenth smaller than {small:.0f}, a "
+        f"tenth larger than {large:.0f}"
+    )
+    if median >= _FEWEST_CELLS * stride:
+        return
+    factor = _ENOUGH_CELLS * stride / median
+    # A multiple of 32 is what backbones divide by.
+    short, long = (
+        32 * math.ceil(factor * side / 32) for side in (input_size.short_edge, input_size.max_size)
+    )
+    key = "augmentations"
+    report.add(
+        "warning",
+        [f"half of {len(objects)} objects are at most {median:.0f} pixels"],
+        f"objects smaller than {_FEWEST_CELLS} cells of the finest level ({stride} pixels each)",
+        f"they are hard to find: larger input with dataloader.test.mapper.{key}.short_edge={short} "
+        f"dataloader.test.mapper.{key}.max_size={long} "
+        f"'dataloader.train.mapper.{key}.short_edges=[{short}]' "
+        f"dataloader.train.mapper.{key}.max_size={long} (about {factor**2:.0f} times the time and "
+        "memory of a step), or cut the images into parts",
+    )
 
 
 def name_of(entry: Entry) -> str:

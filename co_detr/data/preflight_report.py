@@ -49,6 +49,7 @@ class SplitReport:
         categories: (id in the file, name), in the order of the ids.
         decoded: number of images that were decoded.
         values: how values of more than 8 bits are read, one sentence for each range.
+        sizes: how large objects are for the model, one sentence.
         suspicion: level of what is only likely, seen over the whole file.
     """
 
@@ -61,6 +62,7 @@ class SplitReport:
     categories: list[tuple[int | str, str]] = field(default_factory=list)
     decoded: int = 0
     values: list[str] = field(default_factory=list)
+    sizes: list[str] = field(default_factory=list)
     suspicion: Level = "error"
     findings: list[Finding] = field(default_factory=list)
 
@@ -106,6 +108,7 @@ class PreflightReport:
         ]
         lines += [f"classes: {_listed(self.splits[0].categories)}"]
         lines += [f"values: {each}" for split in self.splits for each in split.values]
+        lines += [f"{split.split}: {each}" for split in self.splits for each in split.sizes]
         lines += [f"{each.level:7}  {each.split:5}  {each.sentence()}" for each in self.findings]
         if not self.findings:
             lines.append("no defects found")

@@ -17,13 +17,17 @@ from co_detr.data.coco import align_classes, class_names, load_coco
 from co_detr.data.coco_file import read_coco, shortened
 from co_detr.data.images import ImageReader
 from co_detr.data.preflight import PreflightSettings, SplitFiles, preflight
-from co_detr.data.preflight_boxes import Limit, Limits
+from co_detr.data.preflight_boxes import InputSize, Limit, Limits
 from co_detr.engine.checkpoint_files import has_checkpoints, last_readable
 from co_detr.engine.evaluation import COCO_LIMIT
 from co_detr.engine.joint import raise_jointly
 from co_detr.errors import DataError, UserError
 
 logger = logging.getLogger(__name__)
+
+# Pixels of a cell in the maps of ResNets and Swin Transformers.
+_STRIDES = {f"res{stage}": 2**stage for stage in (2, 3, 4, 5)}
+_STRIDES |= {f"stage{stage}": 4 * 2**stage for stage in (0, 1, 2, 3)}
 
 
 def adopt_class_count(
@@ -161,7 +165,20 @@ def limits_of(cfg: DictConfig) -> Limits:
         # A config.yaml of an earlier version does not say it.
         evaluated=_limit(cfg, "dataloader.evaluator.max_detections")
         or (Limit("dataloader.evaluator.max_detections", COCO_LIMIT) if evaluator else None),
+        input_size=_input_size(cfg),
     )
+
+
+def _input_size(cfg: DictConfig) -> InputSize | None:
+    """What the evaluation resizes images to; None if this is no plain resize, or not known."""
+    node = OmegaConf.select(cfg, "dataloader.test.mapper.augmentations")
+    maps = OmegaConf.select(cfg, "model.backbone.in_features")
+    if not isinstance(node, DictConfig) or not maps or maps[0] not in _STRIDES:
+        return None
+    short_edge, max_size = node.get("short_edge"), node.get("max_size")
+    if not (isinstance(short_edge, int) and isinstance(max_size, int)):
+        return None
+    return InputSize(short_edge, max_size, _STRIDES[maps[0]])
 
 
 def _limit(cfg: DictConfig, key: str) -> Limit | None:

@@ -211,6 +211,10 @@ class ReferencePosition(nn.Module):
         self.layers = nn.ModuleList(
             [nn.Linear(2 * embed_dim, embed_dim), nn.Linear(embed_dim, embed_dim)]
         )
+        # As all of the transformer in the reference: with PyTorch's own, smaller weights positions
+        # would hardly tell queries apart at the start.
+        for linear in self.layers:
+            nn.init.xavier_uniform_(linear.weight)
 
     def forward(self, boxes: Tensor) -> Tensor:
         """Boxes ``(B, Q, 4)`` cxcywh -> ``(B, Q, C)``."""

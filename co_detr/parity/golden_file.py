@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import lzma
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ def find_golden(directory: Path, stem: str) -> Path:
     raise FileNotFoundError(
         f"{directory} holds neither {stem}.pt nor {stem}.pt.xz; copy the file that belongs to it."
     )
+
+
+def of_instance_segmentation(path: Path) -> bool:
+    """Whether the file is of the reference's instance segmentation, which this project lacks."""
+    return re.match("(case|units)_M", path.name) is not None
 
 
 def load_golden(path: Path) -> dict[str, Any]:

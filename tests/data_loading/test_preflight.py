@@ -13,7 +13,7 @@ from PIL import Image
 from co_detr.data.coco import align_classes, class_names, load_coco
 from co_detr.data.images import ImageReader
 from co_detr.data.preflight import PreflightSettings, SplitFiles, preflight
-from co_detr.data.preflight_boxes import Limit, Limits
+from co_detr.data.preflight_boxes import InputSize, Limit, Limits
 from co_detr.engine.evaluation import CocoBoxEvaluator
 from co_detr.errors import ConfigError, DataError
 
@@ -661,3 +661,48 @@ def test_images_that_are_very_thin_or_too_large(data):
         (3, "images with more pixels than data.max_image_pixels")
     ]
     assert "raise data.max_image_pixels" in limit.errors[0].mend
+
+
+def _with_objects(data, side):
+    """Squares of so many pixels in images of 400 x 300."""
+    for content in (data.train, data.val):
+        for image in content["images"]:
+            image.update(width=400, height=300)
+        for annotation in content["annotations"]:
+            annotation["bbox"] = [10 * annotation["category_id"], 20, side, side]
+    data.write()
+
+
+def test_sizes_of_objects_are_told_as_the_model_sees_them(data):
+    _with_objects(data, 40)
+    limits = Limits(input_size=InputSize(short_edge=192, max_size=320, stride=8))
+    report = preflight([data.files("train")], PreflightSettings(images="off"), limits=limits)
+    (sentence,) = report.splits[0].sizes
+    # 40 * 192 / 300 = 25.6
+    assert "half of the objects are smaller than 26 pixels (3.2 cells" in sentence
+    assert f"train: {sentence}" in report.text()
+    assert not [each for each in report.findings if "cells" in each.what]
+
+
+def test_objects_of_few_cells_get_the_override_that_helps(data):
+    _with_objects(data, 20)
+    limits = Limits(input_size=InputSize(short_edge=192, max_size=320, stride=8))
+    report = preflight([data.files("train")], PreflightSettings(images="off"), limits=limits)
+    (finding,) = [each for each in report.findings if "cells" in each.what]
+    assert finding.level == "warning" and "smaller than 3 cells of the finest level" in finding.what
+    # 5 cells of 8 pixels from 20 * 192 / 300 = 12.8 pixels: 3.125 times as large.
+    for part in (
+        "dataloader.test.mapper.augmentations.short_edge=608",
+        "dataloader.test.mapper.augmentations.max_size=1024",
+        "'dataloader.train.mapper.augmentations.short_edges=[608]'",
+        "about 10 times the time",
+    ):
+        assert part in finding.sentence(), finding.sentence()
+    larger = Limits(input_size=InputSize(short_edge=608, max_size=1024, stride=8))
+    report = preflight([data.files("train")], PreflightSettings(images="off"), limits=larger)
+    assert not [each for each in report.findings if "cells" in each.what]
+
+
+def test_the_longer_side_may_bound_the_input(data):
+    assert InputSize(192, 320, 8).scale(400, 300) == 0.64
+    assert InputSize(192, 320, 8).scale(1600, 300) == 0.2

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from tiny_detector import TinyDetector
 
 from co_detr.data.coco import class_names
-from co_detr.data.preflight_boxes import Limit
+from co_detr.data.preflight_boxes import InputSize, Limit
 from co_detr.engine.config import apply_overrides, load_config
 from co_detr.engine.own_data import (
     adopt_class_count,
@@ -241,21 +241,36 @@ IMAGES = [{"id": 1, "file_name": "0.png", "width": 48, "height": 64}]
 
 
 @pytest.mark.parametrize(
-    ("config", "queries", "detections"),
+    ("config", "queries", "detections", "input_size"),
     [
-        ("co_detr_small", ("model.queries.0.num_queries", 60), 100),
-        ("co_dino_r50", ("model.queries.0.num_queries", 900), 300),
-        ("baselines/group_detr_small", ("model.queries.0.num_queries", 60), 100),
-        ("baselines/atss_on_encoder_small", None, None),
+        ("co_detr_small", ("model.queries.0.num_queries", 60), 100, InputSize(192, 320, 8)),
+        ("co_dino_r50", ("model.queries.0.num_queries", 900), 300, InputSize(800, 1333, 4)),
+        ("co_dino_swin_l_12ep", ("model.queries.0.num_queries", 900), 300, InputSize(800, 1333, 4)),
+        (
+            "co_detr_r50",
+            ("model.queries.0.num_queries", 300),
+            100,
+            InputSize(800, 1333, 8),
+        ),
+        # Its maps are those of a pyramid of its own.
+        ("co_dino_vit_l_o365_12ep", ("model.queries.0.num_queries", 1500), 1000, None),
+        (
+            "baselines/group_detr_small",
+            ("model.queries.0.num_queries", 60),
+            100,
+            InputSize(192, 320, 8),
+        ),
+        ("baselines/atss_on_encoder_small", None, None, InputSize(192, 320, 8)),
     ],
 )
-def test_limits_of_a_config(config, queries, detections):
+def test_limits_of_a_config(config, queries, detections, input_size):
     cfg = load_config(str(Path(__file__).parents[2] / "configs" / f"{config}.py"))
     limits = limits_of(cfg)
     assert limits.queries == (queries and Limit(*queries))
     key = "model.postprocessor.max_detections"
     assert limits.detections == (detections and Limit(key, detections))
     assert limits.evaluated == Limit("dataloader.evaluator.max_detections", 100)
+    assert limits.input_size == input_size
     del cfg.dataloader.evaluator.max_detections  # a config.yaml of an earlier version
     assert limits_of(cfg).evaluated == limits.evaluated
     for limit in (limits.queries, limits.detections, limits.evaluated):

@@ -78,6 +78,11 @@ def test_code_of_a_box_beyond_the_image_is_that_of_the_box_cut_to_it():
     assert torch.equal(beyond.position, whole.position)
 
 
+def test_unknown_settings_are_named():
+    with pytest.raises(ConfigError, match='self_attention must be "group" or "self", got'):
+        make_source(self_attention="all")
+
+
 def test_masked_slots_are_in_no_loss():
     group, _ = make_group((3, 12), (40, 40), padding="mask")
     assert group.valid.sum(1).tolist() == [3, 12]

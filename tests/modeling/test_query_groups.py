@@ -191,3 +191,35 @@ def test_losses_of_a_group_and_of_its_proposals_have_their_weights():
     # Class-agnostic: every ground truth is class 0 for the proposals of Co-Deformable-DETR.
     labels = assigned.proposals["matching"].labels
     assert set(labels.unique().tolist()) == {0, model.num_classes}
+
+
+@pytest.mark.parametrize("padding", ["negatives", "mask"])
+def test_positive_queries_can_be_kept_to_themselves(padding):
+    """Each is then decoded as if it were the only one; the matched queries notice nothing."""
+    model, memory, _ = make_groups(padding)
+    candidates, _ = make_candidates((5, 12), (20, 20))
+    matched = model.queries[0](memory)
+    predictions = {}
+    for attention in ("group", "self"):
+        source = next(iter(model.auxiliary.positive_queries.values()))
+        source.padding, source.self_attention = padding, attention
+        torch.manual_seed(0)  # which negatives fill up
+        group = source("roi_queries", candidates, memory.image_sizes)
+        queries = QuerySet.concat([matched, group])
+        predictions[attention] = queries.split(model.decoder(queries, memory))
+    (before, together), (after, apart) = predictions["group"], predictions["self"]
+    assert torch.equal(before.logits, after.logits)
+    assert (together.logits - apart.logits).abs().max() > 1e-2
+    for slot in range(3):
+        pick = slice(slot, slot + 1)
+        alone = replace(
+            group,
+            content=group.content[:, pick],
+            position=group.position[:, pick],
+            reference=group.reference[:, pick],
+            valid=None if group.valid is None else group.valid[:, pick],
+            num_blocks=1,
+        )
+        expected = model.decoder(QuerySet.concat([alone]), memory)
+        torch.testing.assert_close(apart.logits[:, :, pick], expected.logits, rtol=0, atol=1e-11)
+        torch.testing.assert_close(apart.boxes[:, :, pick], expected.boxes, rtol=0, atol=1e-11)

@@ -53,6 +53,10 @@ class PositiveQueries(nn.Module):
 
     Args:
         with_position: None: as ``with_features``.
+        self_attention: "group": queries see all of their group, as in the reference; "self": each
+            sees itself only. Several of them stand for one object and are all trained to find it,
+            while the same self-attention has to teach the matched queries that one is enough;
+            seeing nobody, they leave that lesson alone.
 
     Attributes:
         permutation: ``n -> (n,)`` random order, on the host; replaceable, so that recorded draws
@@ -67,6 +71,7 @@ class PositiveQueries(nn.Module):
         with_features: bool = True,
         with_position: bool | None = None,
         padding: Literal["negatives", "mask", "unmasked"] = "negatives",
+        self_attention: Literal["group", "self"] = "group",
         min_queries: int = 9,
         max_queries: int = 300,
         loss_weight: float = 1.0,
@@ -76,9 +81,12 @@ class PositiveQueries(nn.Module):
             raise ConfigError(
                 f'padding must be "negatives", "mask" or "unmasked", got {padding!r}.'
             )
+        if self_attention not in ("group", "self"):
+            raise ConfigError(f'self_attention must be "group" or "self", got {self_attention!r}.')
         self.num_classes = num_classes
         self.embed_dim = embed_dim
         self.padding = padding
+        self.self_attention = self_attention
         self.min_queries = min_queries
         self.max_queries = max_queries
         self.loss_weight = loss_weight
@@ -152,6 +160,7 @@ class PositiveQueries(nn.Module):
                 weights=valid.to(boxes.dtype)[None],
             ),
             loss_weight=self.loss_weight,
+            num_blocks=boxes.shape[1] if self.self_attention == "self" else 1,
         )
 
     def _choose(self, instances: list[Instances]) -> list[_Slots]:
