@@ -34,6 +34,7 @@ from co_detr.model_zoo.choose import CLASS_BIAS
 from co_detr.model_zoo.configs import config_file
 from co_detr.model_zoo.files import existing_checkpoint, resolve_checkpoint
 from co_detr.model_zoo.table import ZOO
+from co_detr.modeling.queries.source import training_module_names
 
 logger = logging.getLogger(__name__)
 
@@ -197,14 +198,13 @@ def fitting_state(
 def without_training_parts(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """What a stripped `model` has of a state dict of its whole model, or of a stripped one.
 
-    Only auxiliary heads, query sources of training, and what the inference source has for training
+    Only auxiliary heads, query sources of training, and what a source of inference has for training
     are left out: anything else that does not fit has to be seen.
     """
     source = f"queries.{getattr(model, 'inference_place', 0)}."
     if not any(key.startswith(source) for key in state):
         source = "queries.0."  # of a stripped model
-    modules = model.inference_source.training_modules if hasattr(model, "queries") else ()
-    dropped = tuple(f"{source}{name}." for name in modules)
+    dropped = tuple(f"{source}{name}." for name in training_module_names())
     kept = {}
     for key, value in state.items():
         if key.startswith(source) and not key.startswith(dropped):

@@ -148,6 +148,6 @@ def test_an_image_too_small_for_the_queries():
     model = tiny_model(0)
     batch = make_batch(((16, 24),), num_gts=(1,))
     with pytest.raises(
-        ConfigError, match=r"20 queries .* gives 10: lower model.queries.0.num_quer"
+        ConfigError, match=r"20 queries .* gives 10: lower num_queries of the source matching"
     ):
         train_step(model, batch)

@@ -167,7 +167,7 @@ def test_dropout_reaches_the_attention_in_training_only():
     first, second = (attention(content, position, None) for _ in range(2))
     assert torch.equal(first, second)
     encoder = make_encoder(dropout=0.5)
-    assert encoder.layers[0].attention.dropout == 0.5
+    assert encoder.layers[0].attention.dropout.p == 0.5
 
 
 def test_boxes_start_at_anchors_or_at_points():

@@ -35,3 +35,12 @@ class QuerySource(nn.Module):
         """Removes ``training_modules``."""
         for name in self.training_modules:
             setattr(self, name, None)
+
+
+def training_module_names() -> set[str]:
+    """``training_modules`` of all kinds of sources: a file may be of another kind than a model."""
+    kinds, names = [QuerySource], set()
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+        names |= set(kind.training_modules)
+    return names
