@@ -64,13 +64,13 @@ def test_squares_with_a_visible_padding_and_soft_nms(train, photos, tmp_path):
     trained = train(
         "co_dino_r50_lsj_12ep",
         "data.image_format=BGR",
-        "model.postprocessor.iou_threshold=0.3",
+        "model.postprocessor.iou_threshold=0.05",
         "dataloader.test.mapper.augmentations.max_size=128",
     )
     file = trained.export(tmp_path / "square.pt2", "torch_export")
     exported, predictor = ExportedPredictor(file), trained.predictor()
     assert exported.description.image_size == (128, 128)
-    assert exported.description.soft_nms.iou_threshold == 0.3
+    assert exported.description.soft_nms.iou_threshold == 0.05
     for photo in photos:
         assert_same(exported(photo), predictor(photo), at_least=10)
     raw = exported.run(exported.prepare(photos[0]))
