@@ -216,9 +216,8 @@ def drop(page: Page, content: bytes, name: str) -> None:
 def test_a_dropped_text_is_explained_and_an_image_replaces_it(page, photos):
     drop(page, b"some text", "notes.txt")
     page.wait(lambda: page.find("#error").is_displayed())
-    assert page.find("#error").text.startswith(
-        "notes.txt cannot be decoded (it is none of JPEG, PNG"
-    )
+    sentence = page.find("#error").text
+    assert sentence.startswith("notes.txt cannot be decoded (it is none of JPEG, PNG")
     assert not page.find("#panel").is_displayed() and not page.find("#stage").is_displayed()
     drop(page, (photos / "a.png").read_bytes(), "a.png")
     page.wait_for_boxes()
