@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -41,6 +42,14 @@ def empty_model(cfg: DictConfig) -> nn.Module:
         return instantiate(cfg.model)
 
 
+@functools.lru_cache(maxsize=2 * len(ZOO))
+def _of_the_zoo(name: str, num_classes: int) -> nn.Module:
+    """The empty model of a name, for reading; kept, as it takes a third of a second to make."""
+    cfg = get_config(name)
+    cfg.model.num_classes = num_classes
+    return empty_model(cfg)
+
+
 def choose_config(state: Mapping[str, Tensor], official: bool) -> Choice:
     """The first model of the zoo that takes all tensors of ``state``.
 
@@ -63,11 +72,8 @@ def choose_config(state: Mapping[str, Tensor], official: bool) -> Choice:
     # another number of classes is right only if none has the file's.
     rank: dict[str, tuple[bool, bool]] = {}
     for name in ZOO:
-        cfg = get_config(name)
-        other_classes = cfg.model.num_classes != len(bias)
-        cfg.model.num_classes = len(bias)
-        problems[name], partial = _problems(state, empty_model(cfg), official)
-        rank[name] = (partial, other_classes)
+        problems[name], partial = _problems(state, _of_the_zoo(name, len(bias)), official)
+        rank[name] = (partial, get_config(name).model.num_classes != len(bias))
     fitting = sorted((name for name in ZOO if not problems[name]), key=rank.__getitem__)
     if not fitting:
         nearest = min(ZOO, key=lambda name: len(problems[name]))
