@@ -9,7 +9,9 @@ from tests.modeling.builders import random_boxes
 
 
 @pytest.mark.parametrize(
-    "code", [DeltaCode(), DeltaCode((10.0, 10.0, 5.0, 5.0)), DistanceCode()], ids=str
+    "code",
+    [DeltaCode(), DeltaCode((10.0, 10.0, 5.0, 5.0)), DistanceCode()],
+    ids=lambda code: type(code).__name__,
 )
 def test_codes_there_and_back(code):
     boxes = random_boxes(20, (96, 128), torch.Generator().manual_seed(0))
