@@ -180,8 +180,11 @@ def _building_block(name: Any) -> Any:
     if isinstance(name, str) and _is_allowed(name):
         try:
             found = locate(name)
-        except Exception:  # importing may raise anything
-            found = None
+        except Exception as error:  # importing may raise anything
+            raise ConfigError(
+                f"{name} does not exist in this installation, or its import fails "
+                f"({first_line(error)})"
+            ) from error
         if found is None:
             raise ConfigError(f"{name} does not exist in this installation")
         # A path may lead through a module out of its package, as torch.nn.functional.os.system.

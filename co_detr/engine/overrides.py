@@ -211,7 +211,7 @@ def _arguments_of_target(node: Any) -> dict[str, set[Any]]:
         return {}
     try:
         hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except Exception:  # names that only type checkers import
+    except (NameError, AttributeError, TypeError):  # names that only type checkers import
         hints = {}
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {
