@@ -8,6 +8,7 @@ are built from, or your own modules on Python's path; a `.py` config is not rest
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import os
 import re
@@ -211,7 +212,9 @@ def _is_own_module(root: str) -> bool:
     if root in sys.stdlib_module_names or root in sys.builtin_module_names:
         return False
     try:
-        spec = importlib.util.find_spec(root)  # of a top-level module, this imports nothing
+        # Of a top-level module, this imports nothing. The path comes first, as other finders may
+        # have side effects: asked for pip, that of setuptools takes distutils for pip's.
+        spec = importlib.machinery.PathFinder.find_spec(root) or importlib.util.find_spec(root)
     except (ImportError, ValueError):
         return False
     if spec is None:

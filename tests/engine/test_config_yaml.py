@@ -1,5 +1,6 @@
 """A YAML config is read without running anything in it, wherever one is read."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -101,6 +102,19 @@ def test_targets_and_references_that_no_config_needs_are_refused(folder, node):
     (folder / "config.yaml").write_text(yaml.dump(cfg))
     with pytest.raises(ConfigError, match=r"was refused: .*model\.postprocessor"):
         load_config("config.yaml")
+
+
+def test_a_refused_target_leaves_python_as_it_was(folder):
+    """A training after it, which imports setuptools through PyTorch, failed in the same process."""
+    script = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from co_detr.engine.config_yaml import _is_allowed
+assert not _is_allowed("pip.main")
+import setuptools
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def _quickstart_text():
