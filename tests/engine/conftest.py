@@ -9,7 +9,7 @@ import pytest
 
 from co_detr.engine.config import load_config
 from tests.device import CHILD, EXACT, NAME
-from tests.engine.processes import TrainNet
+from tests.engine.processes import TrainNet, free_port
 from tests.engine.tiny_data import TinyData, make_tiny_data
 from tests.paths import python_path
 
@@ -81,3 +81,14 @@ def train_process(tiny_data: TinyData, tmp_path: Path):
     yield start
     for process in started:
         process.kill()
+
+
+@pytest.fixture
+def two(train_process):
+    """Starts two processes that train together, as torchrun would."""
+
+    def start(*arguments, **settings):
+        port = free_port()
+        return [train_process(*arguments, rank=each, port=port, **settings) for each in (0, 1)]
+
+    return start

@@ -11,16 +11,6 @@ from detectron2.utils import comm
 from co_detr.engine import launch as launching
 from co_detr.engine.run import build_model, run_training
 from co_detr.errors import CheckpointError, ConfigError
-from tests.engine.processes import free_port
-
-
-@pytest.fixture
-def two(train_process):
-    def start(*arguments, **settings):
-        port = free_port()
-        return [train_process(*arguments, rank=each, port=port, **settings) for each in (0, 1)]
-
-    return start
 
 
 def _errors(processes):

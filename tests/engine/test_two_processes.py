@@ -11,21 +11,9 @@ from detectron2.utils.env import seed_all_rng
 
 from co_detr.engine.launch import _forwarded_signals
 from co_detr.engine.run import run_evaluation_only, run_training
-from tests.engine.processes import free_port
 from tests.engine.test_distributed import COMMON, _run
 
 pytestmark = pytest.mark.cpu_only("two processes: NCCL wants a card for each, see tests/gpu")
-
-
-@pytest.fixture
-def two(train_process):
-    """Starts two processes that train together, as torchrun would."""
-
-    def start(*arguments, **settings):
-        port = free_port()
-        return [train_process(*arguments, rank=each, port=port, **settings) for each in (0, 1)]
-
-    return start
 
 
 def test_a_signal_at_one_of_them_stops_both(two, tmp_path):
