@@ -1,13 +1,15 @@
 # Co-DETR: `make help` lists the targets.
 #
 # Variables: VENV (environment, default .venv), PYTHON (makes it, default python3),
-# OPTS (config overrides for the quick start), OUTPUT (where the quick start writes).
+# OPTS (config overrides for the quick start), OUTPUT (where the quick start writes),
+# TEST_JOBS (processes that share the test files, default 2).
 # The extension's build switches (FORCE_CUDA, ...) are read from the environment by setup.py.
 
 VENV ?= .venv
 PYTHON ?= python3
 OUTPUT ?= output/quickstart
 OPTS ?=
+TEST_JOBS ?= 2
 
 RUN := $(VENV)/bin/python
 
@@ -29,7 +31,7 @@ quickstart: setup ## make the digits data set, train a small Co-DETR on it, eval
 	$(RUN) tools/plot_results.py $(OUTPUT)
 
 test: setup ## run the tests
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n $(TEST_JOBS) --dist loadfile
 
 lint: setup ## check style and formatting
 	$(RUN) -m ruff check .

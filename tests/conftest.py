@@ -1,5 +1,7 @@
 """Settings shared by all tests."""
 
+import os
+
 import pytest
 import torch
 
@@ -9,8 +11,9 @@ from tests import device
 def pytest_configure(config: pytest.Config) -> None:
     if device.DEVICE.type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("TEST_DEVICE=cuda, but PyTorch finds no GPU here.")
-    # More threads than this only slow the tiny models of the tests down.
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    # More threads than this only slow the tiny models of the tests down. Test processes share them.
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    torch.set_num_threads(max(1, min(2, torch.get_num_threads()) // processes))
     # Comparisons with the CPU need float32 that is float32.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
