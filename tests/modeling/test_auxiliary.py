@@ -55,6 +55,25 @@ def test_losses_of_positive_queries_reach_the_encoder_through_the_features(name)
     assert gradient.abs().max() > 0
 
 
+@pytest.mark.parametrize("train_encoder", [True, False])
+def test_heads_may_learn_without_the_encoder(train_encoder):
+    model = tiny_model(2, [f"model.auxiliary.train_encoder={train_encoder}"])
+    randomise(model)
+    output, _ = run(model, make_batch())
+    tokens = output.memory.tokens
+
+    def reaches(loss, parameter):
+        (gradient,) = torch.autograd.grad(loss, parameter, retain_graph=True, allow_unused=True)
+        return gradient is not None and bool(gradient.abs().max() > 0)
+
+    for name, head in model.auxiliary.heads.items():
+        loss = sum(value for key, value in output.losses.items() if key.startswith(f"{name}."))
+        assert reaches(loss, next(head.parameters()))
+        assert reaches(loss, tokens) == train_encoder
+        decoded = output.losses[f"{name}_queries.loss_cls"]
+        assert reaches(decoded, tokens)
+
+
 @pytest.mark.parametrize("name", ["roi", "atss"])
 def test_candidates_fit_the_ground_truth(name):
     model = tiny_model(2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from detectron2.structures import ImageList, Instances
 from torch import nn
@@ -38,6 +38,11 @@ class HybridAssignmentHeads(nn.Module):
         num_decoder_layers, lambda_2: the losses of the heads are multiplied by their product.
             The reference bakes it into each head's weights (6 layers x 2.0 = 12), to balance the
             sum over decoder layers on the other side.
+        train_encoder: False keeps the gradients of the heads, and of the features that positive
+            queries take from them, away from the encoder. Then the heads learn, so that what they
+            assign is as usual, but the model learns from their positive queries alone: an
+            ablation (with ``lambda_2=0`` the RPN would propose nothing, and the positives would
+            be the ground truths).
 
     Raises:
         ConfigError: without any head (the plain DETR is ``model.auxiliary = None``).
@@ -50,6 +55,7 @@ class HybridAssignmentHeads(nn.Module):
         positive_queries: PositiveQueries | None,
         num_decoder_layers: int,
         lambda_2: float = 2.0,
+        train_encoder: bool = True,
         **heads: nn.Module | None,
     ):
         super().__init__()
@@ -59,6 +65,7 @@ class HybridAssignmentHeads(nn.Module):
                 "HybridAssignmentHeads needs a head; for none at all set model.auxiliary=null."
             )
         self.pyramid = pyramid
+        self.train_encoder = train_encoder
         self.heads = nn.ModuleDict(present)
         self.loss_weight = num_decoder_layers * lambda_2
         self.positive_queries = nn.ModuleDict()
@@ -90,6 +97,8 @@ class HybridAssignmentHeads(nn.Module):
             gt_instances: with ``gt_boxes`` (absolute), ``gt_classes`` and, if a head reads them,
                 ``gt_masks``.
         """
+        if not self.train_encoder:
+            memory = replace(memory, tokens=memory.tokens.detach())
         features = self.pyramid(memory)
         outputs, groups = {}, []
         for name, head in self.heads.items():
