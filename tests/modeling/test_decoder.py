@@ -98,6 +98,21 @@ def test_the_best_proposals_become_references():
     assert torch.equal(group.content[0], source.content.weight)
 
 
+def test_queries_may_tell_what_their_token_saw():
+    overrides = ["model.queries.0.with_features=true"]
+    source = tiny_model(0, overrides).queries[0].double()
+    randomise(source)
+    memory = random_memory(image_sizes=((96, 128),))
+    memory.tokens.requires_grad_()
+    group = source(memory)
+    seen = memory.tokens[0, group.tokens[0]]
+    expected = source.content.weight + source.feature_norm(source.feature_proj(seen))
+    torch.testing.assert_close(group.content[0], expected)
+    # Unlike those of the references, these gradients train the encoder.
+    (gradient,) = torch.autograd.grad(group.content.square().sum(), memory.tokens)
+    assert gradient[0].any(-1).nonzero().flatten().tolist() == sorted(group.tokens[0].tolist())
+
+
 def test_the_best_pairs_of_query_and_class_are_kept():
     logits = torch.tensor([[[0.0, 5.0, -9.0], [4.0, -9.0, -9.0], [-9.0, -9.0, -1.0]]])
     boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.4], [0.1, 0.5, 0.4, 0.2], [0.5, 0.5, 1.0, 1.0]]])

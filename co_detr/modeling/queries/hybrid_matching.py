@@ -79,4 +79,4 @@ class HybridMatchingQueries(TwoStageQueries):
             loss_weight=self.loss_weight,
             tokens=ranked.best[:, self.num_queries :],
         )
-        return [self._matched_group(ranked), one_to_many]
+        return [self._matched_group(memory, ranked), one_to_many]

@@ -42,15 +42,19 @@ class TwoStageQueries(QuerySource):
     1. Every token proposes a box: a grid prior plus a predicted offset.
     2. Tokens are ranked by their scores; the best ``num_queries`` give the references.
     3. Content queries are learned, one per rank; positional queries code the reference box.
+       ``with_features`` adds the proposing token's projected feature to the content.
 
     Source: Deformable-DETR appendix A.4; DINO section 3.4; Co-DETR's ``CoDeformDETRHead`` and
-    ``CoDINOHead``.
+    ``CoDINOHead``. These have no features: they are what `PositiveQueries` takes from its
+    candidates, so that with them the queries of inference are made like those that the auxiliary
+    heads train.
 
     Args:
         ranking: "first_class": by the logit of class 0, which stands for "object" because all
             tokens are trained with every label set to 0 (Deformable-DETR); "best_class": by the
             largest logit, and only the chosen tokens are trained, with true labels (DINO).
         with_position: False leaves the positional queries to the decoder (DINO).
+        with_features: whether the content tells what the token saw.
         training_only: for further groups with weights of their own beside the one of inference
             (Group-DETR).
     """
@@ -65,6 +69,7 @@ class TwoStageQueries(QuerySource):
         embed_dim: int,
         ranking: Literal["first_class", "best_class"] = "first_class",
         with_position: bool = True,
+        with_features: bool = False,
         name: str = "matching",
         training_only: bool = False,
     ):
@@ -73,6 +78,7 @@ class TwoStageQueries(QuerySource):
             raise ConfigError(f'ranking must be "first_class" or "best_class", got {ranking!r}.')
         self.ranking = ranking
         self.with_position = with_position
+        self.with_features = with_features
         self.training_only = training_only
         self.name = name
         self.num_queries = num_queries
@@ -89,6 +95,10 @@ class TwoStageQueries(QuerySource):
             self.position_proj = nn.Linear(2 * embed_dim, 2 * embed_dim)
             self.position_norm = nn.LayerNorm(2 * embed_dim)
             projections.append(self.position_proj)
+        if with_features:
+            self.feature_proj = nn.Linear(embed_dim, embed_dim)
+            self.feature_norm = nn.LayerNorm(embed_dim)
+            projections.append(self.feature_proj)
         for linear in projections:
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -105,7 +115,7 @@ class TwoStageQueries(QuerySource):
         Raises:
             ConfigError: if the image batch has fewer tokens than ``num_queries``.
         """
-        return self._matched_group(self._rank(memory, self.num_queries))
+        return self._matched_group(memory, self._rank(memory, self.num_queries))
 
     def _rank(self, memory: EncoderMemory, count: int) -> RankedProposals:
         num_tokens = memory.tokens.shape[1]
@@ -123,21 +133,25 @@ class TwoStageQueries(QuerySource):
         scores = class_logits.amax(-1) if best_class else class_logits[..., 0]
         return RankedProposals(class_logits, box_logits, scores.topk(count, dim=1).indices)
 
-    def _matched_group(self, ranked: RankedProposals) -> QueryGroup:
+    def _matched_group(self, memory: EncoderMemory, ranked: RankedProposals) -> QueryGroup:
         class_logits, box_logits = ranked.class_logits, ranked.box_logits
         best_class = self.ranking == "best_class"
+        chosen = ranked.best[:, : self.num_queries]
         if best_class:
-            chosen = ranked.best[:, : self.num_queries]
             class_logits, box_logits = (_gather_rows(x, chosen) for x in (class_logits, box_logits))
         predictions = Predictions(class_logits[None], box_logits.sigmoid()[None])
         reference = ranked.references(0, self.num_queries)
+        content = self.content.weight.expand(reference.shape[0], -1, -1)
+        if self.with_features:
+            features = _gather_rows(memory.tokens, chosen)
+            content = content + self.feature_norm(self.feature_proj(features))
         return QueryGroup(
             name=self.name,
-            content=self.content.weight.expand(reference.shape[0], -1, -1),
+            content=content,
             position=self._position(reference) if self.with_position else None,
             reference=reference,
             proposals=EncoderProposals(predictions, binary=not best_class),
-            tokens=ranked.best[:, : self.num_queries],
+            tokens=chosen,
         )
 
     def _position(self, reference: Tensor) -> Tensor:
