@@ -123,6 +123,8 @@ class QueryGroup:
             except where they are parameters that learn.
         valid: ``(B, Q)`` bool, False for slots that only fill up the batch; None: all valid.
         targets: assigned targets, or None for Hungarian matching.
+        num_positives: of the assigned targets, in all micro-batches of an optimiser step; None
+            where the source does not know it.
         proposals: encoder proposals that share the group's ground truth.
         truth_repeats: how many queries every ground truth is matched to.
         loss_weight: factor of every loss of the group.
@@ -138,6 +140,7 @@ class QueryGroup:
     reference: Tensor
     valid: Tensor | None = None
     targets: AssignedTargets | None = None
+    num_positives: int | None = None
     proposals: EncoderProposals | None = None
     truth_repeats: int = 1
     loss_weight: float = 1.0

@@ -194,6 +194,8 @@ def build_train_loader(
         SeededDataset(DatasetFromList(dataset, copy=False), mapper, seed),
         batch_sampler=plan,
         num_workers=num_workers,
+        # A step begins with all of its micro-batches: the workers load them during the one before.
+        prefetch_factor=max(2, -(-plan.accumulation_steps // num_workers)) if num_workers else None,
         collate_fn=_keep_list,
         worker_init_fn=outlive_signals,
     )

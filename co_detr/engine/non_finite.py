@@ -67,6 +67,11 @@ class NonFiniteGuard:
         """Remembers the statistics of batch norms, which change in the forward pass already."""
         self._remembered = [buffer.clone() for buffer in self._statistics]
 
+    def restore_statistics(self) -> None:
+        """Makes what forward passes since `before_forward` did to them undone."""
+        for buffer, value in zip(self._statistics, self._remembered, strict=True):
+            buffer.copy_(value)
+
     def passed(self) -> None:
         """The step is good."""
         self.in_a_row = 0
@@ -77,8 +82,7 @@ class NonFiniteGuard:
         Raises:
             NonFiniteError: after `max_skips` skipped steps in a row; it names the diagnosis.
         """
-        for buffer, value in zip(self._statistics, self._remembered, strict=True):
-            buffer.copy_(value)
+        self.restore_statistics()
         self.in_a_row += 1
         summary = summarise(comm.all_gather(step))
         if self.in_a_row > self.max_skips:

@@ -293,6 +293,7 @@ def _step_settings(cfg: DictConfig, accumulation_steps: int) -> StepSettings:
         device=cfg.train.device,
         seed=cfg.train.seed,
         accumulation_steps=accumulation_steps,
+        exact_counts=cfg.train.get("exact_counts", True),
         max_norm=cfg.train.clip_grad.max_norm,
         autocast_dtype=getattr(torch, amp.dtype) if amp.enabled else None,
         max_skips=cfg.train.non_finite.max_skips,

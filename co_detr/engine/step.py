@@ -17,6 +17,8 @@ class StepSettings:
         device: where the model is ("cpu", "cuda", ..).
         seed: of the model's own randomness (sampling, dropout).
         accumulation_steps: micro-batches per step.
+        exact_counts: whether, with several micro-batches, auxiliary heads run once more where they
+            could else not count what their losses are divided by in the whole step.
         max_norm: limit of the gradient's L2 norm over all parameters; None: no clipping.
         autocast_dtype: of mixed precision; None: everything in float32.
         max_skips: steps in a row that are skipped because something is NaN or infinite.
@@ -26,6 +28,7 @@ class StepSettings:
     device: str
     seed: int
     accumulation_steps: int = 1
+    exact_counts: bool = True
     max_norm: float | None = None
     autocast_dtype: torch.dtype | None = None
     max_skips: int = 0

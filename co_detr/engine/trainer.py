@@ -25,6 +25,7 @@ from co_detr.engine.optimizer_state import layout_of, with_own_settings
 from co_detr.engine.step import JointResult, MicroBatches, StepSettings
 from co_detr.engine.stop_signals import StopSignals
 from co_detr.engine.writers import WriterHook
+from co_detr.modeling.step_counts import StepCounts
 from co_detr.seeding import seed_everything
 
 
@@ -32,15 +33,17 @@ class Trainer(SimpleTrainer):
     """Detectron2's `SimpleTrainer` and `AMPTrainer` in one, for any device.
 
     One iteration is one optimiser step:
-    1. per micro-batch: seed the generators from (seed, iteration, micro-batch, rank), run forward
-       under autocast, add up gradients of the loss divided by the number of micro-batches, which
-       for losses that are means equals one large batch;
-    2. measure the gradient, after undoing the scale that float16 needs;
-    3. average the loss terms over processes, learn whether one of them was asked to stop, and
+    1. with several micro-batches and a model that can `count`: count in all of them what losses are
+       divided by, so that their sum equals one large batch;
+    2. per micro-batch: seed the generators from (seed, iteration, micro-batch, rank), run forward
+       under autocast, add up gradients of what the micro-batch contributes to the loss: of a model
+       that cannot count, its loss divided by the number of micro-batches;
+    3. measure the gradient, after undoing the scale that float16 needs;
+    4. average the loss terms over processes, learn whether one of them was asked to stop, and
        bring all of this to the host at once;
-    4. if a loss term or the gradient is not finite, leave the weights as they are, and after a few
+    5. if a loss term or the gradient is not finite, leave the weights as they are, and after a few
        such iterations in a row raise (`NonFiniteGuard`);
-    5. else clip the gradient and step.
+    6. else clip the gradient and step.
 
     Attributes:
         stopping: after a step, whether the training ends behind this iteration because a process
@@ -176,41 +179,59 @@ class Trainer(SimpleTrainer):
         """Loads all micro-batches of this iteration and adds up what they give in `micro`.
 
         Raises:
-            FloatingPointError: if the model does; all of the iteration's data are loaded even so.
+            FloatingPointError: if the model does; all of the iteration's data are loaded by then.
         """
         steps = self.settings.accumulation_steps
-        try:
-            for micro_step in range(steps):
-                self._load(micro)
-                # After loading: starting a loader draws from torch's generator.
-                seed_everything("step", self.settings.seed, self.iter, micro_step, comm.get_rank())
-                terms = self._backward(micro.batches[-1], reduce_gradients=micro_step == steps - 1)
-                for name, loss in terms.items():
-                    micro.losses[name] = micro.losses.get(name, 0.0) + loss
-        except FloatingPointError:
-            while len(micro.batches) < steps:  # the next iteration starts with its own data
-                self._load(micro)
-            raise
+        for _ in range(steps):
+            self._load(micro)
+        counts = self._count(micro.batches) if steps > 1 else None
+        for micro_step, batch in enumerate(micro.batches):
+            self._seed(micro_step)
+            terms = self._backward(batch, counts, reduce_gradients=micro_step == steps - 1)
+            for name, loss in terms.items():
+                micro.losses[name] = micro.losses.get(name, 0.0) + loss
+
+    def _count(self, batches: list[list[dict[str, Any]]]) -> StepCounts | None:
+        """What the losses of all micro-batches are divided by; None: the model does not count."""
+        model = self.guard.model
+        if not hasattr(model, "count"):
+            return None
+        parts = []
+        # The storage takes what heads log about themselves, which they log again.
+        with self._autocast(), EventStorage():
+            for micro_step, batch in enumerate(batches):
+                self._seed(micro_step)
+                parts.append(model.count(batch, with_heads=self.settings.exact_counts))
+        self.guard.restore_statistics()
+        return StepCounts.join(parts)
+
+    def _seed(self, micro_step: int) -> None:
+        """Not before loading: starting a loader draws from torch's generator."""
+        seed_everything("step", self.settings.seed, self.iter, micro_step, comm.get_rank())
+
+    def _autocast(self) -> torch.autocast:
+        dtype = self.settings.autocast_dtype
+        return torch.autocast(self.device_type, dtype=dtype, enabled=dtype is not None)
 
     def _load(self, micro: MicroBatches) -> None:
         start = time.perf_counter()
         micro.batches.append(next(self._data_loader_iter))
         micro.data_time += time.perf_counter() - start
 
-    def _backward(self, batch: list[dict[str, Any]], reduce_gradients: bool) -> dict[str, Tensor]:
+    def _backward(
+        self, batch: list[dict[str, Any]], counts: StepCounts | None, reduce_gradients: bool
+    ) -> dict[str, Tensor]:
         """Adds the gradients of one micro-batch; returns its share of each loss term."""
         wait = isinstance(self.model, DistributedDataParallel) and not reduce_gradients
-        dtype = self.settings.autocast_dtype
         # DDP reads no_sync at the forward pass, so the forward pass has to be inside, too.
         with self.model.no_sync() if wait else nullcontext():
-            with torch.autocast(self.device_type, dtype=dtype, enabled=dtype is not None):
-                losses = self.model(batch)
-                total = sum(losses.values()) / self.settings.accumulation_steps
+            with self._autocast():
+                losses = self.model(batch) if counts is None else self.model(batch, counts)
+                # With counts, losses are shares already.
+                divisor = self.settings.accumulation_steps if counts is None else 1
+                total = sum(losses.values()) / divisor
             self.grad_scaler.scale(total).backward()
-        return {
-            name: loss.detach().float() / self.settings.accumulation_steps
-            for name, loss in losses.items()
-        }
+        return {name: loss.detach().float() / divisor for name, loss in losses.items()}
 
     def _parameters(self) -> list[nn.Parameter]:
         return [each for group in self.optimizer.param_groups for each in group["params"]]

@@ -21,6 +21,7 @@ from co_detr.modeling.matching import HungarianAssigner
 from co_detr.modeling.padding import BatchPadding
 from co_detr.modeling.postprocess import TopKPostprocessor, padding_mask
 from co_detr.modeling.queries.source import QuerySource
+from co_detr.modeling.step_counts import StepCounts
 from co_detr.modeling.supervision import Assignment, assign_targets, score_groups
 from co_detr.structures import (
     EncoderMemory,
@@ -112,28 +113,53 @@ class CoDETR(nn.Module):
         """The one query source that is not for training alone; needs a decoder."""
         return next(source for source in self.queries if not source.training_only)
 
-    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+    def forward(
+        self, batched_inputs: list[dict], counts: StepCounts | None = None
+    ) -> dict[str, Tensor] | list[dict]:
         """Detectron2's contract for detectors.
 
         Args:
             batched_inputs: dicts with ``image`` (3, H, W); in training also ``instances`` with
                 ``gt_boxes`` (absolute) and ``gt_classes``; in eval optionally ``height`` and
                 ``width`` of the output.
+            counts: in training, what `count` gives for all micro-batches of an optimiser step;
+                None: this batch is all of it.
 
         Returns:
-            training: weighted losses by name, their sum is the total loss;
+            training: weighted losses by name, their sum is the total loss; with ``counts``, what
+                this micro-batch contributes to the losses of the step;
             eval: per image ``{"instances": Instances}`` in output resolution, and, with
             ``compare_top_k``, as many detections by top-k alone in ``"instances_top_k"``.
         """
         images = self.preprocess(batched_inputs)
         if self.training:
             gt_instances = [each["instances"] for each in batched_inputs]
-            return self.training_step(images, gt_instances).losses
+            return self.training_step(images, gt_instances, counts).losses
         detections = self._detections(images)
         return [
             {key: _in_output_resolution(found[index], each) for key, found in detections.items()}
             for index, each in enumerate(batched_inputs)
         ]
+
+    @torch.no_grad()
+    def count(self, batched_inputs: list[dict], with_heads: bool = True) -> StepCounts:
+        """Counts what the losses of one micro-batch are divided by, for `StepCounts.join`.
+
+        Args:
+            batched_inputs: as for training.
+            with_heads: whether backbone, encoder and auxiliary heads run where these assign by what
+                they predict. For the same assignment as in training, the generators have to be in
+                the same state (dropout). Batch norms that learn update their statistics in both.
+        """
+        gt_instances = [each["instances"] for each in batched_inputs]
+        heads = {}
+        if self.auxiliary is not None:
+            images = self.preprocess(batched_inputs)
+            truth = self._ground_truths(images, gt_instances)
+            heads = self.auxiliary.count_without_memory(images, truth)
+            if with_heads and self.auxiliary.counts_need_memory:
+                heads |= self.auxiliary.count(images, self.encode(images), truth)
+        return StepCounts([len(each) for each in gt_instances], heads)
 
     @torch.no_grad()
     def _detections(self, images: ImageList) -> dict[str, list[Instances]]:
@@ -179,17 +205,20 @@ class CoDETR(nn.Module):
         predictions = self.decoder(QuerySet.concat([self.inference_source(memory)]), memory)
         return predictions.logits[-1], predictions.boxes[-1]
 
-    def training_step(self, images: ImageList, gt_instances: list[Instances]) -> TrainingOutput:
+    def training_step(
+        self,
+        images: ImageList,
+        gt_instances: list[Instances],
+        counts: StepCounts | None = None,
+    ) -> TrainingOutput:
         """One forward pass with all losses; ``forward`` returns its ``losses`` only.
 
         Args:
             images: normalised and padded.
             gt_instances: with ``gt_boxes`` (absolute) and ``gt_classes``, on any device.
+            counts: of all micro-batches of the step; None: this batch is all of it.
         """
-        gt_instances = [
-            self._ground_truth(each, size)
-            for each, size in zip(gt_instances, images.image_sizes, strict=True)
-        ]
+        gt_instances = self._ground_truths(images, gt_instances)
         memory = self.encode(images)
         # Not in the precision of the memory: half precision would move boxes by pixels.
         dtype = torch.promote_types(memory.tokens.dtype, torch.float32)
@@ -202,11 +231,13 @@ class CoDETR(nn.Module):
             for each in gt_instances
         ]
         groups = [
-            group for source in self.queries for group in source.training_groups(memory, truth)
+            group
+            for source in self.queries
+            for group in source.training_groups(memory, truth, counts)
         ]
         branch = AuxiliaryBranch({}, [])
         if self.auxiliary is not None:
-            branch = self.auxiliary(images, memory, gt_instances)
+            branch = self.auxiliary(images, memory, gt_instances, counts)
         groups = groups + branch.groups
         predictions, assignment, losses = [], Assignment([], {}), {}
         if self.decoder is not None:
@@ -214,7 +245,7 @@ class CoDETR(nn.Module):
             predictions = query_set.split(self.decoder(query_set, memory))
             assignment = assign_targets(groups, predictions, truth, self.assigner, self.num_classes)
             losses = score_groups(
-                groups, predictions, assignment, memory.image_sizes, self.criterion
+                groups, predictions, assignment, memory.image_sizes, self.criterion, counts
             )
         for name, output in branch.outputs.items():
             losses.update({f"{name}.{key}": value for key, value in output.losses.items()})
@@ -227,6 +258,12 @@ class CoDETR(nn.Module):
             assignment.proposals,
             branch.outputs,
         )
+
+    def _ground_truths(self, images: ImageList, gt_instances: list[Instances]) -> list[Instances]:
+        return [
+            self._ground_truth(each, size)
+            for each, size in zip(gt_instances, images.image_sizes, strict=True)
+        ]
 
     def _ground_truth(self, instances: Instances, size: tuple[int, int]) -> Instances:
         """What training reads of one image, on the model's device.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from co_detr.modeling.criterion import SetCriterion, average_over_processes, name_layers
 from co_detr.modeling.matching import HungarianAssigner, MatchingProblem
+from co_detr.modeling.step_counts import StepCounts
 from co_detr.structures import AssignedTargets, GroundTruth, Predictions, QueryGroup
 
 
@@ -50,30 +51,71 @@ def assign_targets(
     )
 
 
+@dataclass(frozen=True)
+class _Scored:
+    """What is scored by itself: a group of queries or encoder proposals.
+
+    Attributes:
+        num_positives: in all micro-batches of the step; None: as many on average as in this one.
+    """
+
+    name: str
+    loss_weight: float
+    predictions: Predictions
+    targets: AssignedTargets
+    num_positives: int | None
+
+
 def score_groups(
     groups: list[QueryGroup],
     predictions: list[Predictions],
     assignment: Assignment,
     image_sizes: list[tuple[int, int]],
     criterion: SetCriterion,
+    counts: StepCounts | None = None,
 ) -> dict[str, Tensor]:
-    """Weighted losses of all groups and encoder proposals by their full names."""
+    """Weighted losses of all groups and encoder proposals by their full names.
+
+    Args:
+        counts: of the whole step, to which the losses are then a contribution; None: this batch is
+            all of it.
+    """
     scored = [
-        (group.name, group.loss_weight, predicted, assigned)
+        _Scored(group.name, group.loss_weight, predicted, assigned, _num_positives(group, counts))
         for group, predicted, assigned in zip(groups, predictions, assignment.groups, strict=True)
     ]
     for group in groups:
         if group.proposals is not None:
-            targets = assignment.proposals[group.name]
-            scored.append((f"{group.name}.enc", 1.0, group.proposals.predictions, targets))
+            predicted, targets = group.proposals.predictions, assignment.proposals[group.name]
+            number = None if counts is None else counts.num_matched(predicted.boxes.shape[2])
+            scored.append(_Scored(f"{group.name}.enc", 1.0, predicted, targets, number))
     # One reduction over processes for the normalisers of all groups.
-    counts = [criterion.count_positives(assigned) for *_, assigned in scored]
-    counts = average_over_processes(torch.cat(counts)).split([len(c) for c in counts])
+    totals = [_positives_of_layers(each, criterion, counts) for each in scored]
+    totals = average_over_processes(torch.cat(totals)).split([len(each) for each in totals])
     losses: dict[str, Tensor] = {}
-    for (name, weight, predicted, assigned), count in zip(scored, counts, strict=True):
-        terms = criterion(predicted, assigned, image_sizes, count)
-        losses.update(name_layers(name, {key: value * weight for key, value in terms.items()}))
+    for each, total in zip(scored, totals, strict=True):
+        terms = criterion(each.predictions, each.targets, image_sizes, total)
+        terms = {key: value * each.loss_weight for key, value in terms.items()}
+        losses.update(name_layers(each.name, terms))
     return losses
+
+
+def _num_positives(group: QueryGroup, counts: StepCounts | None) -> int | None:
+    if counts is None or group.targets is not None:
+        return group.num_positives
+    return counts.num_matched(group.num_queries, group.truth_repeats)
+
+
+def _positives_of_layers(
+    each: _Scored, criterion: SetCriterion, counts: StepCounts | None
+) -> Tensor:
+    """``(D,)`` in all micro-batches of the step."""
+    targets = each.targets
+    if counts is None:
+        return criterion.count_positives(targets)
+    if each.num_positives is None:
+        return criterion.count_positives(targets) / counts.share(targets.labels.shape[1])
+    return targets.boxes.new_full((len(targets.labels),), each.num_positives)
 
 
 def _repeated(truth: GroundTruth, times: int) -> GroundTruth:

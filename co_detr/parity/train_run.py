@@ -157,8 +157,8 @@ def _kept_slots(source: PositiveQueries) -> Iterator[list]:
     """The list that is given receives the choice of every image's candidates."""
     kept, choose = [], source._choose
 
-    def choose_and_keep(instances):
-        kept.extend(choose(instances))
+    def choose_and_keep(*arguments):
+        kept.extend(choose(*arguments))
         return kept
 
     source._choose = choose_and_keep

@@ -27,6 +27,10 @@ train = dict(
     # Images that a process computes at a time; gradients are accumulated until the step has all of
     # its images. None: its whole share at once.
     images_per_gpu=None,
+    # Where gradients are accumulated, heads that assign by what they predict (Faster R-CNN, PAA,
+    # GFL) run once more in advance, to count what their losses are divided by in the whole step.
+    # False: they count for each part by itself, which is faster.
+    exact_counts=True,
     # Average of the weights, which evaluation then uses; decay grows over warmup_iterations.
     ema=dict(enabled=False, decay=0.9997, warmup_iterations=2000),
     # Steps in a row that are skipped because a loss or the gradient is NaN or infinite.

@@ -104,6 +104,20 @@ def test_workers_and_earlier_draws_do_not_change_the_samples():
     assert len(set(streams[0])) == 12  # the same image is augmented anew each time
 
 
+@pytest.mark.parametrize(("images_per_gpu", "prefetched"), [(8, 2), (4, 2), (1, 4)])
+def test_workers_load_a_whole_step_in_advance(images_per_gpu, prefetched):
+    """A step begins with all of its micro-batches; what is loaded then, everything waits for."""
+    loader = build_train_loader(
+        [{"id": 0, "width": 2, "height": 2}],
+        mapper=_random_sample,
+        total_batch_size=8,
+        images_per_gpu=images_per_gpu,
+        seed=5,
+        num_workers=2,
+    )
+    assert loader.prefetch_factor == prefetched
+
+
 def test_local_seed_leaves_the_generators_alone():
     torch.manual_seed(3)
     np.random.seed(3)

@@ -27,9 +27,11 @@ def _lines(output_dir):
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_accumulation_equals_one_large_batch(tiny_cfg, tmp_path):
+@pytest.mark.parametrize("model", ["TinyDetector", "CountingDetector"])
+def test_accumulation_equals_one_large_batch(tiny_cfg, tmp_path, model):
+    """Whether losses are means over images or divided by the number of objects."""
     # In float64 the two ways of summing agree to rounding.
-    common = ["optimizer.lr=1e-3", "train.max_iter=3"]
+    common = ["optimizer.lr=1e-3", "train.max_iter=3", f"model._target_=tiny_detector.{model}"]
     torch.set_default_dtype(torch.float64)
     try:
         whole = _train(tiny_cfg(*common, output="whole"))

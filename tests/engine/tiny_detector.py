@@ -9,6 +9,8 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from torch import nn
 
+from co_detr.modeling.step_counts import StepCounts
+
 
 class TinyBackbone(nn.Module):
     def __init__(self, channels: int) -> None:
@@ -64,6 +66,26 @@ class TinyDetector(nn.Module):
         result.scores = logits.sigmoid()
         result.pred_classes = torch.arange(self.num_classes, device=logits.device)
         return {"instances": result}
+
+
+class CountingDetector(TinyDetector):
+    """Its class loss is divided by the number of objects, at least 1, as those of Co-DETR are."""
+
+    def count(self, batched_inputs, with_heads):
+        return StepCounts([len(sample["instances"]) for sample in batched_inputs])
+
+    def forward(self, batched_inputs, counts=None):
+        self.counts = counts
+        return super().forward(batched_inputs)
+
+    def _losses(self, logits, boxes, batched_inputs):
+        losses, number = super()._losses(logits, boxes, batched_inputs), len(batched_inputs)
+        counts = self.counts or self.count(batched_inputs, with_heads=False)
+        weights = {
+            "matching.loss_cls": number / max(1, sum(counts.num_truths)),
+            "roi.loss_bbox": counts.share(number),
+        }
+        return {name: value * weights[name] for name, value in losses.items()}
 
 
 class NaNDetector(TinyDetector):

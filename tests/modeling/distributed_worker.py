@@ -4,19 +4,29 @@ Usage: torchrun --nproc-per-node 2 distributed_worker.py OUTPUT_FILE
 """
 
 import sys
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
 from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
+from co_detr.modeling.step_counts import StepCounts
 from tests.modeling.builders import make_batch, randomise, tiny_model
 
-# Two images of one size, so that splitting the batch changes no padding; ground truths are uneven,
+# Images of one size, so that splitting the batch changes no padding; ground truths are uneven,
 # so that normalising by a process's own positives would show. (With fewer positives than processes
 # the two differ, in the reference too: the mean number of positives is bounded below by 1.)
-SIZES = ((96, 128), (96, 128))
-NUM_GTS = {"ordinary": (5, 2), "one process without ground truth": (4, 0)}
+SIZE = (96, 128)
+NUM_GTS = {
+    "ordinary": (5, 2),
+    "one process without ground truth": (4, 0),
+    "two micro-batches in each process": (5, 2, 0, 3),
+}
+
+
+def batch_of(case: str) -> list[dict]:
+    return make_batch([SIZE] * len(NUM_GTS[case]), NUM_GTS[case])
 
 
 def build(heads: int) -> torch.nn.Module:
@@ -40,13 +50,28 @@ def step(model: torch.nn.Module, batch: list[dict]) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in losses.items()}
 
 
+def accumulated_step(model: DistributedDataParallel, batch: list[dict]) -> dict[str, torch.Tensor]:
+    """As `step`, one image at a time."""
+    totals: dict[str, torch.Tensor] = {}
+    with EventStorage():
+        counts = StepCounts.join([model.module.count([each]) for each in batch])
+        for number, each in enumerate(batch, start=1):
+            with nullcontext() if number == len(batch) else model.no_sync():
+                losses = model([each], counts)
+                sum(losses.values()).backward()
+            for name, value in losses.items():
+                totals[name] = totals.get(name, 0.0) + value.detach()
+    return totals
+
+
 def main(output_file: str) -> None:
     dist.init_process_group("gloo")
     results = {}
     for heads in (0, 1, 6):
-        for case, num_gts in NUM_GTS.items():
+        for case in NUM_GTS:
             model = DistributedDataParallel(build(heads), find_unused_parameters=False)
-            losses = step(model, [make_batch(SIZES, num_gts)[dist.get_rank()]])
+            mine = batch_of(case)[dist.get_rank() :: 2]
+            losses = step(model, mine) if len(mine) == 1 else accumulated_step(model, mine)
             for value in losses.values():
                 dist.all_reduce(value)
                 value /= dist.get_world_size()

@@ -1,4 +1,4 @@
-"""Two processes, one image each, equal one process with both images."""
+"""Two processes, each with a part of the images, equal one process with all of them."""
 
 import os
 import subprocess
@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.modeling.builders import make_batch
-from tests.modeling.distributed_worker import NUM_GTS, SIZES, build, step
+from tests.modeling.distributed_worker import NUM_GTS, batch_of, build, step
 from tests.paths import python_path
 
 pytestmark = pytest.mark.cpu_only("two processes: NCCL wants a card for each, see tests/gpu")
@@ -45,7 +44,7 @@ def test_two_gloo_processes_equal_one(two_processes, heads, case):
     and the joined batch agree in expectation only.
     """
     model = build(heads)
-    expected = step(model, make_batch(SIZES, NUM_GTS[case]))
+    expected = step(model, batch_of(case))
     actual = two_processes[heads, case]
     assert actual["losses"].keys() == expected.keys()
     for name, value in expected.items():

@@ -120,6 +120,17 @@ def test_a_training_step_waits_for_the_device_only_where_it_must(name, most):
     assert sum(device.own_waits().values()) <= most, device.own_waits()
 
 
+@pytest.mark.parametrize(("name", "most"), [("deformable_detr_r50", 1), ("co_detr_r50", 4)])
+def test_a_micro_batch_waits_no_more_often(name, most):
+    """The counts of the step are the host's, or stay on the device."""
+    model = build(name)
+    with EmulatedCuda() as device, EventStorage():
+        counts = emulate(model).count(make_batch())
+        device.waits.clear()
+        model(make_batch(), counts)
+    assert sum(device.own_waits().values()) <= most, device.own_waits()
+
+
 def test_no_wait_from_pixels_to_predictions_and_in_the_criterion():
     model, batch = build("co_detr_r50"), make_batch()
     with EmulatedCuda() as device:

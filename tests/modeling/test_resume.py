@@ -38,10 +38,12 @@ def losses_of(output_dir):
 
 
 @pytest.mark.cpu_only("RoIAlign would be compiled to repeat its bits; tests/gpu asks for them")
-def test_resume_equals_uninterrupted(rectangles, tmp_path):
+@pytest.mark.parametrize("at_a_time", ["null", "1"], ids=["whole", "accumulated"])
+def test_resume_equals_uninterrupted(rectangles, tmp_path, at_a_time):
     whole, parts = tmp_path / "out", tmp_path / "parts"
+    recipe = [*rectangles, *RECIPE, f"train.images_per_gpu={at_a_time}"]
     torch.manual_seed(0)
-    run_training(tiny_config(2, [*rectangles, *RECIPE]), resume=False)
+    run_training(tiny_config(2, recipe), resume=False)
 
     # What a run leaves that is killed after iteration 5, of which the checkpoint has 3.
     shutil.copytree(whole, parts)
@@ -49,8 +51,7 @@ def test_resume_equals_uninterrupted(rectangles, tmp_path):
         (parts / name).unlink()
     (parts / "last_checkpoint").write_text("model_0000002.pth")
     torch.manual_seed(123)
-    overrides = [*rectangles, *RECIPE, f"train.output_dir={parts}"]
-    run_training(tiny_config(2, overrides), resume=True)
+    run_training(tiny_config(2, [*recipe, f"train.output_dir={parts}"]), resume=True)
 
     expected, actual = losses_of(whole), losses_of(parts)
     assert sorted(actual) == list(range(6))

@@ -32,8 +32,8 @@ MUTATIONS = (
     _mutation(
         "gradients-of-one-micro-batch",
         "engine/trainer.py",
-        "total = sum(losses.values()) / self.settings.accumulation_steps",
-        "total = sum(losses.values())",
+        "divisor = self.settings.accumulation_steps if counts is None else 1",
+        "divisor = 1",
         "engine/test_trainer",
     ),
     _mutation(

@@ -209,6 +209,49 @@ MUTATIONS = (
         "cls(height, width, height, width, num_anchors)",
         "atss_head",
     ),
+    # Counts of a step of several micro-batches
+    _mutation(
+        "micro-batches-count-for-themselves",
+        "engine/trainer.py",
+        "counts = self._count(micro.batches) if steps > 1 else None",
+        "counts = None",
+        "accumulation",
+    ),
+    _mutation(
+        "group-as-long-as-a-micro-batch",
+        "modeling/queries/positive.py",
+        "max(step_positives or map(len, positives))",
+        "max(map(len, positives))",
+        "accumulation",
+    ),
+    _mutation(
+        "noise-for-a-micro-batch",
+        "modeling/queries/denoising.py",
+        "longest = max(num_truths)",
+        "longest = max(len(each.labels) for each in ground_truth)",
+        "accumulation",
+    ),
+    _mutation(
+        "counting-with-another-dropout",
+        "engine/trainer.py",
+        "                self._seed(micro_step)\n",
+        "",
+        "accumulation",
+    ),
+    _mutation(
+        "statistics-learn-from-counting",
+        "engine/trainer.py",
+        "        self.guard.restore_statistics()",
+        "        pass",
+        "accumulation",
+    ),
+    _mutation(
+        "masks-are-means-over-all-samples",
+        "modeling/auxiliary/faster_rcnn.py",
+        '"loss_mask": positive}',
+        '"loss_mask": sampled}',
+        "accumulation",
+    ),
     # Post-processing and weights
     _mutation(
         "classes-lower-each-other",

@@ -1,8 +1,10 @@
 """Losses of dense heads, each with the weights and normalisers of its paper.
 
 The number of positives that losses are divided by counts at least one for each image. All
-normalisers are averaged over processes. ``has_quality`` says whether the head has to predict the
-quality of its boxes.
+normalisers are averaged over processes. ``counts`` gives what they are made of, and ``totals`` of a
+loss is the sum of these over all micro-batches of an optimiser step (None: this batch is all of
+it). ``counts_predictions`` says whether ``counts`` reads predictions, which may else be None.
+``has_quality`` says whether the head has to predict the quality of its boxes.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ class CentrenessCriterion(nn.Module):
     """
 
     has_quality = True
+    counts_predictions = False
     quality_name = "loss_centreness"
 
     def __init__(
@@ -46,19 +49,27 @@ class CentrenessCriterion(nn.Module):
         """``(P,)`` in [0, 1]; ``decoded`` are the predicted boxes ``(P, 4)``, without gradient."""
         return centreness_target(found.anchors, found.boxes)
 
+    @torch.no_grad()
+    def counts(
+        self, found: Positives, predictions: DensePredictions | None, box_code: BoxCode
+    ) -> Tensor:
+        """``(2,)``: number of positives, and sum of their qualities."""
+        return _number_and_sum(found, centreness_target(found.anchors, found.boxes))
+
     def forward(
         self,
         predictions: DensePredictions,
         anchors: Tensor,
         targets: DenseTargets,
         box_code: BoxCode,
+        totals: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Losses by name, weighted; ``anchors`` are the ``(R, 4)`` of all levels."""
         found = Positives.of(targets, anchors, predictions.num_classes)
         decoded = box_code.decode(found.pick(predictions.deltas), found.anchors)
         quality = self.quality(found, decoded.detach()).to(predictions.quality.dtype)
-        counts = torch.stack([found.number.to(quality.dtype), quality.sum()])
-        num_positives, quality_sum = average_over_processes(counts)
+        totals = _number_and_sum(found, quality) if totals is None else totals.to(quality.dtype)
+        num_positives, quality_sum = average_over_processes(totals)
         overlap = generalised_iou(decoded, found.boxes)
         quality_loss = F.binary_cross_entropy_with_logits(
             found.pick(predictions.quality), quality, reduction="sum"
@@ -77,6 +88,7 @@ class IoUCriterion(CentrenessCriterion):
     Source: PAA (ECCV 2020), section 3.2 and 4.
     """
 
+    counts_predictions = True
     quality_name = "loss_iou"
 
     def __init__(
@@ -86,6 +98,14 @@ class IoUCriterion(CentrenessCriterion):
 
     def quality(self, found: Positives, decoded: Tensor) -> Tensor:
         return iou(decoded, found.boxes)
+
+    @torch.no_grad()
+    def counts(
+        self, found: Positives, predictions: DensePredictions | None, box_code: BoxCode
+    ) -> Tensor:
+        """``(2,)``: number of positives, and sum of their qualities."""
+        decoded = box_code.decode(found.pick(predictions.deltas), found.anchors)
+        return _number_and_sum(found, self.quality(found, decoded))
 
     @torch.no_grad()
     def costs(
@@ -110,6 +130,7 @@ class SmoothL1Criterion(nn.Module):
     """
 
     has_quality = False
+    counts_predictions = False
 
     def __init__(self, class_weight: float = 1.0, box_weight: float = 1.0, beta: float = 0.1):
         super().__init__()
@@ -118,18 +139,27 @@ class SmoothL1Criterion(nn.Module):
         self.beta = beta
         self.classification = FocalLoss()
 
+    @torch.no_grad()
+    def counts(
+        self, found: Positives, predictions: DensePredictions | None, box_code: BoxCode
+    ) -> Tensor:
+        """``(1,)``: number of positives."""
+        return found.number.to(found.anchors.dtype)[None]
+
     def forward(
         self,
         predictions: DensePredictions,
         anchors: Tensor,
         targets: DenseTargets,
         box_code: BoxCode,
+        totals: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Losses by name, weighted; ``anchors`` are the ``(R, 4)`` of all levels."""
         found = Positives.of(targets, anchors, predictions.num_classes)
         deltas = found.pick(predictions.deltas)
         goals = box_code.encode(found.boxes, found.anchors).to(deltas.dtype)
-        num_positives = average_over_processes(found.number.to(deltas.dtype))
+        totals = found.number[None] if totals is None else totals
+        (num_positives,) = average_over_processes(totals.to(deltas.dtype))
         class_sum = _class_sum(self.classification, predictions.logits, targets)
         box_sum = F.smooth_l1_loss(deltas, goals, reduction="sum", beta=self.beta)
         return {
@@ -147,6 +177,7 @@ class DistributionCriterion(nn.Module):
     """
 
     has_quality = False
+    counts_predictions = True
 
     def __init__(
         self, class_weight: float = 1.0, box_weight: float = 2.0, distribution_weight: float = 0.25
@@ -157,12 +188,20 @@ class DistributionCriterion(nn.Module):
         self.distribution_weight = distribution_weight
         self.classification = QualityFocalLoss(beta=2.0)
 
+    @torch.no_grad()
+    def counts(
+        self, found: Positives, predictions: DensePredictions | None, box_code: BoxCode
+    ) -> Tensor:
+        """``(2,)``: number of positives, and sum of their best class scores."""
+        return _number_and_sum(found, _best_scores(found.pick(predictions.logits)))
+
     def forward(
         self,
         predictions: DensePredictions,
         anchors: Tensor,
         targets: DenseTargets,
         box_code: BoxCode,
+        totals: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Losses by name, weighted; ``anchors`` are the ``(R, 4)`` of all levels."""
         logits = predictions.logits
@@ -171,9 +210,9 @@ class DistributionCriterion(nn.Module):
         decoded = box_code.decode(outputs, found.anchors)
         quality = logits.new_zeros(logits.shape[:2])
         quality[found.image, found.index] = iou(decoded.detach(), found.boxes).to(logits.dtype)
-        weights = found.pick(logits).detach().sigmoid().amax(-1)
-        counts = torch.stack([found.number.to(weights.dtype), weights.sum()])
-        num_positives, weight_sum = average_over_processes(counts)
+        weights = _best_scores(found.pick(logits))
+        totals = _number_and_sum(found, weights) if totals is None else totals
+        num_positives, weight_sum = average_over_processes(totals)
         overlap = generalised_iou(decoded, found.boxes)
         distances = box_code.encode(found.boxes, found.anchors)
         by_side = distribution_focal_loss(outputs.unflatten(1, (4, -1)), distances)
@@ -200,6 +239,16 @@ def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:
     beside = torch.stack([left, left + 1], dim=-1).long()
     nearness = torch.stack([left + 1 - distances, distances - left], dim=-1)
     return -(log_shares.gather(-1, beside) * nearness).sum(-1)
+
+
+def _number_and_sum(found: Positives, weights: Tensor) -> Tensor:
+    """``(2,)`` number of positives, and sum of their weights ``(P,)``."""
+    return torch.stack([found.number.to(weights.dtype), weights.sum()])
+
+
+def _best_scores(logits: Tensor) -> Tensor:
+    """Class logits ``(P, K)`` -> ``(P,)`` in [0, 1], without gradient."""
+    return logits.detach().sigmoid().amax(-1)
 
 
 def _weighted_mean(losses: Tensor, weights: Tensor, weight_sum: Tensor) -> Tensor:

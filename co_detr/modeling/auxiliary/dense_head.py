@@ -18,8 +18,10 @@ from co_detr.modeling.auxiliary.dense import (
     DensePredictions,
     DenseTargets,
     InsideCells,
+    Positives,
     gather_cells,
 )
+from co_detr.modeling.step_counts import HeadCounts
 from co_detr.structures import AuxiliaryOutput, Candidates
 
 
@@ -31,7 +33,8 @@ class DenseHead(nn.Module):
         anchor_generator: gives every cell the same number A of anchors.
         assigner: see `co_detr.modeling.auxiliary.assigners`.
         box_code: see `co_detr.modeling.auxiliary.box_codes`.
-        criterion: predictions, anchors, targets and box code -> losses by name.
+        criterion: predictions, anchors, targets, box code and totals -> losses by name; see
+            `co_detr.modeling.auxiliary.dense_criteria`.
         test_topk, test_nms, max_detections: used by ``inference`` only.
     """
 
@@ -69,16 +72,75 @@ class DenseHead(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, images: ImageList, features: dict[str, Tensor], gt_instances: list[Instances]
+        self,
+        images: ImageList,
+        features: dict[str, Tensor],
+        gt_instances: list[Instances],
+        totals: HeadCounts | None = None,
     ) -> AuxiliaryOutput:
-        """Trains the head; every anchor is a candidate for positive queries."""
+        """Trains the head; every anchor is a candidate for positive queries.
+
+        Args:
+            totals: what `count` gives for the images of all micro-batches, to whose losses those
+                of this one are then a contribution; None: this batch is all there is.
+        """
         maps = [features[name] for name in self.in_features]
         anchors = self.anchors(maps)
+        predictions, targets = self._predict_and_assign(images, maps, anchors, gt_instances)
+        normalisers = None if totals is None else totals.normalisers
+        losses = self.losses(predictions, torch.cat(anchors), targets, normalisers)
+        return AuxiliaryOutput(losses, self._candidates(anchors, maps, targets, images))
+
+    @torch.no_grad()
+    def count(
+        self, images: ImageList, features: dict[str, Tensor] | None, gt_instances: list[Instances]
+    ) -> HeadCounts:
+        """What `forward` divides the losses of this batch by, as its criterion counts it.
+
+        Args:
+            features: None will do with `counts_without_features`.
+        """
+        if self.counts_without_features:
+            maps = self._no_maps(images)
+            anchors, predictions = self.anchors(maps), None
+            targets = self.assign(anchors, maps, images.image_sizes, gt_instances)
+        else:
+            maps = [features[name] for name in self.in_features]
+            anchors = self.anchors(maps)
+            predictions, targets = self._predict_and_assign(images, maps, anchors, gt_instances)
+        found = Positives.of(targets, torch.cat(anchors), self.num_classes)
+        return HeadCounts(
+            self.criterion.counts(found, predictions, self.box_code),
+            targets.positive(self.num_classes).sum(1).tolist(),
+        )
+
+    @property
+    def counts_without_features(self) -> bool:
+        """Whether anchors and ground truths decide what is assigned, and what that counts."""
+        return not self.criterion.counts_predictions
+
+    def _no_maps(self, images: ImageList) -> list[Tensor]:
+        """Without memory; of all that maps have, anchors and the assignment need their sizes.
+
+        Real ones may be larger: what lies in the padding is not assigned.
+        """
+        height, width = (max(sides) for sides in zip(*images.image_sizes, strict=True))
+        nothing = images.tensor.new_zeros(())
+        return [
+            nothing.expand(len(images), 1, -(-height // stride), -(-width // stride))
+            for stride in self.strides
+        ]
+
+    def _predict_and_assign(
+        self,
+        images: ImageList,
+        maps: list[Tensor],
+        anchors: list[Tensor],
+        gt_instances: list[Instances],
+    ) -> tuple[DensePredictions, DenseTargets]:
         predictions = self.predict(maps)
         targets = self.assign(anchors, maps, images.image_sizes, gt_instances)
-        targets = self.refine(targets, predictions, anchors)
-        losses = self.losses(predictions, torch.cat(anchors), targets)
-        return AuxiliaryOutput(losses, self._candidates(anchors, maps, targets, images))
+        return predictions, self.refine(targets, predictions, anchors)
 
     def anchors(self, maps: list[Tensor]) -> list[Tensor]:
         """``(R_l, 4)`` absolute xyxy per level."""
@@ -133,10 +195,18 @@ class DenseHead(nn.Module):
         return targets
 
     def losses(
-        self, predictions: DensePredictions, anchors: Tensor, targets: DenseTargets
+        self,
+        predictions: DensePredictions,
+        anchors: Tensor,
+        targets: DenseTargets,
+        totals: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Losses by name, weighted; ``anchors`` are the ``(R, 4)`` of all levels."""
-        return self.criterion(predictions, anchors, targets, self.box_code)
+        """Losses by name, weighted; ``anchors`` are the ``(R, 4)`` of all levels.
+
+        Args:
+            totals: the criterion's counts of all micro-batches of the step.
+        """
+        return self.criterion(predictions, anchors, targets, self.box_code, totals)
 
     def _candidates(
         self, anchors: list[Tensor], maps: list[Tensor], targets: DenseTargets, images: ImageList

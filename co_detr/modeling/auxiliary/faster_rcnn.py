@@ -11,6 +11,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
+from co_detr.modeling.step_counts import HeadCounts
 from co_detr.structures import AuxiliaryOutput, Candidates
 
 
@@ -94,9 +95,17 @@ class FasterRCNNHead(nn.Module):
         self.roi_heads.mask_on = False
 
     def forward(
-        self, images: ImageList, features: dict[str, Tensor], gt_instances: list[Instances]
+        self,
+        images: ImageList,
+        features: dict[str, Tensor],
+        gt_instances: list[Instances],
+        totals: HeadCounts | None = None,
     ) -> AuxiliaryOutput:
         """Trains both stages; the candidates are the sampled proposals, foreground first.
+
+        Args:
+            totals: what `count` gives for the images of all micro-batches, to whose losses those
+                of this one are then a contribution; None: this batch is all there is.
 
         Raises:
             ConfigError: if there is a mask head but the ground truth has no masks.
@@ -111,6 +120,8 @@ class FasterRCNNHead(nn.Module):
             proposals, losses = self.rpn(images, features, gt_instances)
             samples, roi_losses = self.roi_heads(images, features, proposals, gt_instances)
         losses = {**losses, **roi_losses}
+        if totals is not None:
+            losses = self._contributions(losses, samples, totals)
         candidates, query_features = [], []
         for sample in samples:
             if sample.has("gt_masks"):
@@ -125,6 +136,47 @@ class FasterRCNNHead(nn.Module):
                 gather_features=lambda image, indices: query_features[image][indices],
             ),
         )
+
+    @torch.no_grad()
+    def count(
+        self, images: ImageList, features: dict[str, Tensor], gt_instances: list[Instances]
+    ) -> HeadCounts:
+        """What Detectron2 makes means over in this batch: sampled proposals, and positive ones."""
+        with get_event_storage().name_scope(self.name):
+            proposals, _ = self.rpn(images, features, gt_instances)
+            samples = self.roi_heads.label_and_sample_proposals(proposals, gt_instances)
+        positives = torch.stack([self._is_positive(each).sum() for each in samples])
+        return HeadCounts(self._normalisers(samples), positives.tolist())
+
+    def _normalisers(self, samples: list[Instances]) -> Tensor:
+        """``(2,)`` int64: sampled proposals, and positive ones."""
+        positive = torch.cat([self._is_positive(each) for each in samples]).sum()
+        return torch.stack([positive.new_full((), sum(map(len, samples))), positive])
+
+    def _contributions(
+        self, losses: dict[str, Tensor], samples: list[Instances], totals: HeadCounts
+    ) -> dict[str, Tensor]:
+        """Detectron2's means over this batch -> contributions to those over all micro-batches.
+
+        The RPN's are means over images, whose number it multiplies by a constant.
+        """
+        images = len(samples) / len(totals.positives)
+        sampled, positive = zip(self._normalisers(samples), totals.normalisers, strict=True)
+        of_loss = {"loss_cls": sampled, "loss_box_reg": sampled, "loss_mask": positive}
+        weighted = {}
+        for name, value in losses.items():
+            weight = images
+            if name in of_loss:
+                # Half precision cannot count to a thousand.
+                dtype = torch.promote_types(value.dtype, torch.float32)
+                number, total = (each.to(dtype) for each in of_loss[name])
+                weight = number / total.clamp(min=1)
+            weighted[name] = value * weight
+        return weighted
+
+    def _is_positive(self, sample: Instances) -> Tensor:
+        """``(P,)`` bool."""
+        return (sample.gt_classes >= 0) & (sample.gt_classes < self.roi_heads.num_classes)
 
     def _foreground_first(self, sample: Instances) -> Instances:
         is_background = sample.gt_classes == self.roi_heads.num_classes

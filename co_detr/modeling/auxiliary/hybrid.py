@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, replace
 
+import torch
 from detectron2.structures import ImageList, Instances
 from torch import nn
 
 from co_detr.errors import ConfigError
 from co_detr.modeling.queries.positive import PositiveQueries
+from co_detr.modeling.step_counts import HeadCounts, StepCounts
 from co_detr.structures import AuxiliaryOutput, EncoderMemory, QueryGroup
 
 
@@ -26,10 +28,13 @@ class HybridAssignmentHeads(nn.Module):
 
     A head is any module with ``forward(images, features, gt_instances) -> AuxiliaryOutput`` and
     ``inference(images, features) -> list[Instances]``. One that learns masks also has
-    ``reads_masks`` and ``ignore_masks``, see `FasterRCNNHead`. Heads are keyword arguments: their
-    names become prefixes of losses and paths of config overrides (``model.auxiliary.atss...``).
-    One that is None is left out, so that an override can switch it off
-    (``model.auxiliary.atss=null``).
+    ``reads_masks`` and ``ignore_masks``, see `FasterRCNNHead`. One whose losses are divided by
+    counts also has ``count(images, features, gt_instances) -> HeadCounts`` and takes these of all
+    micro-batches of a step, joined, as a fourth argument; ``counts_without_features`` if it needs
+    none for that. The losses of a head that does not count are taken for means over images. Heads
+    are keyword arguments: their names become prefixes of losses and paths of config overrides
+    (``model.auxiliary.atss...``). One that is None is left out, so that an override can switch it
+    off (``model.auxiliary.atss=null``).
 
     Args:
         pyramid: adapter from ``EncoderMemory`` to the maps that heads read.
@@ -86,8 +91,43 @@ class HybridAssignmentHeads(nn.Module):
             if _reads_masks(head):
                 head.ignore_masks()
 
-    def forward(
+    def count_without_memory(
+        self, images: ImageList, gt_instances: list[Instances]
+    ) -> dict[str, HeadCounts]:
+        """What those heads find in this batch that need no features to count."""
+        return {
+            name: head.count(images, None, gt_instances)
+            for name, head in self.heads.items()
+            if _counts_without_features(head)
+        }
+
+    @property
+    def counts_need_memory(self) -> bool:
+        """Whether a head counts that `count_without_memory` leaves out."""
+        return any(map(_counts_features, self.heads.values()))
+
+    @torch.no_grad()
+    def count(
         self, images: ImageList, memory: EncoderMemory, gt_instances: list[Instances]
+    ) -> dict[str, HeadCounts]:
+        """What those heads find in this batch that need features to count.
+
+        `forward` finds the same in the same memory: it is how many samples there are that counts,
+        not which of them are drawn.
+        """
+        features = self.pyramid(memory)
+        return {
+            name: head.count(images, features, gt_instances)
+            for name, head in self.heads.items()
+            if _counts_features(head)
+        }
+
+    def forward(
+        self,
+        images: ImageList,
+        memory: EncoderMemory,
+        gt_instances: list[Instances],
+        counts: StepCounts | None = None,
     ) -> AuxiliaryBranch:
         """Runs every head on its copy of the ground truth.
 
@@ -96,24 +136,41 @@ class HybridAssignmentHeads(nn.Module):
             memory: encoder output.
             gt_instances: with ``gt_boxes`` (absolute), ``gt_classes`` and, if a head reads them,
                 ``gt_masks``.
+            counts: of all micro-batches of the step, to whose losses those of this one are then a
+                contribution; None: this batch is all of it.
         """
         if not self.train_encoder:
             memory = replace(memory, tokens=memory.tokens.detach())
         features = self.pyramid(memory)
         outputs, groups = {}, []
         for name, head in self.heads.items():
-            output = head(images, features, gt_instances)
-            losses = {key: value * self.loss_weight for key, value in output.losses.items()}
+            weight = self.loss_weight
+            totals = None if counts is None else counts.heads.get(name)
+            if totals is None:
+                output = head(images, features, gt_instances)
+                weight *= 1 if counts is None else counts.share(len(gt_instances))
+            else:
+                output = head(images, features, gt_instances, totals)
+            losses = {key: value * weight for key, value in output.losses.items()}
             outputs[name] = AuxiliaryOutput(losses, output.candidates)
             if name in self.positive_queries:
                 source = self.positive_queries[name]
-                group = source(f"{name}_queries", output.candidates, memory.image_sizes)
+                positives = None if totals is None else totals.positives
+                group = source(f"{name}_queries", output.candidates, memory.image_sizes, positives)
                 groups.append(group)
         return AuxiliaryBranch(outputs, groups)
 
     def inference(self, name: str, images: ImageList, memory: EncoderMemory) -> list[Instances]:
         """Detections of one head alone, for analysis (Co-DETR table 11); needs ``eval()``."""
         return self.heads[name].inference(images, self.pyramid(memory))
+
+
+def _counts_without_features(head: nn.Module) -> bool:
+    return getattr(head, "counts_without_features", False)
+
+
+def _counts_features(head: nn.Module) -> bool:
+    return hasattr(head, "count") and not _counts_without_features(head)
 
 
 def _reads_masks(head: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from co_detr.modeling.boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
 from co_detr.modeling.queries.source import QuerySource
+from co_detr.modeling.step_counts import StepCounts
 from co_detr.structures import AssignedTargets, EncoderMemory, GroundTruth, QueryGroup
 
 
@@ -32,8 +33,8 @@ class NoiseDraws:
 class DenoisingQueries(QuerySource):
     """Groups of noised ground truths; each block has positives and harder negatives.
 
-    1. With G the most ground truths of an image, there are ``num_queries // G`` blocks (at
-       least one) of 2 G slots: a positive and a negative for every ground truth. Images with
+    1. With G the most ground truths of an image of the step, there are ``num_queries // G`` blocks
+       (at least one) of 2 G slots: a positive and a negative for every ground truth. Images with
        fewer ground truths leave slots empty; these are trained as background.
     2. A label is replaced by a random one with probability ``label_noise / 2``. Every side of a
        box moves by up to half of the box's extent times ``box_noise``, a negative's by one to
@@ -76,12 +77,27 @@ class DenoisingQueries(QuerySource):
         self.sees = sees
         self.label_embedding = nn.Embedding(num_classes, embed_dim)
 
-    def forward(self, memory: EncoderMemory, ground_truth: list[GroundTruth]) -> QueryGroup:
+    def training_groups(
+        self,
+        memory: EncoderMemory,
+        ground_truth: list[GroundTruth],
+        counts: StepCounts | None = None,
+    ) -> list[QueryGroup]:
+        """The one group."""
+        return [self(memory, ground_truth, counts)]
+
+    def forward(
+        self,
+        memory: EncoderMemory,
+        ground_truth: list[GroundTruth],
+        counts: StepCounts | None = None,
+    ) -> QueryGroup:
         """Makes the group: content ``(B, Q, C)``, reference ``(B, Q, 4)``, Q = 2 G x blocks.
 
-        It has no queries at all if no image has a ground truth.
+        It has no queries at all if no image of the step has a ground truth.
         """
-        longest = max(len(truth.labels) for truth in ground_truth)
+        num_truths = counts.num_truths if counts else [len(each.labels) for each in ground_truth]
+        longest = max(num_truths)
         num_blocks = max(1, self.num_queries // longest) if longest else 1
         labels, boxes, is_real = _pad(ground_truth, longest)  # (B, G), (B, G, 4), (B, G)
         # (B, blocks, positive or negative, G)
@@ -108,6 +124,7 @@ class DenoisingQueries(QuerySource):
             position=None,
             reference=logits.sigmoid().flatten(1, 3),
             targets=targets,
+            num_positives=num_blocks * sum(num_truths),
             num_blocks=num_blocks,
             sees=(self.sees,),
         )

@@ -7,6 +7,7 @@ from typing import Literal
 from torch import nn
 
 from co_detr.modeling.queries.two_stage import TwoStageQueries
+from co_detr.modeling.step_counts import StepCounts
 from co_detr.structures import EncoderMemory, GroundTruth, QueryGroup
 
 
@@ -58,7 +59,10 @@ class HybridMatchingQueries(TwoStageQueries):
         self.extra_content: nn.Embedding | None = nn.Embedding(num_extra, embed_dim)
 
     def training_groups(
-        self, memory: EncoderMemory, ground_truth: list[GroundTruth]
+        self,
+        memory: EncoderMemory,
+        ground_truth: list[GroundTruth],
+        counts: StepCounts | None = None,
     ) -> list[QueryGroup]:
         """The one-to-one group, and the one-to-many group ``one_to_many``.
 

@@ -36,8 +36,8 @@ class PositiveQueries(nn.Module):
     """Turns the positives of one auxiliary head into a supervised query group.
 
     1. Every image keeps its positives, at most ``max_queries`` (a random choice beyond that).
-    2. The group is as long as the longest image needs, and at least ``min_queries``. Shorter
-       images are filled with random background candidates that are trained as background
+    2. The group is as long as the longest image of the step needs, and at least ``min_queries``.
+       Shorter images are filled with random background candidates that are trained as background
        (``padding="negatives"``) or with masked slots that no loss sees (``padding="mask"``).
        Where the background candidates run out, the rest is masked. ``padding="unmasked"`` is
        "mask" with slots that other queries attend to, as the reference's Co-DINO has it.
@@ -114,7 +114,11 @@ class PositiveQueries(nn.Module):
             nn.init.normal_(self.head_embedding)
 
     def forward(
-        self, name: str, candidates: Candidates, image_sizes: list[tuple[int, int]]
+        self,
+        name: str,
+        candidates: Candidates,
+        image_sizes: list[tuple[int, int]],
+        step_positives: list[int] | None = None,
     ) -> QueryGroup:
         """Makes the group.
 
@@ -122,8 +126,10 @@ class PositiveQueries(nn.Module):
             name: name of the group.
             candidates: what the head assigned.
             image_sizes: un-padded (height, width), the unit of normalised boxes.
+            step_positives: number of positives of each image in all micro-batches of the step;
+                None: the candidates' are taken for all.
         """
-        chosen = self._choose(candidates.instances)
+        chosen = self._choose(candidates.instances, step_positives)
         dtype = self.position_proj.weight.dtype  # Detectron2's Boxes are always float32
         boxes, labels, targets, features = [], [], [], []
         for image, (slots, size) in enumerate(zip(chosen, image_sizes, strict=True)):
@@ -159,18 +165,21 @@ class PositiveQueries(nn.Module):
                 boxes=torch.stack(targets)[None],
                 weights=valid.to(boxes.dtype)[None],
             ),
+            num_positives=None
+            if step_positives is None
+            else sum(min(boxes.shape[1], number) for number in step_positives),
             loss_weight=self.loss_weight,
             num_blocks=boxes.shape[1] if self.self_attention == "self" else 1,
         )
 
-    def _choose(self, instances: list[Instances]) -> list[_Slots]:
+    def _choose(self, instances: list[Instances], step_positives: list[int] | None) -> list[_Slots]:
         """Chooses on the host: one transfer of the classes, instead of one for every count."""
         classes = [each.gt_classes for each in instances]
         host = torch.cat(classes).cpu().split([len(each) for each in classes])
         positives = [
             ((each >= 0) & (each < self.num_classes)).nonzero().squeeze(1) for each in host
         ]
-        longest = max(len(indices) for indices in positives)
+        longest = max(step_positives or map(len, positives))
         num_slots = max(self.min_queries, min(self.max_queries, longest))
         chosen = []
         for each, indices in zip(host, positives, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from co_detr.modeling.step_counts import StepCounts
 from co_detr.structures import EncoderMemory, GroundTruth, QueryGroup
 
 
@@ -26,9 +27,16 @@ class QuerySource(nn.Module):
         raise NotImplementedError
 
     def training_groups(
-        self, memory: EncoderMemory, ground_truth: list[GroundTruth]
+        self,
+        memory: EncoderMemory,
+        ground_truth: list[GroundTruth],
+        counts: StepCounts | None = None,
     ) -> list[QueryGroup]:
-        """All groups of a training step."""
+        """All groups of a training step.
+
+        Args:
+            counts: of all micro-batches of the step; None: this batch is all of it.
+        """
         return [self(memory, ground_truth)]
 
     def strip(self) -> None:
