@@ -277,6 +277,41 @@ class Candidates:
     instances: list[Instances]
     gather_features: Callable[[int, Tensor], Tensor]
 
+    @classmethod
+    def of_detections(
+        cls, detections: list[Instances], gather_features: Callable[[int, Tensor], Tensor]
+    ) -> Candidates:
+        """Detections with ``pred_boxes`` and ``pred_classes`` as candidates, in their order.
+
+        A query starts from the detected box. There is no ground truth at test time: the detection
+        itself stands in its place.
+        """
+        instances = [
+            Instances(
+                found.image_size,
+                proposal_boxes=found.pred_boxes,
+                gt_classes=found.pred_classes,
+                gt_boxes=found.pred_boxes,
+            )
+            for found in detections
+        ]
+        return cls(instances, gather_features)
+
+
+@dataclass(frozen=True)
+class HeadDetections:
+    """What an auxiliary head detects in eval mode, and what queries can be made of it.
+
+    Attributes:
+        instances: per image ``pred_boxes`` (absolute, inside the image), ``scores`` and
+            ``pred_classes``, best first; also ``pred_masks`` where the head has a mask branch.
+        candidates: the same detections in the same order. Features are gathered when they are
+            asked for, so that a head that detects alone does not pay for them.
+    """
+
+    instances: list[Instances]
+    candidates: Candidates
+
 
 @dataclass(frozen=True)
 class AuxiliaryOutput:

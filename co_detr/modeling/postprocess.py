@@ -180,25 +180,34 @@ def best_pairs(
 ) -> list[Instances]:
     """The ``number`` best (query, class) pairs of each image; see `TopKPostprocessor`."""
     pairs = choose_pairs(logits, boxes, number)
-    if not pairs.boxes.isfinite().all():
-        raise NonFiniteError(
-            "the model predicts boxes that are NaN: its weights or the image are not finite; "
-            "check train.init_checkpoint, or go back to an earlier checkpoint."
-        )
+    require_finite(pairs.boxes)
     results = []
     for image, size in enumerate(image_sizes):
-        chosen = pairs.boxes[image]
-        absolute = Boxes(cxcywh_to_xyxy(chosen) * size_factor(size, chosen))
-        absolute.clip(size)
         results.append(
             Instances(
                 size,
-                pred_boxes=absolute,
+                pred_boxes=absolute_boxes(pairs.boxes[image], size),
                 scores=pairs.scores[image],
                 pred_classes=pairs.labels[image],
             )
         )
     return results
+
+
+def require_finite(boxes: Tensor) -> None:
+    """Raises a NonFiniteError if a predicted box is NaN or infinite."""
+    if not boxes.isfinite().all():
+        raise NonFiniteError(
+            "the model predicts boxes that are NaN: its weights or the image are not finite; "
+            "check train.init_checkpoint, or go back to an earlier checkpoint."
+        )
+
+
+def absolute_boxes(boxes: Tensor, image_size: tuple[int, int]) -> Boxes:
+    """Normalised cxcywh ``(N, 4)`` -> absolute, clipped to the image (height, width)."""
+    absolute = Boxes(cxcywh_to_xyxy(boxes) * size_factor(image_size, boxes))
+    absolute.clip(image_size)
+    return absolute
 
 
 def padding_mask(

@@ -164,7 +164,7 @@ def _check_heads(
     ]
     detections, _ = roi.roi_heads(images, pyramid, given)
     compare_detections(report, "eval.det_two_stage", detections)
-    compare_detections(report, "eval.det_one_stage", atss.inference(images, pyramid))
+    compare_detections(report, "eval.det_one_stage", atss.detect(images, pyramid).instances)
 
 
 def check_input(report: Report, case: Case, model: CoDETR) -> None:

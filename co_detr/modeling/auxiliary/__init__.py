@@ -1,4 +1,4 @@
-"""One-to-many heads that supervise the encoder; none of this runs at test time."""
+"""One-to-many heads that supervise the encoder, and can be asked to detect at test time."""
 
 from co_detr.modeling.auxiliary.assigners import (
     ATSSAssigner,

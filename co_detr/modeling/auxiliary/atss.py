@@ -22,7 +22,7 @@ class ATSSHead(TowerHead):
     Args:
         in_features: names of the maps, finest first; strides: their strides in pixels.
         anchor_scale: side of the anchor in strides.
-        test_topk, test_nms, max_detections: used by ``inference`` only.
+        test_topk, test_nms, max_detections: used by ``detect`` only.
     """
 
     def __init__(

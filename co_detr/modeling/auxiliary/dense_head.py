@@ -22,7 +22,7 @@ from co_detr.modeling.auxiliary.dense import (
     gather_cells,
 )
 from co_detr.modeling.step_counts import HeadCounts
-from co_detr.structures import AuxiliaryOutput, Candidates
+from co_detr.structures import AuxiliaryOutput, Candidates, HeadDetections
 
 
 class DenseHead(nn.Module):
@@ -35,7 +35,7 @@ class DenseHead(nn.Module):
         box_code: see `co_detr.modeling.auxiliary.box_codes`.
         criterion: predictions, anchors, targets, box code and totals -> losses by name; see
             `co_detr.modeling.auxiliary.dense_criteria`.
-        test_topk, test_nms, max_detections: used by ``inference`` only.
+        test_topk, test_nms, max_detections: used by ``detect`` only.
     """
 
     def __init__(
@@ -235,16 +235,17 @@ class DenseHead(nn.Module):
         """Final scores from class scores and predicted quality, ``(n,)`` each, both in [0, 1]."""
         return scores * quality
 
-    def inference(self, images: ImageList, features: dict[str, Tensor]) -> list[Instances]:
-        """Detections with absolute ``pred_boxes``, ``scores`` and ``pred_classes``.
+    def detect(self, images: ImageList, features: dict[str, Tensor]) -> HeadDetections:
+        """Detects on its own; needs ``eval()``.
 
         Each level keeps its ``test_topk`` best (anchor, class) pairs by class score; the final
-        score takes the predicted quality of the box into account.
+        score takes the predicted quality of the box into account. The feature of a detection is
+        that of the cell whose anchor or point it was predicted from, as in training.
         """
         maps = [features[name] for name in self.in_features]
         levels = self.anchors(maps)
         anchors, predictions = torch.cat(levels), self.predict(maps)
-        detections = []
+        detections, origins = [], []
         for image, size in enumerate(images.image_sizes):
             scores = predictions.logits[image].sigmoid()
             pairs = self._best_pairs(scores, [len(level) for level in levels])
@@ -260,7 +261,12 @@ class DenseHead(nn.Module):
                     size, pred_boxes=boxes[keep], scores=final[keep], pred_classes=classes[keep]
                 )
             )
-        return detections
+            origins.append(index[keep])
+
+        def gather_features(image: int, indices: Tensor) -> Tensor:
+            return gather_cells(maps, image, origins[image][indices] // self.num_anchors)
+
+        return HeadDetections(detections, Candidates.of_detections(detections, gather_features))
 
     def _best_pairs(self, scores: Tensor, counts: list[int]) -> Tensor:
         """Indices into the flattened ``(R, K)``, the best ``test_topk`` of every level."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
 from co_detr.modeling.step_counts import HeadCounts
-from co_detr.structures import AuxiliaryOutput, Candidates
+from co_detr.structures import AuxiliaryOutput, Candidates, HeadDetections
 
 
 class CollaborativeRPN(RPN):
@@ -48,6 +48,11 @@ class CollaborativeROIHeads(StandardROIHeads):
     The feature of a proposal is the mean of its pooled region. It is not detached: in the
     reference the loss of the positive queries reaches the encoder through it.
     """
+
+    def region_features(self, features: dict[str, Tensor], boxes: list[Boxes]) -> Tensor:
+        """The same for other boxes, absolute, per image; of all images together, ``(n, C)``."""
+        maps = [features[name] for name in self.box_in_features]
+        return self.box_pooler(maps, boxes).mean(dim=(2, 3))
 
     def _forward_box(self, features: dict[str, Tensor], proposals: list[Instances]):
         if not self.training:
@@ -196,11 +201,17 @@ class FasterRCNNHead(nn.Module):
         candidates.gt_boxes = Boxes(targets)
         return candidates
 
-    def inference(self, images: ImageList, features: dict[str, Tensor]) -> list[Instances]:
-        """Detections with absolute ``pred_boxes``, ``scores`` and ``pred_classes``."""
+    def detect(self, images: ImageList, features: dict[str, Tensor]) -> HeadDetections:
+        """Detects on its own; needs ``eval()``.
+
+        With a mask branch, detections have ``pred_masks`` as Detectron2's ROI heads give them. The
+        feature of a detection is pooled from its box, as that of a proposal is in training.
+        """
         proposals, _ = self.rpn(images, features)
         detections, _ = self.roi_heads(images, features, proposals)
-        for each in detections:
-            if each.has("pred_masks"):
-                each.remove("pred_masks")  # the decoder, which it stands in for, has none either
-        return detections
+
+        def gather_features(image: int, indices: Tensor) -> Tensor:
+            own = {name: each[image : image + 1] for name, each in features.items()}
+            return self.roi_heads.region_features(own, [detections[image].pred_boxes[indices]])
+
+        return HeadDetections(detections, Candidates.of_detections(detections, gather_features))

@@ -27,7 +27,7 @@ class HybridAssignmentHeads(nn.Module):
     """K one-to-many heads on the encoder output (Co-DETR section 3.2 and 3.3).
 
     A head is any module with ``forward(images, features, gt_instances) -> AuxiliaryOutput`` and
-    ``inference(images, features) -> list[Instances]``. One that learns masks also has
+    ``detect(images, features) -> HeadDetections``. One that learns masks also has
     ``reads_masks`` and ``ignore_masks``, see `FasterRCNNHead`. One whose losses are divided by
     counts also has ``count(images, features, gt_instances) -> HeadCounts`` and takes these of all
     micro-batches of a step, joined, as a fourth argument; ``counts_without_features`` if it needs
@@ -162,7 +162,7 @@ class HybridAssignmentHeads(nn.Module):
 
     def inference(self, name: str, images: ImageList, memory: EncoderMemory) -> list[Instances]:
         """Detections of one head alone, for analysis (Co-DETR table 11); needs ``eval()``."""
-        return self.heads[name].inference(images, self.pyramid(memory))
+        return self.heads[name].detect(images, self.pyramid(memory)).instances
 
 
 def _counts_without_features(head: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -130,6 +130,37 @@ class PositiveQueries(nn.Module):
                 None: the candidates' are taken for all.
         """
         chosen = self._choose(candidates.instances, step_positives)
+        group = self._group(name, candidates, chosen, image_sizes)
+        if step_positives is None:
+            return group
+        counted = sum(min(group.num_queries, number) for number in step_positives)
+        return replace(group, num_positives=counted)
+
+    def of_detections(
+        self, name: str, candidates: Candidates, image_sizes: list[tuple[int, int]]
+    ) -> QueryGroup:
+        """The group of all detections of the head, in their order, for inference.
+
+        Each query sees itself only, whatever ``self_attention`` is: what becomes of a detection
+        depends on no other one. The first ``len(candidates.instances[i])`` slots of image i are
+        real. Nothing is drawn, and there are no targets.
+
+        Args:
+            candidates: `HeadDetections.candidates`, at least one in the batch.
+        """
+        numbers = [len(each) for each in candidates.instances]
+        device = self.position_proj.weight.device
+        chosen = [_Slots(torch.arange(each, device=device), max(numbers)) for each in numbers]
+        group = self._group(name, candidates, chosen, image_sizes)
+        return replace(group, targets=None, num_blocks=group.num_queries)
+
+    def _group(
+        self,
+        name: str,
+        candidates: Candidates,
+        chosen: list[_Slots],
+        image_sizes: list[tuple[int, int]],
+    ) -> QueryGroup:
         dtype = self.position_proj.weight.dtype  # Detectron2's Boxes are always float32
         boxes, labels, targets, features = [], [], [], []
         for image, (slots, size) in enumerate(zip(chosen, image_sizes, strict=True)):
@@ -165,9 +196,6 @@ class PositiveQueries(nn.Module):
                 boxes=torch.stack(targets)[None],
                 weights=valid.to(boxes.dtype)[None],
             ),
-            num_positives=None
-            if step_positives is None
-            else sum(min(boxes.shape[1], number) for number in step_positives),
             loss_weight=self.loss_weight,
             num_blocks=boxes.shape[1] if self.self_attention == "self" else 1,
         )
