@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from co_detr.errors import ConfigError
@@ -279,21 +279,25 @@ class Candidates:
 
     @classmethod
     def of_detections(
-        cls, detections: list[Instances], gather_features: Callable[[int, Tensor], Tensor]
+        cls,
+        detections: list[Instances],
+        starts: list[Boxes],
+        gather_features: Callable[[int, Tensor], Tensor],
     ) -> Candidates:
         """Detections with ``pred_boxes`` and ``pred_classes`` as candidates, in their order.
 
-        A query starts from the detected box. There is no ground truth at test time: the detection
-        itself stands in its place.
+        Args:
+            starts: per image what takes the place of ``proposal_boxes``. There is no ground truth
+                at test time; the detections themselves stand in its place.
         """
         instances = [
             Instances(
                 found.image_size,
-                proposal_boxes=found.pred_boxes,
+                proposal_boxes=boxes,
                 gt_classes=found.pred_classes,
                 gt_boxes=found.pred_boxes,
             )
-            for found in detections
+            for found, boxes in zip(detections, starts, strict=True)
         ]
         return cls(instances, gather_features)
 
@@ -305,8 +309,10 @@ class HeadDetections:
     Attributes:
         instances: per image ``pred_boxes`` (absolute, inside the image), ``scores`` and
             ``pred_classes``, best first; also ``pred_masks`` where the head has a mask branch.
-        candidates: the same detections in the same order. Features are gathered when they are
-            asked for, so that a head that detects alone does not pay for them.
+        candidates: the same detections in the same order. A query starts from what the head has
+            predicted the detection from, as in training: the decoder has learned how far that can
+            be from the object. Features are gathered when they are asked for, so that a head that
+            detects alone does not pay for them.
     """
 
     instances: list[Instances]

@@ -1,6 +1,6 @@
 """Co-Deformable-DETR, ResNet-50, Mask R-CNN and ATSS heads (K = 2), 12 epochs.
 
-Masks are for training alone: the decoder detects boxes.
+The decoder detects boxes; the detector `roi` of the trained model also gives masks.
 """
 
 from .co_detr_r50 import data, dataloader, lr_multiplier, model, optimizer, train

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from co_detr.errors import ConfigError
+from co_detr.modeling.detectors import check_detectors, require_detector
 
 OF_DECODER = ("assigner", "criterion", "postprocessor")
 
@@ -16,9 +17,11 @@ def check_parts(model: nn.Module) -> None:
 
     Raises:
         ConfigError: if parts disagree on ``num_classes``, no single inference source exists,
-            ``evaluate_with`` cannot be done, or the decoder is left out by half.
+            ``evaluate_with`` cannot be done, ``merged`` or ``cascade`` need what is not there, or
+            the decoder is left out by half.
     """
     _check_class_counts(model)
+    check_detectors(model)
     if model.decoder is None:
         _check_without_decoder(model)
         return
@@ -35,7 +38,7 @@ def check_parts(model: nn.Module) -> None:
         )
     _check_names(model.queries)
     if model.evaluate_with is not None:
-        _check_evaluated_head(model)
+        _check_evaluated_detector(model)
 
 
 def _check_names(queries: Iterable[nn.Module]) -> None:
@@ -77,16 +80,11 @@ def _check_without_decoder(model: nn.Module) -> None:
         raise ConfigError(
             "model.decoder is null: name the auxiliary head that detects in model.evaluate_with."
         )
-    _check_evaluated_head(model)
+    _check_evaluated_detector(model)
 
 
-def _check_evaluated_head(model: nn.Module) -> None:
-    names = [] if model.auxiliary is None else list(model.auxiliary.heads)
-    if model.evaluate_with not in names:
-        raise ConfigError(
-            f"model.evaluate_with={model.evaluate_with} names no auxiliary head of this model: it "
-            f"has {', '.join(names) or 'none'}; null evaluates the decoder."
-        )
+def _check_evaluated_detector(model: nn.Module) -> None:
+    require_detector(model, model.evaluate_with)
     if model.compare_top_k:
         raise ConfigError(
             "model.compare_top_k compares detections of the decoder: set it to false, or "

@@ -16,6 +16,13 @@ from co_detr.modeling.boxes import normalise_boxes
 from co_detr.modeling.checks import check_parts
 from co_detr.modeling.criterion import SetCriterion
 from co_detr.modeling.decoder import DeformableDecoder
+from co_detr.modeling.detectors import (
+    DECODER,
+    TOP_K,
+    InferencePass,
+    boxes_only,
+    detector_names,
+)
 from co_detr.modeling.encoder import DeformableEncoder
 from co_detr.modeling.matching import HungarianAssigner
 from co_detr.modeling.padding import BatchPadding
@@ -41,8 +48,8 @@ class CoDETR(nn.Module):
     3. Query sources make further groups; the first one is what inference uses.
     4. All groups are decoded in one pass, blind to each other, and scored by one criterion.
 
-    In eval mode only the memory, the inference group and the decoder are computed, or with
-    ``evaluate_with`` the memory and one auxiliary head.
+    In eval mode only the memory, the inference group and the decoder are computed, unless
+    ``evaluate_with`` or ``compare_detectors`` asks for one of the other `detectors`.
 
     Without a decoder (all of ``decoder``, ``assigner``, ``criterion``, ``postprocessor`` None, no
     ``queries``) the auxiliary heads are all there is: a dense detector on the same encoder, which
@@ -57,11 +64,14 @@ class CoDETR(nn.Module):
         pixel_mean, pixel_std: per channel, in the order and range of the input images.
         padding: how images become a batch; None: to the largest size in it, masked.
         compare_top_k: in eval, also return what plain top-k makes of the same predictions.
-        evaluate_with: name of the auxiliary head that detects in eval; None: the decoder does.
+        compare_detectors: in eval, also return what each of the other `detectors` finds in the same
+            pass, unless ``evaluate_with`` names the only one that is wanted.
+        evaluate_with: name of the detector in eval, see `co_detr.modeling.detectors`; None: the
+            decoder.
 
     Raises:
         ConfigError: if parts disagree on ``num_classes``, no single inference source exists,
-            ``evaluate_with`` names no auxiliary head, or only some of the decoder's parts are None.
+            ``evaluate_with`` names no detector, or only some of the decoder's parts are None.
     """
 
     def __init__(
@@ -80,6 +90,7 @@ class CoDETR(nn.Module):
         pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
         padding: BatchPadding | None = None,
         compare_top_k: bool = False,
+        compare_detectors: bool = False,
         evaluate_with: str | None = None,
     ):
         super().__init__()
@@ -94,6 +105,7 @@ class CoDETR(nn.Module):
         self.auxiliary = auxiliary
         self.padding = padding or BatchPadding()
         self.compare_top_k = compare_top_k
+        self.compare_detectors = compare_detectors
         self.evaluate_with = evaluate_with
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
@@ -113,6 +125,21 @@ class CoDETR(nn.Module):
         """The one query source that is not for training alone; needs a decoder."""
         return next(source for source in self.queries if not source.training_only)
 
+    @property
+    def detectors(self) -> list[str]:
+        """Names of all detectors in the model, the decoder first."""
+        return detector_names(self)
+
+    @property
+    def compared(self) -> list[str]:
+        """Kinds of detections that eval mode gives beside ``instances``."""
+        if self.evaluate_with is not None:
+            return []
+        kinds = [TOP_K] if self.compare_top_k else []
+        if self.compare_detectors:
+            kinds += [name for name in self.detectors if name != DECODER]
+        return kinds
+
     def forward(
         self, batched_inputs: list[dict], counts: StepCounts | None = None
     ) -> dict[str, Tensor] | list[dict]:
@@ -128,8 +155,8 @@ class CoDETR(nn.Module):
         Returns:
             training: weighted losses by name, their sum is the total loss; with ``counts``, what
                 this micro-batch contributes to the losses of the step;
-            eval: per image ``{"instances": Instances}`` in output resolution, and, with
-            ``compare_top_k``, as many detections by top-k alone in ``"instances_top_k"``.
+            eval: per image ``{"instances": Instances}`` in output resolution, and for every kind
+                that is `compared` an ``"instances_<kind>"`` without masks.
         """
         images = self.preprocess(batched_inputs)
         if self.training:
@@ -163,14 +190,11 @@ class CoDETR(nn.Module):
 
     @torch.no_grad()
     def _detections(self, images: ImageList) -> dict[str, list[Instances]]:
-        if self.evaluate_with is not None:
-            memory = self.encode(images)
-            return {"instances": self.auxiliary.inference(self.evaluate_with, images, memory)}
-        predictions = self.predict(images)
-        detections = {"instances": self.postprocessor(*predictions)}
-        if self.compare_top_k:
-            top_k = TopKPostprocessor(self.postprocessor.max_detections)
-            detections["instances_top_k"] = top_k(*predictions)
+        one_pass = InferencePass(self, images)
+        detections = {"instances": one_pass.detections(self.evaluate_with or DECODER)}
+        for kind in self.compared:
+            found = one_pass.detections(kind)
+            detections[f"instances_{kind}"] = [boxes_only(each) for each in found]
         return detections
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
@@ -291,6 +315,9 @@ class CoDETR(nn.Module):
 
     def strip_auxiliary(self) -> None:
         """Removes all that only training uses; detections of the decoder stay bit-identical.
+
+        The decoder is then the only one of the `detectors` that is left, whatever
+        ``evaluate_with`` was.
 
         Raises:
             ConfigError: without a decoder nothing would be left.

@@ -39,6 +39,7 @@ from co_detr.modeling.auxiliary import (
     SmoothL1Criterion,
     TowerHead,
 )
+from co_detr.modeling.detectors import CascadeDetector, MergedDetector
 from co_detr.modeling.queries import PositiveQueries
 
 rpn = L(CollaborativeRPN)(
@@ -123,6 +124,9 @@ auxiliary = L(HybridAssignmentHeads)(
     ),
     num_decoder_layers="${..decoder.num_layers}",
     lambda_2=2.0,
+    # For inference: what heads and decoder detect together, see docs/detectors.md.
+    merged=L(MergedDetector)(nms_threshold=0.6, members=None),
+    cascade=L(CascadeDetector)(head=None, boxes="mean", scores="head"),
     roi=L(FasterRCNNHead)(rpn=rpn, roi_heads=roi_heads),
     atss=L(ATSSHead)(
         num_classes="${...num_classes}",

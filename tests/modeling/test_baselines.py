@@ -263,8 +263,8 @@ def test_a_head_on_the_encoder_is_the_auxiliary_head_alone(name):
     ("overrides", "sentence"),
     [
         (["model.evaluate_with=null"], "name the auxiliary head that detects"),
-        (["model.evaluate_with=roi"], "names no auxiliary head"),
-        (["model.auxiliary=null"], "names no auxiliary head"),
+        (["model.evaluate_with=roi"], "names no detector of this model: it has atss"),
+        (["model.auxiliary=null"], "names no detector of this model: it has none"),
         (["model.compare_top_k=true"], "compares detections of the decoder"),
     ],
 )

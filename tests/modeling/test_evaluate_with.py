@@ -66,9 +66,13 @@ def test_what_is_left_after_stripping_detects_with_the_decoder():
 @pytest.mark.parametrize(
     ("heads", "overrides", "message"),
     [
-        (2, ["model.evaluate_with=fcos"], "evaluate_with=fcos names no .* it has roi, atss; null"),
-        (0, ["model.evaluate_with=atss"], "evaluate_with=atss names no .* it has none; null"),
-        (2, ["model.auxiliary.roi=null", "model.evaluate_with=roi"], "it has atss; null"),
+        (
+            2,
+            ["model.evaluate_with=fcos"],
+            "evaluate_with=fcos names no .* has decoder, roi, atss, merged, cascade; null is",
+        ),
+        (0, ["model.evaluate_with=atss"], "evaluate_with=atss names no .* its decoder alone"),
+        (2, ["model.auxiliary.roi=null", "model.evaluate_with=roi"], "it has decoder, atss, "),
         (2, ["model.evaluate_with=roi", "model.compare_top_k=true"], "compares detections of the"),
     ],
 )
@@ -87,3 +91,37 @@ def test_a_head_that_is_null_is_left_out():
 def test_each_head_gets_coco_metrics(rectangles):
     cfg = tiny_config(2, [*rectangles, "model.evaluate_with=atss"])
     assert {"AP", "AP50", "AP-red"} <= set(run_evaluation_only(cfg, resume=False))
+
+
+FOUR = ("roi", "atss", "merged", "cascade")
+
+
+def test_one_evaluation_gives_the_numbers_of_one_for_each(rectangles, tmp_path):
+    """Those of a head by itself are what `evaluate_with` gives; of small configs, in every run."""
+    overrides = [*rectangles, "model.compare_detectors=true"]
+
+    def evaluate(*further):
+        torch.manual_seed(0)
+        return run_evaluation_only(tiny_config(2, [*overrides, *further]), resume=False)
+
+    together = evaluate()
+    for name in ("decoder", *FOUR):
+        out = tmp_path / name
+        alone = evaluate(f"model.evaluate_with={name}", f"train.output_dir={out}")
+        assert "AP" in alone and not any("/" in key for key in alone)
+        folder, prefix = tmp_path / "out", ""
+        if name != "decoder":
+            folder, prefix = folder / name, f"{name}/"
+        assert alone == {key: together[prefix + key] for key in alone}
+        own = out / "coco_instances_results.json"
+        assert own.read_text() == (folder / own.name).read_text()
+
+
+def test_without_heads_an_evaluation_is_as_ever(rectangles, tmp_path):
+    results = []
+    for overrides in ([], ["model.compare_detectors=true"]):
+        torch.manual_seed(0)
+        cfg = tiny_config(0, [*rectangles, *overrides])
+        results.append(run_evaluation_only(cfg, resume=False))
+    assert results[0] == results[1] and "AP" in results[0]
+    assert not any(path.is_dir() for path in (tmp_path / "out").iterdir())

@@ -1,13 +1,17 @@
 """The mask head of the auxiliary Mask R-CNN learns, and leaves everything else as it is."""
 
+import json
+
 import pytest
 import torch
 
 from co_detr.errors import ConfigError
+from co_detr.prediction.results import CocoResults
 from tests.device import DEVICE
 from tests.modeling.builders import (
     assert_complete,
     detect,
+    evaluating,
     make_batch,
     randomise,
     shrink,
@@ -48,11 +52,46 @@ def test_all_other_losses_are_those_without_it(model):
         torch.testing.assert_close(losses[name], value)
 
 
-def test_masks_are_for_training_alone(model):
-    before = detect(model, make_batch())
+BOXES = {"pred_boxes", "scores", "pred_classes"}
+
+
+def test_the_head_detects_masks_in_output_resolution(model):
+    batch = make_batch()
+    batch[0].update(height=192, width=64)
+    model.evaluate_with = "roi"
+    (found, _) = detect(model, batch)
+    assert set(found.get_fields()) == {*BOXES, "pred_masks"}
+    assert found.pred_masks.shape == (len(found), 192, 64) and found.pred_masks.any()
+    # A mask lies in its box.
+    for mask, box in zip(found.pred_masks, found.pred_boxes.tensor, strict=True):
+        rows, columns = mask.nonzero(as_tuple=True)
+        if len(rows):
+            assert box[0] - 1 <= columns.min() and columns.max() <= box[2] + 1
+            assert box[1] - 1 <= rows.min() and rows.max() <= box[3] + 1
+
+
+def test_masks_are_written(model):
     model.evaluate_with = "roi"
     (found, _) = detect(model, make_batch())
-    assert set(found.get_fields()) == {"pred_boxes", "scores", "pred_classes"}
+    results = CocoResults(list("abcde"))
+    results.add(1, "a.png", found.to("cpu"))
+    (first, *_) = json.loads(json.dumps(results.content()))["annotations"]
+    assert first["segmentation"]["size"] == [96, 128]
+
+
+def test_detectors_beside_the_head_have_boxes_only(model):
+    model.compare_detectors = True
+    with evaluating(model):
+        outputs = model(make_batch())
+    for found in (each for output in outputs for each in output.values()):
+        assert set(found.get_fields()) == BOXES and len(found)
+    for name in ("merged", "cascade"):
+        model.evaluate_with = name
+        assert set(detect(model, make_batch())[0].get_fields()) == BOXES
+
+
+def test_the_decoder_does_without_the_mask_head(model):
+    before = detect(model, make_batch())
     model.strip_auxiliary()
     for one, other in zip(detect(model, make_batch()), before, strict=True):
         assert torch.equal(one.scores, other.scores)

@@ -252,6 +252,42 @@ MUTATIONS = (
         '"loss_mask": sampled}',
         "accumulation",
     ),
+    # Detectors beside the decoder
+    _mutation(
+        "detections-see-each-other",
+        "modeling/queries/positive.py",
+        "num_blocks=group.num_queries)",
+        "num_blocks=1)",
+        "detectors",
+    ),
+    _mutation(
+        "features-of-another-image",
+        "modeling/auxiliary/faster_rcnn.py",
+        "each[image : image + 1]",
+        "each[:1]",
+        "detectors",
+    ),
+    _mutation(
+        "features-of-the-first-cells",
+        "modeling/auxiliary/dense_head.py",
+        "origins[image][indices] // self.num_anchors",
+        "indices // self.num_anchors",
+        "detectors",
+    ),
+    _mutation(
+        "score-of-whatever-class",
+        "modeling/detectors.py",
+        "probability.gather(1, found.pred_classes[:, None]).squeeze(1)",
+        "probability.amax(1)",
+        "detectors",
+    ),
+    _mutation(
+        "empty-boxes-push-others-out",
+        "modeling/detectors.py",
+        "[_without_empty(boxes_only(found)) for found in lists]",
+        "[boxes_only(found) for found in lists]",
+        "detectors",
+    ),
     # Post-processing and weights
     _mutation(
         "classes-lower-each-other",

@@ -239,8 +239,8 @@ class DenseHead(nn.Module):
         """Detects on its own; needs ``eval()``.
 
         Each level keeps its ``test_topk`` best (anchor, class) pairs by class score; the final
-        score takes the predicted quality of the box into account. The feature of a detection is
-        that of the cell whose anchor or point it was predicted from, as in training.
+        score takes the predicted quality of the box into account. A candidate is, as in training,
+        the anchor or point that the detection was predicted from, with the feature of its cell.
         """
         maps = [features[name] for name in self.in_features]
         levels = self.anchors(maps)
@@ -266,7 +266,10 @@ class DenseHead(nn.Module):
         def gather_features(image: int, indices: Tensor) -> Tensor:
             return gather_cells(maps, image, origins[image][indices] // self.num_anchors)
 
-        return HeadDetections(detections, Candidates.of_detections(detections, gather_features))
+        starts = [Boxes(anchors[index]) for index in origins]
+        return HeadDetections(
+            detections, Candidates.of_detections(detections, starts, gather_features)
+        )
 
     def _best_pairs(self, scores: Tensor, counts: list[int]) -> Tensor:
         """Indices into the flattened ``(R, K)``, the best ``test_topk`` of every level."""

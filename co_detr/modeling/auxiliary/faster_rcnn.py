@@ -204,14 +204,18 @@ class FasterRCNNHead(nn.Module):
     def detect(self, images: ImageList, features: dict[str, Tensor]) -> HeadDetections:
         """Detects on its own; needs ``eval()``.
 
-        With a mask branch, detections have ``pred_masks`` as Detectron2's ROI heads give them. The
-        feature of a detection is pooled from its box, as that of a proposal is in training.
+        With a mask branch, detections have ``pred_masks`` as Detectron2's ROI heads give them. A
+        candidate is the detected box with the feature of its region: what would be a very good
+        proposal in training, where ground truths are among the proposals.
         """
         proposals, _ = self.rpn(images, features)
         detections, _ = self.roi_heads(images, features, proposals)
 
         def gather_features(image: int, indices: Tensor) -> Tensor:
             own = {name: each[image : image + 1] for name, each in features.items()}
-            return self.roi_heads.region_features(own, [detections[image].pred_boxes[indices]])
+            return self.roi_heads.region_features(own, [starts[image][indices]])
 
-        return HeadDetections(detections, Candidates.of_detections(detections, gather_features))
+        starts = [each.pred_boxes for each in detections]
+        return HeadDetections(
+            detections, Candidates.of_detections(detections, starts, gather_features)
+        )

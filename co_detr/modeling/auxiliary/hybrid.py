@@ -10,6 +10,7 @@ from detectron2.structures import ImageList, Instances
 from torch import nn
 
 from co_detr.errors import ConfigError
+from co_detr.modeling.detectors import CascadeDetector, MergedDetector
 from co_detr.modeling.queries.positive import PositiveQueries
 from co_detr.modeling.step_counts import HeadCounts, StepCounts
 from co_detr.structures import AuxiliaryOutput, EncoderMemory, QueryGroup
@@ -21,6 +22,10 @@ class AuxiliaryBranch:
 
     outputs: dict[str, AuxiliaryOutput]
     groups: list[QueryGroup]
+
+
+# Configs that earlier versions saved do not have these nodes.
+_MERGED, _CASCADE = MergedDetector(), CascadeDetector()
 
 
 class HybridAssignmentHeads(nn.Module):
@@ -48,6 +53,7 @@ class HybridAssignmentHeads(nn.Module):
             assign is as usual, but the model learns from their positive queries alone: an
             ablation (with ``lambda_2=0`` the RPN would propose nothing, and the positives would
             be the ground truths).
+        merged, cascade: what the heads and the decoder detect together; None: not at all.
 
     Raises:
         ConfigError: without any head (the plain DETR is ``model.auxiliary = None``).
@@ -61,6 +67,8 @@ class HybridAssignmentHeads(nn.Module):
         num_decoder_layers: int,
         lambda_2: float = 2.0,
         train_encoder: bool = True,
+        merged: MergedDetector | None = _MERGED,
+        cascade: CascadeDetector | None = _CASCADE,
         **heads: nn.Module | None,
     ):
         super().__init__()
@@ -73,6 +81,8 @@ class HybridAssignmentHeads(nn.Module):
         self.train_encoder = train_encoder
         self.heads = nn.ModuleDict(present)
         self.loss_weight = num_decoder_layers * lambda_2
+        self.merged = merged
+        self.cascade = cascade
         self.positive_queries = nn.ModuleDict()
         if positive_queries is not None:
             for name in present:

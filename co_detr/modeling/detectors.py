@@ -1,0 +1,315 @@
+"""The detectors inside a model: its decoder, its auxiliary heads, and what they find together.
+
+What was trained to supervise the encoder can detect, too. All detectors read the same encoder
+memory, so that one pass over an image serves them all.
+
+==============  ====================================================================
+``decoder``     the matched queries: what the model is for
+``<head>``      an auxiliary head (``roi``, ``atss``, ...) by itself
+``merged``      the detections of several detectors in one list; see `MergedDetector`
+``cascade``     a head's detections, decoded once more; see `CascadeDetector`
+==============  ====================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from detectron2.layers import batched_nms
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor
+
+from co_detr.errors import ConfigError
+from co_detr.modeling.postprocess import TopKPostprocessor, absolute_boxes, require_finite
+from co_detr.structures import EncoderMemory, HeadDetections, QuerySet
+
+if TYPE_CHECKING:
+    from co_detr.modeling.co_detr import CoDETR
+
+DECODER, MERGED, CASCADE = "decoder", "merged", "cascade"
+# Beside detectors: what plain top-k makes of the decoder's predictions; see CoDETR.compare_top_k.
+TOP_K = "top_k"
+# Results of an evaluation are kept by these names; "bbox" are those of the model's own detections.
+_TAKEN = (DECODER, TOP_K, "bbox")
+
+_TWO_STAGES = "roi"
+
+BoxRule = Literal["mean", "decoder", "head"]
+ScoreRule = Literal["head", "decoder", "geometric_mean"]
+
+
+@dataclass(frozen=True)
+class MergedDetector:
+    """The detections of several detectors, without those that a better one of their class overlaps.
+
+    Scores are compared as they are: decoder and heads are trained to give probabilities. An image
+    keeps as many detections as the longest of the lists had. Masks are left out, since only some of
+    the lists can have them.
+
+    Attributes:
+        nms_threshold: IoU from which on a detection gives way, in (0, 1].
+        members: names of the detectors; None: the decoder and all heads.
+
+    Raises:
+        ConfigError: if the threshold is out of its range.
+    """
+
+    nms_threshold: float = 0.6
+    members: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.nms_threshold <= 1:
+            raise ConfigError(
+                f"model.auxiliary.merged.nms_threshold={self.nms_threshold} must be above 0 and at "
+                "most 1."
+            )
+
+    def merge(self, lists: Sequence[Instances]) -> Instances:
+        """What is left of the lists of one image, best first."""
+        every = Instances.cat([_without_empty(boxes_only(found)) for found in lists])
+        kept = batched_nms(
+            every.pred_boxes.tensor, every.scores, every.pred_classes, self.nms_threshold
+        )
+        return every[kept[: max(len(found) for found in lists)]]
+
+
+@dataclass(frozen=True)
+class CascadeDetector:
+    """Collaborative inference: a head's detections become positive queries of the decoder.
+
+    In training the decoder learns to find the object of a query that was made from a candidate of
+    an auxiliary head (`PositiveQueries`). So it can be the next stage behind that head, as in a
+    cascade of detectors: each detection becomes such a query, which sees itself only, and its box
+    and score are combined with the decoded ones. Class and number of the detections stay the
+    head's; masks, which were predicted for the head's boxes, are left out.
+
+    Attributes:
+        head: the first stage; None: ``roi``, whose boxes are refined twice already, or in a model
+            without it the first head by name.
+        boxes: "mean" of both; "decoder": the decoded box; "head": the box as it was.
+        scores: "head": as they were; "decoder": probability that the decoder gives to the class of
+            the detection; "geometric_mean" of both.
+
+    Raises:
+        ConfigError: for another rule.
+    """
+
+    head: str | None = None
+    boxes: BoxRule = "mean"
+    scores: ScoreRule = "head"
+
+    def __post_init__(self) -> None:
+        for name, rules in (("boxes", BoxRule), ("scores", ScoreRule)):
+            if getattr(self, name) not in get_args(rules):
+                raise ConfigError(
+                    f"model.auxiliary.cascade.{name}={getattr(self, name)} must be one of "
+                    f"{', '.join(get_args(rules))}."
+                )
+
+    def combine(self, found: Instances, logits: Tensor, boxes: Tensor) -> Instances:
+        """Both stages of one image.
+
+        Args:
+            found: N detections of the head.
+            logits: ``(N, K)``; boxes: ``(N, 4)`` normalised; what they were decoded to.
+
+        Returns:
+            the detections, best first, that share no memory with ``found``.
+
+        Raises:
+            NonFiniteError: if a box is NaN, which only broken weights or pixels give.
+        """
+        require_finite(boxes)
+        decoded = absolute_boxes(boxes, found.image_size).tensor
+        own = found.pred_boxes.tensor
+        combined = {"head": own, "decoder": decoded, "mean": (own + decoded) / 2}[self.boxes]
+        scores = _full_precision(found.scores)
+        if self.scores != "head":
+            probability = _full_precision(logits).sigmoid()
+            agreed = probability.gather(1, found.pred_classes[:, None]).squeeze(1)
+            scores = agreed if self.scores == "decoder" else (scores * agreed).sqrt()
+        result = Instances(
+            found.image_size,
+            pred_boxes=Boxes(combined),
+            scores=scores,
+            pred_classes=found.pred_classes,
+        )
+        # A box that the head itself would lose in the end does not come back.
+        result = result[found.pred_boxes.nonempty()]
+        return result[result.scores.argsort(descending=True, stable=True)]
+
+
+def boxes_only(found: Instances) -> Instances:
+    """A copy of detections without their masks, scores in float32 at least."""
+    return Instances(
+        found.image_size,
+        pred_boxes=found.pred_boxes.clone(),
+        scores=_full_precision(found.scores),
+        pred_classes=found.pred_classes,
+    )
+
+
+def _without_empty(found: Instances) -> Instances:
+    """Without boxes that clipping to the image left nothing of, which count as no detections."""
+    return found[found.pred_boxes.nonempty()]
+
+
+def _full_precision(values: Tensor) -> Tensor:
+    """In float32 at least: heads may run in half precision."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+class InferencePass:
+    """One batch on its way through a model: what several detectors read is computed once.
+
+    Args:
+        model: in eval mode.
+        images: normalised and padded.
+    """
+
+    def __init__(self, model: CoDETR, images: ImageList) -> None:
+        self._model = model
+        self._images = images
+        self._known: dict[str, list[Instances]] = {}
+        self._heads: dict[str, HeadDetections] = {}
+
+    def detections(self, name: str) -> list[Instances]:
+        """Per image what a detector (or `TOP_K`) finds, in pixels of the network input, best first.
+
+        Raises:
+            ConfigError: if the model has no such detector.
+        """
+        if name not in self._known:
+            self._known[name] = self._detect(name)
+        return self._known[name]
+
+    def _detect(self, name: str) -> list[Instances]:
+        model = self._model
+        if name == TOP_K:
+            return TopKPostprocessor(model.postprocessor.max_detections)(*self._predictions)
+        require_detector(model, name)
+        if name == DECODER:
+            return model.postprocessor(*self._predictions)
+        if name == MERGED:
+            lists = [self.detections(member) for member in members_of(model)]
+            return [model.auxiliary.merged.merge(each) for each in zip(*lists, strict=True)]
+        if name == CASCADE:
+            return self._cascade(first_stage_of(model))
+        return self._head(name).instances
+
+    def _cascade(self, name: str) -> list[Instances]:
+        model, found = self._model, self._head(name)
+        rule, source = model.auxiliary.cascade, model.auxiliary.positive_queries[name]
+        if not any(len(each) for each in found.instances):
+            return [boxes_only(each) for each in found.instances]
+        queries = source.of_detections(name, found.candidates, self._memory.image_sizes)
+        decoded = model.decoder(QuerySet.concat([queries]), self._memory)
+        logits, boxes = decoded.logits[-1], decoded.boxes[-1]
+        return [
+            rule.combine(each, logits[image, : len(each)], boxes[image, : len(each)])
+            for image, each in enumerate(found.instances)
+        ]
+
+    def _head(self, name: str) -> HeadDetections:
+        if name not in self._heads:
+            head = self._model.auxiliary.heads[name]
+            self._heads[name] = head.detect(self._images, self._pyramid)
+        return self._heads[name]
+
+    @cached_property
+    def _memory(self) -> EncoderMemory:
+        return self._model.encode(self._images)
+
+    @cached_property
+    def _predictions(self) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+        return *self._model.decode(self._memory), self._memory.image_sizes
+
+    @cached_property
+    def _pyramid(self) -> dict[str, Tensor]:
+        return self._model.auxiliary.pyramid(self._memory)
+
+
+def detector_names(model: CoDETR) -> list[str]:
+    """All that `InferencePass.detections` takes for a model, the decoder first."""
+    names = _single_detectors(model)
+    auxiliary = model.auxiliary
+    if auxiliary is None:
+        return names
+    if auxiliary.merged is not None and len(members_of(model)) > 1:
+        names.append(MERGED)
+    if auxiliary.cascade is not None and len(auxiliary.positive_queries):
+        names.append(CASCADE)
+    return names
+
+
+def _single_detectors(model: CoDETR) -> list[str]:
+    names = [] if model.decoder is None else [DECODER]
+    return names + ([] if model.auxiliary is None else list(model.auxiliary.heads))
+
+
+def members_of(model: CoDETR) -> list[str]:
+    """The detectors that ``merged`` merges."""
+    members = model.auxiliary.merged.members
+    return _single_detectors(model) if members is None else list(members)
+
+
+def first_stage_of(model: CoDETR) -> str:
+    """The head whose detections ``cascade`` decodes.
+
+    Not the first one of the config, whose order is lost where it is saved.
+    """
+    heads = sorted(model.auxiliary.positive_queries)
+    return model.auxiliary.cascade.head or (_TWO_STAGES if _TWO_STAGES in heads else heads[0])
+
+
+def require_detector(model: CoDETR, name: str) -> None:
+    """Raises a ConfigError if a model has no detector of that name."""
+    names = detector_names(model)
+    if name in names:
+        return
+    has = ", ".join(names) or "none"
+    if names == [DECODER]:
+        has = "its decoder alone (auxiliary heads are switched off, or were stripped)"
+    reason = ""
+    if name == CASCADE and model.auxiliary is not None:
+        reason = "; cascade needs a decoder and model.auxiliary.positive_queries"
+    raise ConfigError(
+        f"model.evaluate_with={name} names no detector of this model: it has {has}; null is the "
+        f"decoder{reason}."
+    )
+
+
+def check_detectors(model: CoDETR) -> None:
+    """Looks over what a config says about ``merged`` and ``cascade``, when a model is built.
+
+    Raises:
+        ConfigError: if they name detectors that the model does not have, or a head has a name that
+            is taken.
+    """
+    auxiliary = model.auxiliary
+    if auxiliary is None:
+        return
+    taken = [name for name in auxiliary.heads if name in _TAKEN]
+    if taken:
+        raise ConfigError(
+            f"model.auxiliary.{taken[0]}: a head cannot be called {taken[0]}, which stands for "
+            "something else in an evaluation; give it another name."
+        )
+    if auxiliary.merged is not None:
+        known = [name for name in detector_names(model) if name != MERGED]
+        _require_known("merged.members", members_of(model), known)
+    if CASCADE in detector_names(model):
+        _require_known("cascade.head", [first_stage_of(model)], list(auxiliary.positive_queries))
+
+
+def _require_known(key: str, asked: Iterable[str], known: Sequence[str]) -> None:
+    for name in asked:
+        if name not in known:
+            raise ConfigError(
+                f"model.auxiliary.{key} names {name}: choose among {', '.join(known) or 'none'}, "
+                "or null."
+            )
