@@ -12,6 +12,7 @@ data.val = "datasets/digits/val.json"
 data.val_images = "datasets/digits/val"
 
 model.num_classes = 10
+model.compare_detectors = True  # every evaluation reports all detectors of the model
 make_small(model)
 
 sizes = (144, 160, 176, 192)

@@ -6,6 +6,7 @@ from .quickstart import data, dataloader, lr_multiplier, optimizer, train
 
 model.auxiliary = auxiliary
 model.num_classes = 10
+model.compare_detectors = True
 make_small(model)
 model.queries[1].num_queries = 30
 model.postprocessor.max_detections = 100

@@ -5,5 +5,6 @@ from .models.small import make_small
 from .quickstart import data, dataloader, lr_multiplier, optimizer, train
 
 model.num_classes = 10
+model.compare_detectors = True
 make_small(model)
 train.output_dir = "output/quickstart_k6"

@@ -40,6 +40,7 @@ def run(options: argparse.Namespace) -> None:
     cfg = load_config(options.config_file, options.opts)
     torch.manual_seed(0)
     model = instantiate(cfg.model)
+    model.compare_detectors = False  # an evaluation may run every detector; a user runs one
     height, width = options.size
     batch = random_batch(height, width, options.batch, options.gts, model.num_classes)
     passes = {"inference": analyze(model.eval(), batch)}

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
@@ -28,6 +29,7 @@ from co_detr.data.boxes import BoxChecker
 from co_detr.data.coco import dataset_name
 from co_detr.data.coco_file import CocoFile, Entry, read_coco
 from co_detr.engine.class_table import class_results, format_classes, write_classes
+from co_detr.engine.detector_report import detector_table
 from co_detr.errors import ConfigError
 from co_detr.files import written_whole
 
@@ -43,7 +45,8 @@ class BoxEvaluator(DatasetEvaluator):
     and categories. A file without annotations has nothing to judge by.
 
     A model may return several kinds of detections for one image, under ``instances`` and
-    ``instances_<kind>`` (see ``CoDETR.compare_top_k``).
+    ``instances_<kind>`` (see ``CoDETR.compared``). Each kind has an evaluator of its own; only the
+    one of ``instances`` says in the log what it finds, as `evaluate` compares them all.
 
     Args:
         annotation_file: read again, as `read_coco` mends it.
@@ -108,11 +111,12 @@ class BoxEvaluator(DatasetEvaluator):
         detections = self._with_own_ids(chain.from_iterable(chain.from_iterable(gathered)))
         if self.results_path is not None:
             os.makedirs(os.path.dirname(self.results_path) or ".", exist_ok=True)
-            logger.info("Saving detections to %s", self.results_path)
+            self._log(logging.INFO, "Saving detections to %s", self.results_path)
             with written_whole(self.results_path) as file:
                 json.dump(detections, file)
         if not self.labeled:
-            logger.warning(
+            self._log(
+                logging.WARNING,
                 "%s has no annotations: there is nothing to evaluate. %s",
                 self.annotation_file,
                 f"The {len(detections)} detections are in {self.results_path}."
@@ -120,11 +124,20 @@ class BoxEvaluator(DatasetEvaluator):
                 else f"There are {len(detections)} detections.",
             )
             return {}
-        return {self.kind or "bbox": self.judge(detections)}
+        # The APIs of COCO and LVIS print.
+        with contextlib.redirect_stdout(io.StringIO() if self.kind else sys.stdout):
+            return {self.kind or "bbox": self.judge(detections)}
 
     def judge(self, detections: list[Entry]) -> dict[str, float]:
         """Metrics from 0 to 100, NaN where undefined; may change the detections."""
         raise NotImplementedError
+
+    def log_table(self, title: str, table: str) -> None:
+        self._log(logging.INFO, "%s:\n%s", title, table)
+
+    def _log(self, level: int, message: str, *arguments: Any) -> None:
+        if not self.kind:
+            logger.log(level, message, *arguments)
 
     def _with_own_ids(self, detections: Any) -> list[Entry]:
         """Detections with category ids of the file; those of classes that it lacks are left out."""
@@ -200,14 +213,10 @@ class CocoBoxEvaluator(BoxEvaluator):
                 ("AP", "AP50", "AP75", "APs", "APm", "APl"), result.stats, strict=False
             )
         }
-        logger.info("Evaluation results for boxes:\n%s", create_small_table(metrics))
+        self.log_table("Evaluation results for boxes", create_small_table(metrics))
         order = self.metadata.thing_dataset_id_to_contiguous_id
         classes = class_results(result, self.truth, order, self.metadata.thing_classes)
-        logger.info(
-            "Results by class%s:\n%s",
-            f" ({self.kind})" if self.kind else "",
-            format_classes(classes),
-        )
+        self.log_table("Results by class", format_classes(classes))
         if self.output_dir:
             write_classes(classes, self.output_dir)
         return metrics | {f"AP-{each.name}": each.ap for each in classes}
@@ -294,15 +303,17 @@ def evaluate(
         Detections of another kind, from the same pass, add `<kind>/AP` and so on. Without
         annotations there are no metrics, and `metrics.json` is not written.
     """
-    kinds = ["top_k"] if getattr(model, "compare_top_k", False) else []
+    kinds = list(getattr(model, "compared", ()))
     evaluators = [evaluator, *(evaluator.of_kind(kind) for kind in kinds)]
     results = inference_on_dataset(
         model, _Stoppable(loader, should_stop), [_StopCheck(should_stop), *evaluators]
     )
     if not comm.is_main_process() or not evaluator.labeled:
         return {}
-    print_csv_format(results)
+    print_csv_format({name: each for name, each in results.items() if name not in kinds})
     metrics = {name: float(value) for name, value in results.get("bbox", {}).items()}
+    # Those of single classes, AP-<class>, have a file.
+    columns = [name for name in metrics if "-" not in name]
     for kind in kinds:
         values = results.get(kind, {})
         metrics |= {f"{kind}/{name}": float(value) for name, value in values.items()}
@@ -312,5 +323,8 @@ def evaluate(
     with written_whole(path) as file:
         json.dump({name: defined.get(name) for name in metrics}, file, indent=2)
         file.write("\n")
+    if kinds:
+        table = detector_table(defined, kinds, columns)
+        logger.info("Detectors of this model, from one pass over the images:\n%s", table)
     logger.info("Metrics are in %s", path)
     return defined

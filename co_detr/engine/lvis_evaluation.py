@@ -65,7 +65,7 @@ class LvisBoxEvaluator(BoxEvaluator):
             name: 100 * float(results[name]) if results[name] >= 0 else math.nan
             for name in _METRICS
         }
-        logger.info("Evaluation results for boxes:\n%s", create_small_table(metrics))
+        self.log_table("Evaluation results for boxes", create_small_table(metrics))
         return metrics
 
 

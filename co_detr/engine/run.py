@@ -25,6 +25,7 @@ from co_detr.engine.checkpoint_files import RUN_ID
 from co_detr.engine.checkpoint_hook import CheckpointHook
 from co_detr.engine.config import config_text
 from co_detr.engine.cuda_settings import configure_torch, pin_for
+from co_detr.engine.detector_report import log_best_detector
 from co_detr.engine.evaluation import evaluate
 from co_detr.engine.evaluation_hook import EvaluationHook
 from co_detr.engine.joint import jointly
@@ -168,6 +169,8 @@ def run_training(cfg: DictConfig, resume: bool, log: RunLog | None = None) -> di
             "Stopped as asked; everything is in %s: the same command with --resume continues.",
             checkpointer.get_checkpoint_file(),
         )
+    else:
+        _log_best(model, evaluation.metrics, output_dir, checkpointer.get_checkpoint_file())
     return evaluation.metrics
 
 
@@ -246,7 +249,15 @@ def run_evaluation_only(
         logger.warning("train.init_checkpoint is empty: evaluating random weights.")
     checkpoint = checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     align_with_checkpoint(cfg, checkpoint.get("class_names"))
-    return run_evaluation(model)
+    metrics = run_evaluation(model)
+    _log_best(model, metrics, folder, checkpointer.resumed_from or cfg.train.init_checkpoint)
+    return metrics
+
+
+def _log_best(model: nn.Module, metrics: dict[str, float], folder: str, checkpoint: str) -> None:
+    """Says at the end which detector of the model to use; `folder` has its config."""
+    kinds = getattr(model, "compared", ())
+    log_best_detector(metrics, kinds, os.path.join(folder, CONFIG_FILE), checkpoint)
 
 
 def _build_evaluation(

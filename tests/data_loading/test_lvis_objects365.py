@@ -154,3 +154,21 @@ def test_an_lvis_test_set_gets_a_result_file(lvis_file, tmp_path, caplog):
     assert evaluator.evaluate() == {} and "nothing to evaluate" in caplog.text
     (detection,) = json.loads((tmp_path / "out" / "lvis_instances_results.json").read_text())
     assert (detection["image_id"], detection["category_id"]) == (1, 2)
+
+
+def test_lvis_judges_several_kinds_of_detections(lvis_file, tmp_path, capsys, caplog):
+    pytest.importorskip("lvis")
+    records = load_lvis(str(lvis_file), str(tmp_path))
+    evaluator = LvisBoxEvaluator(str(lvis_file), str(tmp_path / "out"))
+    both = [evaluator, evaluator.of_kind("roi")]
+    found = Instances((30, 40), pred_boxes=Boxes(torch.tensor([[5.0, 6.0, 15.0, 14.0]])))
+    found.scores, found.pred_classes = torch.ones(1), torch.tensor([0])
+    for each in both:
+        each.reset()
+        each.process(records[:1], [{"instances": found[:0], "instances_roi": found}])
+    assert evaluator.evaluate()["bbox"].keys() == both[1].evaluate()["roi"].keys()
+    assert (tmp_path / "out" / "roi" / "lvis_instances_results.json").is_file()
+    caplog.set_level("INFO")
+    capsys.readouterr()
+    assert both[1].evaluate()["roi"]["AP"] > 0
+    assert "Evaluation results" not in caplog.text and "AP" not in capsys.readouterr().out

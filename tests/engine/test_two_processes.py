@@ -111,6 +111,21 @@ def test_an_uneven_val_set_is_evaluated_once(two, tiny_data, tiny_cfg, tmp_path,
     assert len(found) == 2 * number_of_images  # one of each class
 
 
+def test_two_processes_evaluate_all_detectors_as_one_does(two, tiny_cfg, tmp_path):
+    several = "model._target_=tiny_detector.ComparingDetector"
+    run_training(tiny_cfg(several, "train.max_iter=5", output="one"), resume=False)
+    start = f"train.init_checkpoint={tmp_path / 'one' / 'model_final.pth'}"
+    ranks = two("--eval-only", several, start)
+    assert [each.wait() for each in ranks] == [0, 0], [each.output for each in ranks]
+    run_evaluation_only(tiny_cfg(several, output="one"), resume=True)
+    for name in ("metrics.json", "roi/coco_instances_results.json", "roi/per_class_ap.csv"):
+        one = tmp_path / "one" / "evaluation" / name
+        assert (tmp_path / "out" / name).read_text() == one.read_text()
+    assert "roi/AP" in json.loads((tmp_path / "out" / "metrics.json").read_text())
+    said = [each.output.count("The best detector of this model is") for each in ranks]
+    assert said == [1, 0]
+
+
 def test_a_process_without_ground_truth_learns_the_same(two, tiny_data, tiny_cfg, tmp_path):
     content = json.loads(tiny_data.train.read_text())
     content["annotations"] = content["annotations"][:1]

@@ -88,6 +88,20 @@ class CountingDetector(TinyDetector):
         return {name: value * weights[name] for name, value in losses.items()}
 
 
+class ComparingDetector(TinyDetector):
+    """Also tells what a second detector finds, in the same pass: the boxes one pixel further."""
+
+    compared = ("roi",)
+    shift = 1.0
+
+    def _detect(self, logits, box, sample):
+        output = super()._detect(logits, box, sample)
+        found = output["instances"]
+        second = Instances(found.image_size, **found.get_fields())
+        second.pred_boxes = Boxes(found.pred_boxes.tensor + self.shift)
+        return output | {"instances_roi": second}
+
+
 class NaNDetector(TinyDetector):
     """Its loss is NaN from the third forward pass in training on."""
 
