@@ -71,6 +71,7 @@ def run(options: argparse.Namespace) -> None:
     predictor = Predictor(
         options.config_file,
         options.checkpoint,
+        detector=options.detector,
         device=options.device,
         overrides=options.set,
         unsafe=options.unsafe,
@@ -101,4 +102,5 @@ def require_packages() -> None:
 
 def _title(options: argparse.Namespace) -> str:
     files = [options.config_file, options.checkpoint]
-    return ", ".join(os.path.basename(file) for file in files if file)
+    names = [os.path.basename(file) for file in files if file]
+    return ", ".join([*names, options.detector] if options.detector else names)

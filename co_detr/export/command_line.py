@@ -102,7 +102,11 @@ def run(options: argparse.Namespace) -> None:
         print(images.remark())
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     detector = load_detector(
-        options.config_file, options.checkpoint, overrides=options.set, unsafe=options.unsafe
+        options.config_file,
+        options.checkpoint,
+        detector=options.detector,
+        overrides=options.set,
+        unsafe=options.unsafe,
     )
     side = square_side(detector.model)
     if options.dynamic and side:

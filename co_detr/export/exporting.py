@@ -20,6 +20,7 @@ from co_detr.export.torch_file import write_torch
 from co_detr.export.tracing import smallest_side, trace
 from co_detr.modeling import CoDETR
 from co_detr.modeling.backbones import SwinTransformer
+from co_detr.modeling.detectors import DECODER
 from co_detr.modeling.postprocess import SoftNMSPostprocessor
 from co_detr.prediction.loading import Detector
 
@@ -58,6 +59,11 @@ def export_detector(
     model = detector.model
     if model.decoder is None:
         raise ConfigError("model.decoder is null: only detections of a decoder can be exported.")
+    if model.evaluate_with not in (None, DECODER):
+        raise ConfigError(
+            f"the detector {model.evaluate_with} cannot be exported: a file can hold the decoder "
+            "alone, so leave --detector out and set model.evaluate_with to null."
+        )
     image_size = _image_size(model, settings.image_size)
     short_edge, max_size = _test_size(detector.cfg)
     graph = DetectionGraph(model, detector.cfg.dataloader.test.mapper.image_format).eval()

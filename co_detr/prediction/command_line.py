@@ -57,6 +57,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--config-file", required=True, metavar="FILE", help="config file, or name in the zoo")
     add("--checkpoint", metavar="FILE", help="weights; default: those released for the model")
     add(
+        "--detector",
+        metavar="NAME",
+        help="which one of the model: decoder, roi, atss, ..., merged, cascade (default: decoder)",
+    )
+    add(
         "--set",
         action="append",
         default=[],
@@ -117,6 +122,7 @@ def run(options: argparse.Namespace) -> int:
     predictor = Predictor(
         options.config_file,
         options.checkpoint,
+        detector=options.detector,
         device=options.device,
         score_threshold=options.score,
         batch_size=options.batch_size,

@@ -29,11 +29,14 @@ from co_detr.checkpoint_averaged import choose_weights
 from co_detr.checkpoint_reading import read_checkpoint
 from co_detr.checkpoint_report import mismatch_error
 from co_detr.engine.config import apply_overrides, load_config
+from co_detr.engine.overrides import text_override
 from co_detr.errors import CheckpointError
 from co_detr.model_zoo.choose import CLASS_BIAS
 from co_detr.model_zoo.configs import config_file
 from co_detr.model_zoo.files import existing_checkpoint, resolve_checkpoint
 from co_detr.model_zoo.table import ZOO
+from co_detr.modeling import CoDETR
+from co_detr.modeling.detectors import DECODER
 from co_detr.modeling.queries.source import training_module_names
 
 logger = logging.getLogger(__name__)
@@ -43,10 +46,11 @@ Config = str | os.PathLike[str] | DictConfig
 
 @dataclass(frozen=True)
 class Detector:
-    """A model in eval mode, by default without what only training uses.
+    """A model in eval mode, without what it does not need to detect, unless that was asked for.
 
     Attributes:
-        model: on the CPU.
+        model: on the CPU. One detector of it detects, the one that `cfg.model.evaluate_with` names;
+            nothing is compared with it.
         class_names: one per class of the model, in order.
         cfg: the complete config that the model was built from.
     """
@@ -60,6 +64,7 @@ def load_detector(
     config: Config,
     checkpoint: str | os.PathLike[str] | None = None,
     *,
+    detector: str | None = None,
     overrides: Sequence[str] = (),
     unsafe: bool = False,
     training_parts: bool = False,
@@ -72,15 +77,21 @@ def load_detector(
         checkpoint: a file that training wrote or a released one; by default the weights released
             for the model. Of a file with averaged weights these are used, unless the config has
             train.init_checkpoint_weights="raw".
+        detector: which one of the model, as "decoder", "roi", "merged" or "cascade" (see
+            `co_detr.modeling.detectors`); None: model.evaluate_with of the config, by default the
+            decoder, for which the auxiliary heads are left out.
         overrides: ``key=value`` for the config.
         unsafe: let the file run code while it is read.
         training_parts: keep the auxiliary heads and the query sources of training, for analysis.
 
     Raises:
         ConfigError: if there is no such config or key.
-        CheckpointError: if the file is missing, unreadable or does not fit the config.
+        CheckpointError: if the file is missing, unreadable or does not fit the config, or was
+            stripped of the heads that the detector needs.
     """
     cfg = _read_config(config, overrides)
+    if detector is not None:
+        apply_overrides(cfg, [text_override("model.evaluate_with", detector)])
     path = _checkpoint_file(config, checkpoint)
     content = read_weights(path, cfg, unsafe)
     stored = stored_class_names(content)
@@ -92,9 +103,14 @@ def load_detector(
         )
         cfg.model.num_classes = num_classes
     model = instantiate(cfg.model)
+    if isinstance(model, CoDETR):
+        model.compare_detectors = model.compare_top_k = False  # only evaluations read it
     # Without a decoder an auxiliary head is the detector.
     training_parts = training_parts or getattr(model, "decoder", None) is None
-    if not training_parts:
+    training_parts = training_parts or model.evaluate_with not in (None, DECODER)
+    if training_parts:
+        _require_heads(content, model, path)
+    else:
         model.strip_auxiliary()
     model.load_state_dict(fitting_state(content, model, training_parts))
     names = _class_names(stored, cfg.model.num_classes, path)
@@ -148,6 +164,20 @@ def _require_state(content: Mapping[str, Any], path: str) -> None:
         raise CheckpointError(
             f"checkpoint {path} holds no state dict: name a file that training wrote."
         )
+
+
+def _require_heads(content: Mapping[str, Any], model: nn.Module, path: str) -> None:
+    """Says of a stripped file what it is, instead of listing the tensors that it lacks."""
+    heads = any(key.removeprefix("module.").startswith("auxiliary.") for key in unwrap(content))
+    if getattr(model, "auxiliary", None) is None or heads or is_official(content):
+        return
+    missing = "they are"
+    if model.evaluate_with not in (None, DECODER):
+        missing = f"the detector {model.evaluate_with} is"
+    raise CheckpointError(
+        f"{path} has only the decoder, as its auxiliary heads were stripped, and {missing} needed "
+        "here: name the file that training wrote, or leave the detector out."
+    )
 
 
 def _num_classes(content: Mapping[str, Any]) -> int | None:

@@ -55,6 +55,9 @@ class Predictor:
             config. Its number of classes gives way to the checkpoint's.
         checkpoint: a file that training wrote or a released one; by default the weights released
             for the model.
+        detector: which one of the model detects: "decoder", an auxiliary head such as "roi",
+            "merged" or "cascade" (docs/detectors.md); by default the decoder, or what
+            model.evaluate_with of the config names.
         device: where to run; by default a GPU if there is one.
         score_threshold: detections below it are left out, from 0 to 1.
         batch_size: images of equal size that run together. Images of different sizes never do:
@@ -71,8 +74,9 @@ class Predictor:
         reader: opens the images, with the range of values that the config states.
 
     Raises:
-        ConfigError: if there is no such config, key, device or precision.
-        CheckpointError: if the file is missing, unreadable or does not fit the config.
+        ConfigError: if there is no such config, key, detector, device or precision.
+        CheckpointError: if the file is missing, unreadable, does not fit the config, or lacks the
+            detector.
     """
 
     # Not torch.inference_mode: who gets the detections could not use them in a training.
@@ -82,6 +86,7 @@ class Predictor:
         config: Config,
         checkpoint: str | os.PathLike[str] | None = None,
         *,
+        detector: str | None = None,
         device: str | None = None,
         score_threshold: float = 0.0,
         batch_size: int = 1,
@@ -100,13 +105,15 @@ class Predictor:
         self.device = choose_device(device)
         self.score_threshold = score_threshold
         self.batch_size = batch_size
-        detector = load_detector(config, checkpoint, overrides=overrides, unsafe=unsafe)
-        self.model = detector.model.to(self.device)
-        self.class_names = detector.class_names
-        self._train = detector.cfg.train
-        mapper = detector.cfg.dataloader.test.mapper
+        loaded = load_detector(
+            config, checkpoint, detector=detector, overrides=overrides, unsafe=unsafe
+        )
+        self.model = loaded.model.to(self.device)
+        self.class_names = loaded.class_names
+        self._train = loaded.cfg.train
+        mapper = loaded.cfg.dataloader.test.mapper
         self.image_format: str = mapper.image_format
-        self.reader = ImageReader.of_data(detector.cfg.data)
+        self.reader = ImageReader.of_data(loaded.cfg.data)
         if max_image_pixels is not None:
             self.reader = replace(self.reader, max_pixels=max_image_pixels)
         self._resize = T.AugmentationList(instantiate(mapper.augmentations))
@@ -120,7 +127,8 @@ class Predictor:
 
         Returns:
             ``pred_boxes`` in absolute xyxy pixels of the image, ``scores`` in [0, 1] from high to
-            low, and ``pred_classes``, all on the CPU.
+            low, and ``pred_classes``, all on the CPU; also ``pred_masks`` ``(N, H, W)`` bool from
+            the detector "roi" where that head has a mask branch.
 
         Raises:
             DataError: if an image cannot be read.

@@ -52,3 +52,10 @@ def test_errors_are_one_sentence(export, tmp_path, capsys):
     assert "'wide' is not HEIGHTxWIDTH" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         export("--image-size", "64x64", "--dynamic")
+
+
+def test_other_detectors_than_the_decoder_are_refused(export, capsys):
+    for arguments in (["--detector", "roi"], ["--set", "model.evaluate_with=cascade"]):
+        status, file = export(*arguments)
+        assert status == 2 and not file.exists()
+        assert "cannot be exported: a file can hold the decoder alone" in capsys.readouterr().err

@@ -63,6 +63,15 @@ def test_json_and_pictures(predict, predictor, photos, tmp_path):
             assert picture.size == (image["width"], image["height"])
 
 
+def test_another_detector(predict, trained, photos):
+    _, content = predict(photos, "--score", "0", "--detector", "cascade")
+    predictor = Predictor(trained.config, trained.checkpoint, device=NAME, detector="cascade")
+    for image in content["images"]:
+        found = predictor(image["file_name"])
+        mine = [each for each in content["annotations"] if each["image_id"] == image["id"]]
+        assert [each["score"] for each in mine] == found.scores.tolist() != []
+
+
 def test_json_is_an_annotation_file(predict, photos, tmp_path):
     _, content = predict(photos, "--score", "0")
     coco = COCO(str(tmp_path / "drawn" / "predictions.json"))

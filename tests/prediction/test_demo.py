@@ -63,6 +63,13 @@ def test_page_names_everything_and_loads_nothing_from_elsewhere(client):
     assert "default-src 'self'" in page.headers["Content-Security-Policy"]
 
 
+def test_page_names_the_detector():
+    model = ["--config-file", "runs/config.yaml", "--checkpoint", "runs/a.pth"]
+    options = command_line.parse_arguments([*model, "--detector", "cascade"])
+    assert command_line._title(options) == "config.yaml, a.pth, cascade"
+    assert command_line._title(command_line.parse_arguments(model)) == "config.yaml, a.pth"
+
+
 def test_answer_is_what_the_predictor_finds(client, predictor, pixels):
     answer = detect(client, encoded(pixels), name="C:/fake/cells.png", width=80, height=60)
     assert answer.status_code == 200

@@ -110,6 +110,57 @@ def test_score_threshold(trained, predictor, photos):
     assert 0 < (found.scores < limit).sum()
 
 
+@pytest.mark.parametrize("name", ["decoder", "roi", "atss", "merged", "cascade"])
+def test_a_detector_by_name(trained, predictor, photos, name):
+    chosen = Predictor(trained.config, trained.checkpoint, device=NAME, detector=name)
+    assert chosen.model.evaluate_with == name or name == "decoder"
+    assert (chosen.model.auxiliary is None) == (name == "decoder")
+    sample = predictor.prepare(photos / "a.png")
+    trained.model.eval().evaluate_with = name
+    try:
+        with torch.no_grad():
+            full = trained.model([{"image": sample.image, "height": 60, "width": 80}])
+    finally:
+        trained.model.evaluate_with = None
+    found = chosen(photos / "a.png")
+    assert same(found, full[0]["instances"].to("cpu"))
+    assert same(found, predictor(photos / "a.png")) == (name == "decoder")
+
+
+def test_the_config_may_name_the_detector(trained, photos):
+    def detect(**arguments):
+        predictor = Predictor(trained.config, trained.checkpoint, device=NAME, **arguments)
+        return predictor(photos / "a.png")
+
+    roi = ["model.evaluate_with=roi", "model.compare_detectors=true"]
+    assert same(detect(overrides=roi), detect(detector="roi"))
+    assert same(detect(overrides=roi, detector="decoder"), detect())
+
+
+def test_what_is_compared_in_evaluations_is_not_here(trained, photos):
+    loaded = load_detector(
+        trained.config,
+        trained.checkpoint,
+        overrides=["model.compare_detectors=true", "model.compare_top_k=true"],
+        training_parts=True,
+    )
+    assert loaded.model.auxiliary is not None and loaded.model.compared == []
+
+
+def test_detectors_that_are_not_there(trained, tmp_path):
+    with pytest.raises(ConfigError, match="evaluate_with=fcos names no .* decoder, "):
+        Predictor(trained.config, trained.checkpoint, detector="fcos")
+    stripped = tiny_model(2)
+    stripped.strip_auxiliary()
+    Checkpointer(stripped, str(tmp_path), class_names=CLASSES).save("stripped")
+    path = str(tmp_path / "stripped.pth")
+    Predictor(trained.config, path)
+    with pytest.raises(CheckpointError, match="only the decoder, .* detector roi is needed"):
+        Predictor(trained.config, path, detector="roi")
+    with pytest.raises(ConfigError, match="it has its decoder alone"):
+        Predictor(trained.config, path, detector="roi", overrides=["model.auxiliary=null"])
+
+
 def test_training_parts_are_stripped(trained, predictor, photos):
     assert predictor.model.auxiliary is None and not predictor.model.training
     names = {name.split(".")[0] for name in predictor.model.state_dict()}
