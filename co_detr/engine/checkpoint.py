@@ -277,6 +277,9 @@ class Checkpointer(DetectionCheckpointer):
         if self.mismatch != "reset" and (kept or unused):
             mend = "build the model with the settings it was trained with (such as "
             mend += "model.num_classes), or "
+            if self._lacks_all_heads(incompatible.missing_keys):
+                mend = "the file has a decoder but no auxiliary heads, as stripped ones have: set "
+                mend += "model.auxiliary=null to do without them, or "
             if self._resuming:
                 mend += "start a new run with train.init_checkpoint set to the checkpoint"
             else:
@@ -288,6 +291,10 @@ class Checkpointer(DetectionCheckpointer):
             raise mismatch_error(
                 [*kept, *unused], "not one tensor fits; choose the config of this checkpoint"
             )
+
+    def _lacks_all_heads(self, missing: Sequence[str]) -> bool:
+        heads = {key for key in self.model.state_dict() if key.startswith("auxiliary.")}
+        return bool(heads) and heads <= set(missing)
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         level = logging.INFO if self._report.complete else logging.WARNING
