@@ -127,6 +127,18 @@ def test_a_detector_by_name(trained, predictor, photos, name):
     assert same(found, predictor(photos / "a.png")) == (name == "decoder")
 
 
+@pytest.mark.parametrize("name", ["roi", "atss", "merged", "cascade"])
+def test_detectors_in_mixed_precision(trained, photos, name):
+    def detect(amp):
+        arguments = {"device": "cpu", "detector": name, "amp": amp}
+        return Predictor(trained.config, trained.checkpoint, **arguments)(photos / "a.png")
+
+    found, expected = detect("bfloat16"), detect(None)
+    assert found.scores.dtype == torch.float32 and found.pred_boxes.tensor.dtype == torch.float32
+    assert not found.scores.equal(expected.scores)
+    assert abs(found.scores.max() - expected.scores.max()) < 0.1
+
+
 def test_the_config_may_name_the_detector(trained, photos):
     def detect(**arguments):
         predictor = Predictor(trained.config, trained.checkpoint, device=NAME, **arguments)

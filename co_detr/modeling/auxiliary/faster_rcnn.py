@@ -55,10 +55,15 @@ class CollaborativeROIHeads(StandardROIHeads):
         return self.box_pooler(maps, boxes).mean(dim=(2, 3))
 
     def _forward_box(self, features: dict[str, Tensor], proposals: list[Instances]):
-        if not self.training:
-            return super()._forward_box(features, proposals)
         maps = [features[name] for name in self.box_in_features]
         pooled = self.box_pooler(maps, [each.proposal_boxes for each in proposals])
+        if not self.training:
+            # Scores of half precision would be a few dozen different numbers.
+            predictions = tuple(
+                each.to(torch.promote_types(each.dtype, torch.float32))
+                for each in self.box_predictor(self.box_head(pooled))
+            )
+            return self.box_predictor.inference(predictions, proposals)[0]
         query_features = pooled.mean(dim=(2, 3)).split([len(each) for each in proposals])
         for each, rows in zip(proposals, query_features, strict=True):
             each.query_features = rows
