@@ -278,8 +278,8 @@ class Checkpointer(DetectionCheckpointer):
             mend = "build the model with the settings it was trained with (such as "
             mend += "model.num_classes), or "
             if self._lacks_all_heads(incompatible.missing_keys):
-                mend = "the file has a decoder but no auxiliary heads, as stripped ones have: set "
-                mend += "model.auxiliary=null to do without them, or "
+                mend = "the file has no auxiliary heads (it was stripped, or trained without): set "
+                mend += "model.auxiliary=null to do without them, too, or "
             if self._resuming:
                 mend += "start a new run with train.init_checkpoint set to the checkpoint"
             else:

@@ -61,7 +61,7 @@ def log_best_detector(metrics: Metrics, kinds: Sequence[str], config: str, check
         config, checkpoint: files that the command names; without a checkpoint there is nothing to
             use, and nothing is logged.
     """
-    best = best_detector(metrics, [kind for kind in kinds if kind != TOP_K])
+    best = best_detector(metrics, kinds)
     if best is None or not checkpoint or not set(kinds) - {TOP_K}:
         return
     command = ["python", "predict.py", "--config-file", config, "--checkpoint", checkpoint]

@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
@@ -124,8 +123,8 @@ class BoxEvaluator(DatasetEvaluator):
                 else f"There are {len(detections)} detections.",
             )
             return {}
-        # The APIs of COCO and LVIS print.
-        with contextlib.redirect_stdout(io.StringIO() if self.kind else sys.stdout):
+        quiet = contextlib.redirect_stdout(io.StringIO())  # the APIs of COCO and LVIS print
+        with quiet if self.kind else contextlib.nullcontext():
             return {self.kind or "bbox": self.judge(detections)}
 
     def judge(self, detections: list[Entry]) -> dict[str, float]:

@@ -35,8 +35,7 @@ DECODER, MERGED, CASCADE = "decoder", "merged", "cascade"
 TOP_K = "top_k"
 # Results of an evaluation are kept by these names; "bbox" are those of the model's own detections.
 _TAKEN = (DECODER, TOP_K, "bbox")
-
-_TWO_STAGES = "roi"
+_TWO_STAGES = "roi"  # the usual name of the head whose boxes are refined already
 
 BoxRule = Literal["mean", "decoder", "head"]
 ScoreRule = Literal["head", "decoder", "geometric_mean"]
@@ -88,8 +87,7 @@ class CascadeDetector:
     head's; masks, which were predicted for the head's boxes, are left out.
 
     Attributes:
-        head: the first stage; None: ``roi``, whose boxes are refined twice already, or in a model
-            without it the first head by name.
+        head: the first stage; None: ``roi``, or in a model without it the first head by name.
         boxes: "mean" of both; "decoder": the decoded box; "head": the box as it was.
         scores: "head": as they were; "decoder": probability that the decoder gives to the class of
             the detection; "geometric_mean" of both.
@@ -274,12 +272,11 @@ def require_detector(model: CoDETR, name: str) -> None:
     has = ", ".join(names) or "none"
     if names == [DECODER]:
         has = "its decoder alone (auxiliary heads are switched off, or were stripped)"
-    reason = ""
+    remark = "; null is the decoder" if DECODER in names else ""
     if name == CASCADE and model.auxiliary is not None:
-        reason = "; cascade needs a decoder and model.auxiliary.positive_queries"
+        remark = "; cascade needs a decoder and model.auxiliary.positive_queries"
     raise ConfigError(
-        f"model.evaluate_with={name} names no detector of this model: it has {has}; null is the "
-        f"decoder{reason}."
+        f"model.evaluate_with={name} names no detector of this model: it has {has}{remark}."
     )
 
 

@@ -107,7 +107,7 @@ def load_detector(
         model.compare_detectors = model.compare_top_k = False  # only evaluations read it
     # Without a decoder an auxiliary head is the detector.
     training_parts = training_parts or getattr(model, "decoder", None) is None
-    training_parts = training_parts or model.evaluate_with not in (None, DECODER)
+    training_parts = training_parts or getattr(model, "evaluate_with", None) not in (None, DECODER)
     if training_parts:
         _require_heads(content, model, path)
     else:

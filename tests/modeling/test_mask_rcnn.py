@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from co_detr.engine.run import run_evaluation_only
 from co_detr.errors import ConfigError
 from co_detr.prediction.results import CocoResults
 from tests.device import DEVICE
@@ -101,3 +102,10 @@ def test_the_decoder_does_without_the_mask_head(model):
 def test_data_without_masks(model):
     with pytest.raises(ConfigError, match="mask head but the data come without masks"):
         train_step(model, make_batch())
+
+
+def test_boxes_of_detections_with_masks_are_evaluated(rectangles, tmp_path):
+    cfg = shrink(load("co_detr_r50_mask_rcnn", *rectangles, "model.evaluate_with=roi"))
+    assert "AP" in run_evaluation_only(cfg, resume=False)
+    found = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
+    assert found and all(each["segmentation"]["size"] == [128, 128] for each in found)

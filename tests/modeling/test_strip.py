@@ -7,6 +7,7 @@ import torch
 from detectron2.config import instantiate
 from torch import nn
 
+from co_detr.engine.checkpoint import Checkpointer
 from co_detr.errors import CheckpointError
 from co_detr.modeling.queries import TwoStageQueries
 from co_detr.prediction.loading import load_detector
@@ -147,3 +148,18 @@ def test_weights_of_another_source_do_not_pass_for_those_of_inference(tmp_path):
     torch.save({"model": state, "class_names": list("abcde")}, tmp_path / "model.pth")
     with pytest.raises(CheckpointError, match="lacks: queries.0.memory_proj.weight"):
         load_detector(cfg, tmp_path / "model.pth")
+
+
+def test_a_stripped_file_is_told_from_a_wrong_one(tmp_path):
+    model = tiny_model(2)
+    model.strip_auxiliary()
+    path = tmp_path / "model.pth"
+    torch.save({"model": model.state_dict()}, path)
+    Checkpointer(tiny_model(0)).load(str(path))
+    with pytest.raises(CheckpointError, match=r"no auxiliary heads .* set model.auxiliary=null"):
+        Checkpointer(tiny_model(2)).load(str(path))
+    whole = {**tiny_model(2).state_dict()}
+    whole.pop("auxiliary.heads.atss.scales.0")
+    torch.save({"model": whole}, path)
+    with pytest.raises(CheckpointError, match="not in the file.*: build the model with"):
+        Checkpointer(tiny_model(2)).load(str(path))
