@@ -309,10 +309,10 @@ class HeadDetections:
     Attributes:
         instances: per image ``pred_boxes`` (absolute, inside the image), ``scores`` and
             ``pred_classes``, best first; also ``pred_masks`` where the head has a mask branch.
-        candidates: the same detections in the same order. A query starts from what the head has
-            predicted the detection from, as in training: the decoder has learned how far that can
-            be from the object. Features are gathered when they are asked for, so that a head that
-            detects alone does not pay for them.
+        candidates: the same detections in the same order. A query starts from a box such as the
+            head's candidates have in training: the decoder has learned how far that can be from
+            the object. Features are gathered when they are asked for, so that a head that detects
+            alone does not pay for them.
     """
 
     instances: list[Instances]

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 import torch
 from detectron2.layers import batched_nms
@@ -36,9 +36,6 @@ TOP_K = "top_k"
 # Results of an evaluation are kept by these names; "bbox" are those of the model's own detections.
 _TAKEN = (DECODER, TOP_K, "bbox")
 _TWO_STAGES = "roi"  # the usual name of the head whose boxes are refined already
-
-BoxRule = Literal["mean", "decoder", "head"]
-ScoreRule = Literal["head", "decoder", "geometric_mean"]
 
 
 @dataclass(frozen=True)
@@ -88,24 +85,25 @@ class CascadeDetector:
 
     Attributes:
         head: the first stage; None: ``roi``, or in a model without it the first head by name.
-        boxes: "mean" of both; "decoder": the decoded box; "head": the box as it was.
-        scores: "head": as they were; "decoder": probability that the decoder gives to the class of
-            the detection; "geometric_mean" of both.
+        box_share: of the decoded box in the final one: 0 is the head's box, 0.5 the mean of both,
+            1 the decoded box.
+        score_share: of the probability that the decoder gives to the class of the detection, as an
+            exponent: 0 is the head's score, 0.5 the geometric mean of both, 1 that probability.
 
     Raises:
-        ConfigError: for another rule.
+        ConfigError: if a share is not from 0 to 1.
     """
 
     head: str | None = None
-    boxes: BoxRule = "mean"
-    scores: ScoreRule = "head"
+    box_share: float = 0.25
+    score_share: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, rules in (("boxes", BoxRule), ("scores", ScoreRule)):
-            if getattr(self, name) not in get_args(rules):
+        for name in ("box_share", "score_share"):
+            if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(
-                    f"model.auxiliary.cascade.{name}={getattr(self, name)} must be one of "
-                    f"{', '.join(get_args(rules))}."
+                    f"model.auxiliary.cascade.{name}={getattr(self, name)} must be from 0 (the "
+                    "head's) to 1 (the decoder's)."
                 )
 
     def combine(self, found: Instances, logits: Tensor, boxes: Tensor) -> Instances:
@@ -123,17 +121,13 @@ class CascadeDetector:
         """
         require_finite(boxes)
         decoded = absolute_boxes(boxes, found.image_size).tensor
-        own = found.pred_boxes.tensor
-        combined = {"head": own, "decoder": decoded, "mean": (own + decoded) / 2}[self.boxes]
+        probability = _full_precision(logits).sigmoid()
+        agreed = probability.gather(1, found.pred_classes[:, None]).squeeze(1)
         scores = _full_precision(found.scores)
-        if self.scores != "head":
-            probability = _full_precision(logits).sigmoid()
-            agreed = probability.gather(1, found.pred_classes[:, None]).squeeze(1)
-            scores = agreed if self.scores == "decoder" else (scores * agreed).sqrt()
         result = Instances(
             found.image_size,
-            pred_boxes=Boxes(combined),
-            scores=scores,
+            pred_boxes=Boxes(found.pred_boxes.tensor.lerp(decoded, self.box_share)),
+            scores=scores ** (1 - self.score_share) * agreed**self.score_share,
             pred_classes=found.pred_classes,
         )
         # A box that the head itself would lose in the end does not come back.

@@ -126,7 +126,7 @@ auxiliary = L(HybridAssignmentHeads)(
     lambda_2=2.0,
     # For inference: what heads and decoder detect together, see docs/detectors.md.
     merged=L(MergedDetector)(nms_threshold=0.6, members=None),
-    cascade=L(CascadeDetector)(head=None, boxes="mean", scores="head"),
+    cascade=L(CascadeDetector)(head=None, box_share=0.25, score_share=0.0),
     roi=L(FasterRCNNHead)(rpn=rpn, roi_heads=roi_heads),
     atss=L(ATSSHead)(
         num_classes="${...num_classes}",

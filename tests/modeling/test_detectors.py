@@ -232,7 +232,7 @@ def test_the_first_stage_does_not_depend_on_the_order_of_a_config(heads, first):
 
 @pytest.mark.parametrize("name", ["roi", "atss"])
 def test_with_boxes_and_scores_of_the_head_it_is_the_head(name):
-    rules = [f"model.auxiliary.cascade.{key}=head" for key in ("boxes", "scores")]
+    rules = [f"model.auxiliary.cascade.{key}=0" for key in ("box_share", "score_share")]
     model = build(2, f"model.auxiliary.cascade.head={name}", *rules, COMPARED)
     for found in run(model, make_batch()):
         assert_same(found["instances_cascade"], found[f"instances_{name}"])
@@ -309,15 +309,16 @@ def decoded_example():
 
 
 @pytest.mark.parametrize(
-    ("rule", "expected"),
+    ("share", "expected"),
     [
-        ("head", [[10, 10, 30, 30], [40, 40, 80, 60]]),
-        ("decoder", [[10, 10, 30, 30], [50, 30, 100, 70]]),
-        ("mean", [[10, 10, 30, 30], [45, 35, 90, 65]]),
+        (0, [[10, 10, 30, 30], [40, 40, 80, 60]]),
+        (0.25, [[10, 10, 30, 30], [42.5, 37.5, 85, 62.5]]),
+        (0.5, [[10, 10, 30, 30], [45, 35, 90, 65]]),
+        (1, [[10, 10, 30, 30], [50, 30, 100, 70]]),
     ],
 )
-def test_how_boxes_are_combined(rule, expected):
-    combined = CascadeDetector(boxes=rule).combine(*decoded_example())
+def test_how_boxes_are_combined(share, expected):
+    combined = CascadeDetector(box_share=share).combine(*decoded_example())
     torch.testing.assert_close(combined.pred_boxes.tensor, torch.tensor(expected).float())
     assert combined.scores.tolist() == pytest.approx([0.64, 0.36])
 
@@ -325,11 +326,11 @@ def test_how_boxes_are_combined(rule, expected):
 def test_how_scores_are_combined():
     found, logits, boxes = decoded_example()
     agreed = [torch.tensor(value).sigmoid().item() for value in (2.0, 0.0)]
-    combined = CascadeDetector(scores="decoder").combine(found, logits, boxes)
+    combined = CascadeDetector(score_share=1).combine(found, logits, boxes)
     assert combined.scores.tolist() == pytest.approx(agreed)
     assert combined.pred_classes.tolist() == [0, 1]  # the second one is now the better one
     assert combined.pred_boxes.tensor[1].tolist() == pytest.approx([10, 10, 30, 30])
-    combined = CascadeDetector(scores="geometric_mean").combine(found, logits, boxes)
+    combined = CascadeDetector(score_share=0.5).combine(found, logits, boxes)
     assert combined.scores.tolist() == pytest.approx(
         [(0.64 * 0.5) ** 0.5, (0.36 * agreed[0]) ** 0.5]
     )
@@ -379,8 +380,8 @@ def test_detectors_of_a_model(heads, overrides, names):
         (["model.auxiliary.merged.nms_threshold=0"], "nms_threshold=0 must be above 0"),
         (["model.auxiliary.merged.members=[roi,fcos]"], "merged.members names fcos: choose among"),
         (["model.auxiliary.merged.members=[merged]"], "names merged: choose among decoder, roi"),
-        (["model.auxiliary.cascade.boxes=median"], "boxes=median must be one of mean, decoder"),
-        (["model.auxiliary.cascade.scores=mean"], "scores=mean must be one of head, decoder"),
+        (["model.auxiliary.cascade.box_share=1.5"], "box_share=1.5 must be from 0 .*head"),
+        (["model.auxiliary.cascade.score_share=-1"], "score_share=-1 must be from 0 .*head"),
         (["model.auxiliary.cascade.head=fcos"], "cascade.head names fcos: choose among roi, atss"),
         (
             ["model.auxiliary.positive_queries=null", "model.evaluate_with=cascade"],
