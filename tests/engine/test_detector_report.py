@@ -99,6 +99,15 @@ def test_the_best_checkpoint_is_that_of_the_decoder(tiny_cfg, tmp_path, caplog):
         assert (plain / name).read_text() == (tmp_path / "out" / name).read_text()
 
 
+def test_averaged_weights_and_a_resumed_run(tiny_cfg, tmp_path):
+    overrides = [COMPARING, "train.ema.enabled=true", "train.eval_period=3"]
+    run_training(tiny_cfg(*overrides), resume=False)
+    run_training(tiny_cfg(*overrides, "train.max_iter=9"), resume=True)
+    history = json.loads((tmp_path / "out" / "evaluations.json").read_text())
+    assert list(history) == ["3", "6", "9"]
+    assert all({"AP", "roi/AP"} <= each.keys() for each in history.values())
+
+
 def test_evaluation_alone_names_what_it_has_evaluated(tiny_cfg, tmp_path, caplog):
     run_training(tiny_cfg(COMPARING), resume=False)
     caplog.set_level("INFO")

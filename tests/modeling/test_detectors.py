@@ -374,6 +374,15 @@ def test_detectors_of_a_model(heads, overrides, names):
     assert tiny_model(heads, overrides).detectors == names
 
 
+def test_configs_that_were_saved_before_there_were_such_detectors():
+    cfg = tiny_config(2)
+    del cfg.model.auxiliary.merged, cfg.model.auxiliary.cascade
+    model = instantiate(cfg.model)
+    assert model.detectors == ["decoder", *FOUR]
+    assert model.auxiliary.cascade == tiny_model(2).auxiliary.cascade
+    assert model.auxiliary.merged == tiny_model(2).auxiliary.merged
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
