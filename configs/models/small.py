@@ -2,6 +2,7 @@
 
 from detectron2.config import LazyCall as L
 
+from co_detr.modeling import ReferencePosition
 from co_detr.modeling.resnet import resnet_stages
 
 LEVELS = ["p3", "p4", "p5", "p6"]  # three of the encoder and the extra one of the heads
@@ -26,6 +27,20 @@ def make_small(model):
     model.encoder.num_levels = 3
     model.auxiliary.pyramid.finest = 3
     _make_small_heads(model.auxiliary)
+
+
+def make_quick_to_learn(model):
+    """In place: queries that detect after hundreds of steps instead of tens of thousands.
+
+    The recipe's queries know where they start and have to learn by attention what is there. Here
+    they begin with the feature of the token that proposed them, as positive queries do with that of
+    their candidate; every decoder layer codes the boxes that the one before has refined, as DINO
+    has it; and positive queries leave self-attention to the matched ones. docs/evidence.md measures
+    what each brings.
+    """
+    model.decoder.query_position = L(ReferencePosition)(embed_dim="${..embed_dim}")
+    model.queries[0].update(with_position=False, with_features=True)
+    model.auxiliary.positive_queries.update(with_position=False, self_attention="self")
 
 
 def make_small_single_scale(model):

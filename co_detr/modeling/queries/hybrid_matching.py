@@ -19,7 +19,7 @@ class HybridMatchingQueries(TwoStageQueries):
        repeated ``repeats`` times before its Hungarian matching.
 
     Both groups share the proposals and the code of their positions, are blind to each other, and
-    have content queries of their own.
+    have learned content queries of their own.
     Source: Jia et al., "DETRs with Hybrid Matching", CVPR 2023, section 3.2 (hybrid branch).
 
     Args:
@@ -41,6 +41,7 @@ class HybridMatchingQueries(TwoStageQueries):
         embed_dim: int,
         ranking: Literal["first_class", "best_class"] = "first_class",
         with_position: bool = True,
+        with_features: bool = False,
         name: str = "matching",
         num_extra: int = 1500,
         repeats: int = 6,
@@ -52,6 +53,7 @@ class HybridMatchingQueries(TwoStageQueries):
             embed_dim=embed_dim,
             ranking=ranking,
             with_position=with_position,
+            with_features=with_features,
             name=name,
         )
         self.repeats = repeats
@@ -71,16 +73,16 @@ class HybridMatchingQueries(TwoStageQueries):
         """
         if self.extra_content is None:
             return super().training_groups(memory, ground_truth)
-        content = self.extra_content.weight
-        ranked = self._rank(memory, self.num_queries + len(content))
-        reference = ranked.references(self.num_queries, self.num_queries + len(content))
+        ranked = self._rank(memory, self.num_queries + self.extra_content.num_embeddings)
+        tokens = ranked.best[:, self.num_queries :]
+        reference = ranked.references(self.num_queries, ranked.best.shape[1])
         one_to_many = QueryGroup(
             name="one_to_many",
-            content=content.expand(reference.shape[0], -1, -1),
+            content=self._content(self.extra_content, memory, tokens),
             position=self._position(reference) if self.with_position else None,
             reference=reference,
             truth_repeats=self.repeats,
             loss_weight=self.loss_weight,
-            tokens=ranked.best[:, self.num_queries :],
+            tokens=tokens,
         )
         return [self._matched_group(memory, ranked), one_to_many]

@@ -141,18 +141,21 @@ class TwoStageQueries(QuerySource):
             class_logits, box_logits = (_gather_rows(x, chosen) for x in (class_logits, box_logits))
         predictions = Predictions(class_logits[None], box_logits.sigmoid()[None])
         reference = ranked.references(0, self.num_queries)
-        content = self.content.weight.expand(reference.shape[0], -1, -1)
-        if self.with_features:
-            features = _gather_rows(memory.tokens, chosen)
-            content = content + self.feature_norm(self.feature_proj(features))
         return QueryGroup(
             name=self.name,
-            content=content,
+            content=self._content(self.content, memory, chosen),
             position=self._position(reference) if self.with_position else None,
             reference=reference,
             proposals=EncoderProposals(predictions, binary=not best_class),
             tokens=chosen,
         )
+
+    def _content(self, learned: nn.Embedding, memory: EncoderMemory, tokens: Tensor) -> Tensor:
+        """``(B, Q, C)`` of queries that were made from tokens ``(B, Q)``."""
+        content = learned.weight.expand(len(tokens), -1, -1)
+        if not self.with_features:
+            return content
+        return content + self.feature_norm(self.feature_proj(_gather_rows(memory.tokens, tokens)))
 
     def _position(self, reference: Tensor) -> Tensor:
         embed_dim = self.content.embedding_dim
