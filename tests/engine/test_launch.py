@@ -25,6 +25,7 @@ def tell_the_timeout():
     def tell(cfg, args):
         backend = comm._get_global_gloo_group()._get_backend(torch.device("cpu"))
         print(f"waits {backend.options._timeout}", flush=True)
+        comm.synchronize()  # the first process to end takes the others' meeting point with it
 
     train_net.main = tell
 
