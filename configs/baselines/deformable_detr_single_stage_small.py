@@ -5,5 +5,5 @@ from ..models.baselines import single_stage
 
 model.auxiliary = None
 single_stage(model)
-optimizer.params.lr_factor_func.parts = ["sampling_offsets", "reference_points"]
+optimizer.params.lr_factor_func.parts = ["reference_points"]
 train.output_dir = "output/deformable_detr_single_stage_small"

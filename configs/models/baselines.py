@@ -14,7 +14,10 @@ def single_stage(model):
             num_queries=model.queries[0].num_queries, embed_dim="${...encoder.embed_dim}"
         )
     ]
-    model.decoder.update(look_forward_twice=False, refine_boxes=False, from_points=True)
+    # Learned queries have positions of their own.
+    model.decoder.update(
+        look_forward_twice=False, refine_boxes=False, from_points=True, query_position=None
+    )
 
 
 def hybrid_matching(model, num_extra=1500, repeats=6):

@@ -251,7 +251,7 @@ def test_a_warm_up_equals_that_of_detectron2():
 
 
 def test_a_saved_warm_up_of_an_earlier_version_still_loads(tmp_path):
-    cfg = load_config(str(ROOT / "configs" / "quickstart.py"))
+    cfg = load_config(str(ROOT / "configs" / "co_detr_r50.py"))
     cfg.lr_multiplier = LazyCall(WarmupParamScheduler)(
         scheduler=cfg.lr_multiplier, warmup_factor=0.01, warmup_length=0.25
     )
