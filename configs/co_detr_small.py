@@ -1,6 +1,6 @@
 """A small Co-DETR for your own data on a CPU: from scratch, short edge of about 192 pixels.
 
-The model of `quickstart.py`. 1000 iterations take a quarter of an hour on two cores. With a GPU, or
+The model of `quickstart.py`. 1500 iterations take a quarter of an hour on two cores. With a GPU, or
 for objects that are tiny at this size, start from `co_detr_r50.py` and its pretrained backbone.
 """
 

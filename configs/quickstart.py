@@ -41,7 +41,7 @@ lr_multiplier = warmed_up(
 )
 train.ema.update(enabled=True, decay=0.99, warmup_iterations=100)
 train.init_checkpoint = ""
-train.max_iter = 1000
+train.max_iter = 1500
 train.eval_period = 250
 train.log_period = 50
 train.checkpointer.update(period=500, max_to_keep=2)
