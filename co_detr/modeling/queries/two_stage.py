@@ -152,7 +152,7 @@ class TwoStageQueries(QuerySource):
 
     def _content(self, learned: nn.Embedding, memory: EncoderMemory, tokens: Tensor) -> Tensor:
         """``(B, Q, C)`` of queries that were made from tokens ``(B, Q)``."""
-        content = learned.weight.expand(len(tokens), -1, -1)
+        content = learned.weight.expand(tokens.shape[0], -1, -1)
         if not self.with_features:
             return content
         return content + self.feature_norm(self.feature_proj(_gather_rows(memory.tokens, tokens)))
