@@ -21,9 +21,11 @@ def kill_this_process_when(happened) -> threading.Thread:
 
     def watch() -> None:
         end = time.monotonic() + 120
-        while not happened() and time.monotonic() < end:
+        while time.monotonic() < end:
+            if happened():
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
