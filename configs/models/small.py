@@ -35,8 +35,8 @@ def make_quick_to_learn(model):
     The recipe's queries know where they start and have to learn by attention what is there. Here
     they begin with the feature of the token that proposed them, as positive queries do with that of
     their candidate; every decoder layer codes the boxes that the one before has refined, as DINO
-    has it; and positive queries leave self-attention to the matched ones. docs/evidence.md measures
-    what each brings.
+    has it; and positive queries leave self-attention to the matched ones. docs/evidence.md has what
+    was tried, and what it gave.
     """
     model.decoder.query_position = L(ReferencePosition)(embed_dim="${..embed_dim}")
     model.queries[0].update(with_position=False, with_features=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
-from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.structures import Boxes, ImageList, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig
 from torch import Tensor
@@ -178,6 +178,12 @@ def train_step(model: CoDETR, batch: list[dict], seed: int = 0) -> dict[str, Ten
         losses = model(batch)
     sum(losses.values()).backward()
     return losses
+
+
+def head_detections(model: CoDETR, name: str, images: ImageList) -> list[Instances]:
+    """What an auxiliary head of a model in eval mode finds, asked for without the model's help."""
+    features = model.auxiliary.pyramid(model.encode(images))
+    return model.auxiliary.heads[name].detect(images, features).instances
 
 
 def assert_complete(model: CoDETR, losses: dict[str, Tensor]) -> None:

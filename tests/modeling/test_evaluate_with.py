@@ -9,6 +9,7 @@ from co_detr.errors import ConfigError
 from tests.modeling.builders import (
     detect,
     evaluating,
+    head_detections,
     is_inside,
     make_batch,
     randomise,
@@ -31,7 +32,7 @@ def test_a_head_detects_in_output_resolution(name):
         sample.update(height=2 * sample["height"], width=2 * sample["width"])
     images = model.preprocess(batch)
     with evaluating(model):
-        expected = model.auxiliary.inference(name, images, model.encode(images))
+        expected = head_detections(model, name, images)
     for found, own, sample in zip(detect(model, batch), expected, batch, strict=True):
         assert found.image_size == (sample["height"], sample["width"])
         assert is_inside(found) and len(found)

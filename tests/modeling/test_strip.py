@@ -16,6 +16,7 @@ from tests.modeling.builders import (
     NUM_CLASSES,
     assert_complete,
     detect,
+    head_detections,
     is_inside,
     make_batch,
     randomise,
@@ -109,7 +110,7 @@ def test_an_auxiliary_head_can_detect_alone(name):
     model = tiny_model(2).eval()
     images = model.preprocess(make_batch())
     with torch.no_grad():
-        detections = model.auxiliary.inference(name, images, model.encode(images))
+        detections = head_detections(model, name, images)
     assert [found.image_size for found in detections] == [(96, 128), (80, 112)]
     for found in detections:
         assert 0 < len(found) <= 100

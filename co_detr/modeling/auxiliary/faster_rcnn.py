@@ -50,7 +50,15 @@ class CollaborativeROIHeads(StandardROIHeads):
     """
 
     def region_features(self, features: dict[str, Tensor], boxes: list[Boxes]) -> Tensor:
-        """The same for other boxes, absolute, per image; of all images together, ``(n, C)``."""
+        """The pooled features that samples have as ``query_features``, for other boxes.
+
+        Args:
+            features: maps ``(B, C, H, W)`` by name.
+            boxes: absolute, for each of the B images.
+
+        Returns:
+            ``(n, C)``, the boxes of all images one after the other.
+        """
         maps = [features[name] for name in self.box_in_features]
         return self.box_pooler(maps, boxes).mean(dim=(2, 3))
 

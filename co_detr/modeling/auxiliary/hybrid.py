@@ -170,10 +170,6 @@ class HybridAssignmentHeads(nn.Module):
                 groups.append(group)
         return AuxiliaryBranch(outputs, groups)
 
-    def inference(self, name: str, images: ImageList, memory: EncoderMemory) -> list[Instances]:
-        """Detections of one head alone, for analysis (Co-DETR table 11); needs ``eval()``."""
-        return self.heads[name].detect(images, self.pyramid(memory)).instances
-
 
 def _counts_without_features(head: nn.Module) -> bool:
     return getattr(head, "counts_without_features", False)
