@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
 from co_detr.errors import ConfigError, first_line
+from co_detr.moved import present_name
 
 PACKAGES_VARIABLE = "CO_DETR_CONFIG_PACKAGES"
 
@@ -64,7 +65,7 @@ class _Loader(yaml.SafeLoader):
 
     def name(self, suffix: str, node: yaml.Node) -> Any:
         try:
-            return _building_block(suffix)
+            return _building_block(present_name(suffix))
         except ConfigError as error:
             raise _RefusedError(str(error)) from error
 
@@ -85,13 +86,14 @@ _Loader.add_constructor(None, _Loader.refuse)
 
 
 def read_yaml_config(path: str) -> DictConfig:
-    """Reads a config.yaml.
+    """Reads a config.yaml, also one of an earlier version (see `co_detr.moved`).
 
     Raises:
         ConfigError: if the file is unreadable, or holds anything that a config may not (see above).
     """
     content = read_yaml(path)
     try:
+        content = _with_present_targets(content)
         found = list(leaves(content))
     except RecursionError as error:
         raise _refused(path, "a part of it contains itself") from error
@@ -168,6 +170,19 @@ def _with_target_names(node: Any) -> Any:
         }
     if isinstance(node, list):
         return [_with_target_names(value) for value in node]
+    return node
+
+
+def _with_present_targets(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {
+            key: present_name(value)
+            if key == "_target_" and isinstance(value, str)
+            else _with_present_targets(value)
+            for key, value in node.items()
+        }
+    if isinstance(node, list | tuple):
+        return type(node)(_with_present_targets(value) for value in node)
     return node
 
 
