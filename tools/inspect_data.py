@@ -27,7 +27,7 @@ from co_detr.data.coco import class_names
 from co_detr.engine.config import load_config
 from co_detr.engine.own_data import adopt_class_count, check_data
 from co_detr.errors import exit_code
-from co_detr.visualization.samples import Sample, plot_samples, sample_of
+from co_detr.tools.draw.boxes import Sample, plot_samples, sample_of
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from co_detr.data.images import ImageReader
-from co_detr.visualization.curves import plot_training_curves, read_log
-from co_detr.visualization.grid import load_images, plot_predictions
+from co_detr.tools.draw.boxes import load_images, plot_predictions
+from co_detr.tools.draw.curves import plot_training_curves, read_log
 
 
 class _PlainLoader(yaml.SafeLoader):

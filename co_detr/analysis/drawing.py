@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from co_detr.analysis.iof_iob import Curve
 from co_detr.analysis.subject import Sample
-from co_detr.visualization.fonts import PictureFont
+from co_detr.tools.draw.fonts import PictureFont
 
 # Okabe and Ito's colours without the yellow, which is faint on white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")

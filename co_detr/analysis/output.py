@@ -19,7 +19,7 @@ from co_detr.analysis.section import Chart, Picture, Section, Table
 from co_detr.data.images import ImageReader
 from co_detr.errors import WriteError
 from co_detr.files import written_whole
-from co_detr.visualization.fonts import save_figure
+from co_detr.tools.draw.fonts import save_figure
 
 _DPI = 150
 _CSS_DPI = 96

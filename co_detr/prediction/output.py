@@ -11,9 +11,8 @@ from PIL import Image
 
 from co_detr.errors import ConfigError
 from co_detr.prediction.results import CocoResults
-from co_detr.visualization.fonts import fonts_for
-from co_detr.visualization.grid import Box
-from co_detr.visualization.picture import class_colours, draw_picture
+from co_detr.tools.draw.boxes import Box, class_colours, draw_picture
+from co_detr.tools.draw.fonts import fonts_for
 
 JSON = "predictions.json"
 _JPEG_QUALITY = 92

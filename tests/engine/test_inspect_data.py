@@ -9,7 +9,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from co_detr.visualization.samples import plot_samples, sample_of
+from co_detr.tools.draw.boxes import plot_samples, sample_of
 
 pytestmark = pytest.mark.cpu_only("draws what a data loader gives")
 

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from co_detr.visualization.grid import Box
-from co_detr.visualization.picture import class_colours, draw_picture, text_colour
+from co_detr.tools.draw.boxes import Box, class_colours, draw_picture, text_colour
 
 COLOURS = class_colours(["cat", "dog"])
 

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from co_detr.errors import ConfigError
-from co_detr.visualization import fonts
-from co_detr.visualization.fonts import VARIABLE, PictureFont, save_figure
+from co_detr.tools.draw import fonts
+from co_detr.tools.draw.fonts import VARIABLE, PictureFont, save_figure
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from co_detr.visualization.curves import plot_training_curves, read_log, smooth
-from co_detr.visualization.grid import load_images, plot_predictions
+from co_detr.tools.draw.boxes import load_images, plot_predictions
+from co_detr.tools.draw.curves import plot_training_curves, read_log, smooth
 
 MakeRun = Callable[..., None]
 THRESHOLD = {"score_threshold": 0.3, "count": 12}

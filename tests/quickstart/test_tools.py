@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from co_detr.visualization import grid
+from co_detr.tools.draw import boxes
 
 TOOLS = Path(__file__).parents[2] / "tools"
 DIGITS = ["--train", "2", "--val", "1"]
@@ -113,8 +113,8 @@ def test_plot_results_reads_images_as_the_run_did(
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("data: {", "data: {value_range: [1000, 5000], "))
     shown = []
-    draw = grid.draw_boxes
-    monkeypatch.setattr(grid, "draw_boxes", lambda *args: shown.append(args[1]) or draw(*args))
+    draw = boxes.draw_boxes
+    monkeypatch.setattr(boxes, "draw_boxes", lambda *args: shown.append(args[1]) or draw(*args))
     for paths in ([], ["--annotations", str(run / "val.json"), "--images", str(run / "images")]):
         shown.clear()
         assert load_tool("plot_results").main([str(run), *paths]) == 0

@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from co_detr.visualization.fonts import save_figure
+from co_detr.tools.draw.fonts import save_figure
 
 TOTAL_LOSS = "total_loss"
 VALIDATION_LOSS = "val_loss/total"

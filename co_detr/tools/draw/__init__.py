@@ -1,0 +1,1 @@
+"""Pictures: boxes on images, training curves, and fonts for names in any script."""

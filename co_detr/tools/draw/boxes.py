@@ -1,0 +1,339 @@
+"""Boxes drawn on images: one picture, predictions beside the ground truth, training samples.
+
+`draw_picture` writes pixel by pixel and keeps the size of the image; the two grids are Matplotlib
+figures. All of them take the colors of `choose_colours`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Rectangle
+from PIL import Image, ImageDraw
+
+from co_detr.data.coco_file import display_names, is_box, read_coco
+from co_detr.data.image_files import locate_files
+from co_detr.data.images import ImageReader
+from co_detr.tools.draw.fonts import PictureFont, save_figure
+
+matplotlib.use("Agg")  # works without a display
+
+Colour = tuple[int, int, int]
+_PER_ROW = 3  # images, or pairs of images, of a grid
+_BRIGHT = 0.179  # relative luminance from which black text has more contrast than white
+# Ten hues that show on light, dark and grey ground alike, under white text.
+_TEN_COLOURS = (
+    *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd"),
+    *("#8c564b", "#ff4fd8", "#b8860b", "#6b8e00", "#17becf"),
+)
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box to draw: `xywh` in absolute pixels, `score` in [0, 1] or None for the ground truth."""
+
+    xywh: tuple[float, float, float, float]
+    class_name: str
+    score: float | None = None
+
+
+def choose_colours(count: int) -> list[Any]:
+    """One colour per class; the first ten show on any ground."""
+    if count <= len(_TEN_COLOURS):
+        return list(_TEN_COLOURS[:count])
+    return [plt.get_cmap("gist_rainbow")(index / count) for index in range(count)]
+
+
+def class_colours(class_names: Sequence[str]) -> dict[str, Colour]:
+    """A fixed colour for each class, so that it has the same one in all pictures."""
+    colours = [tuple(round(255 * part) for part in to_rgb(c)) for c in _spread(len(class_names))]
+    return dict(zip(class_names, colours, strict=True))
+
+
+def _spread(count: int) -> list[Any]:
+    """`choose_colours`, a long list of them in an order in which neighbours differ."""
+    colours = choose_colours(count)
+    if count <= 10:
+        return colours
+    # Steps of a golden section, without common divisor with the length: each colour comes once.
+    start = round(0.618 * count)
+    step = next(step for step in range(start, count + start) if math.gcd(step, count) == 1)
+    return [colours[index * step % count] for index in range(count)]
+
+
+def text_colour(ground: Colour) -> str:
+    """ "black" or "white", whichever is easier to read on the colour `ground`."""
+    red, green, blue = (
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4  # sRGB to linear
+        for part in (value / 255 for value in ground)
+    )
+    return "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > _BRIGHT else "white"
+
+
+def draw_picture(rgb: np.ndarray, boxes: Sequence[Box], colours: dict[str, Colour]) -> Image.Image:
+    """Draws boxes with class and score; lines and text grow with the image.
+
+    Args:
+        rgb: ``(H, W, 3)`` uint8.
+        boxes: in pixels of the image.
+        colours: of all classes; see `class_colours`.
+    """
+    picture = Image.fromarray(rgb)
+    draw = ImageDraw.Draw(picture)
+    shorter = min(picture.size)
+    width = max(1, round(shorter / 250))
+    font = PictureFont(max(11, round(shorter / 40)))
+    ranked = sorted(boxes, key=lambda box: box.score or 0.0)
+    # The best ones are drawn last, on top of the others, and all labels on top of all frames.
+    for box in ranked:
+        left, top, right, bottom = _corners(box)
+        draw.rectangle(
+            (left, top, max(left, right - 1), max(top, bottom - 1)),
+            outline=colours[box.class_name],
+            width=width,
+        )
+    for box in ranked:
+        _label(draw, box, colours[box.class_name], font, picture.size)
+    return picture
+
+
+def _label(
+    draw: ImageDraw.ImageDraw,
+    box: Box,
+    colour: Colour,
+    font: PictureFont,
+    size: tuple[int, int],
+) -> None:
+    """Writes above the box, or inside at its top where there is no room above."""
+    text = box.class_name if box.score is None else f"{box.class_name} {box.score:.2f}"
+    left, top, _, _ = _corners(box)
+    height = font.height
+    width = round(font.length(text)) + 4
+    x = max(0, min(left, size[0] - width))
+    y = top - height if top >= height else max(0, top)
+    draw.rectangle((x, y, x + width - 1, y + height - 1), fill=colour)
+    font.draw(draw, (x + 2, y), text, text_colour(colour))
+
+
+def _corners(box: Box) -> tuple[int, int, int, int]:
+    x, y, width, height = box.xywh
+    return round(x), round(y), round(x + width), round(y + height)
+
+
+@dataclass(frozen=True)
+class AnnotatedImage:
+    """An image file with its ground truth and its predictions."""
+
+    path: Path
+    truth: list[Box] = field(default_factory=list)
+    predictions: list[Box] = field(default_factory=list)
+
+
+def load_images(
+    annotations: Path, image_dir: Path, results: Path, *, score_threshold: float, count: int
+) -> list[AnnotatedImage]:
+    """Joins a COCO annotation file with predictions in COCO's result format.
+
+    Args:
+        score_threshold: predictions below it are left out.
+        count: number of images, taken at equal distances from the annotation file.
+
+    Raises:
+        FileNotFoundError: one of the files does not exist.
+        ValueError: a file has another format, or the two do not belong together (a DataError, if
+            it is the annotation file).
+    """
+    coco = read_coco(str(annotations))
+    predictions = _read_json(results, "evaluate first: train_net.py --eval-only writes it")
+    if not coco.images:
+        raise ValueError(f"{annotations} lists no images; there is nothing to draw.")
+    if not isinstance(predictions, list):
+        raise ValueError(f"{results} is not in COCO's result format: it must hold a list.")
+    names = display_names(coco.categories)
+    if not names:  # a test set: its detections are numbered as the model's classes
+        numbers = sorted({entry["category_id"] for entry in predictions})
+        names = {number: f"class {number}" for number in numbers}
+    known = {image["id"] for image in coco.images}
+
+    truth: dict[int, list[Box]] = defaultdict(list)
+    for entry in filter(lambda each: is_box(each.get("bbox")), coco.annotations):
+        truth[entry["image_id"]].append(_to_box(entry, names, annotations))
+    found: dict[int, list[Box]] = defaultdict(list)
+    for entry in predictions:
+        if entry["image_id"] not in known:
+            raise ValueError(
+                f"{results} has a prediction for image {entry['image_id']}, which {annotations} "
+                "does not list; give the annotation file that the run was evaluated on."
+            )
+        if entry["score"] >= score_threshold:
+            found[entry["image_id"]].append(_to_box(entry, names, results))
+
+    number = min(max(1, count), len(coco.images))
+    chosen = np.linspace(0, len(coco.images) - 1, number).round().astype(int)
+    located = locate_files((coco.images[index]["file_name"] for index in chosen), str(image_dir))
+    images = []
+    for index in chosen:
+        image = coco.images[index]
+        path = image_dir / located.paths.get(image["file_name"], image["file_name"])
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"The image {path} does not exist; check the image folder of {annotations}."
+            )
+        images.append(AnnotatedImage(path, truth[image["id"]], found[image["id"]]))
+    return images
+
+
+def _to_box(entry: dict[str, Any], names: dict[int, str], source: Path) -> Box:
+    category = entry["category_id"]
+    if category not in names:
+        raise ValueError(
+            f"{source} uses category {category}, which the annotation file does not define; "
+            "give the annotation file that the run was evaluated on."
+        )
+    return Box(tuple(entry["bbox"]), names[category], entry.get("score"))
+
+
+def _read_json(path: Path, mend: str) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; {mend}.")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); {mend}.") from error
+
+
+def plot_predictions(
+    images: list[AnnotatedImage], path: Path, reader: ImageReader | None = None
+) -> None:
+    """Writes a grid of pairs: the ground truth on the left, the predictions on the right.
+
+    Raises:
+        DataError: if an image cannot be read.
+    """
+    if not images:
+        raise ValueError("plot_predictions needs at least one image, got none.")
+    reader = reader or ImageReader()
+    boxes = [box for image in images for box in image.truth + image.predictions]
+    names = sorted({box.class_name for box in boxes})
+    colours = dict(zip(names, choose_colours(len(names)), strict=True))
+    columns = min(_PER_ROW, len(images))
+    rows = -(-len(images) // columns)
+    figure, grid = plt.subplots(
+        rows,
+        2 * columns,
+        figsize=(5.2 * columns, 2.75 * rows),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes in grid.flat:
+        axes.axis("off")
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        pixels = reader.read_rgb(image.path)
+        left, right = grid[row, 2 * column], grid[row, 2 * column + 1]
+        draw_boxes(left, pixels, image.truth, colours, f"{image.path.name}: ground truth")
+        draw_boxes(right, pixels, image.predictions, colours, "predictions")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, path, dpi=110)
+    plt.close(figure)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An augmented image: `pixels` (H, W, 3) uint8 in RGB, `boxes` in its pixels."""
+
+    name: str
+    pixels: np.ndarray
+    boxes: list[Box]
+
+    @property
+    def title(self) -> str:
+        height, width = self.pixels.shape[:2]
+        count = len(self.boxes)
+        return f"{self.name}: {width}x{height}, {count or 'no'} box{'es' * (count != 1)}"
+
+
+def sample_of(mapped: dict[str, Any], class_names: Sequence[str], image_format: str) -> Sample:
+    """Reads what a mapper made.
+
+    Args:
+        mapped: `image` (3, H, W) uint8, `instances` with `gt_boxes` and `gt_classes`, `file_name`.
+        image_format: "RGB" or "BGR", the order of the channels of `image`.
+    """
+    pixels = mapped["image"].permute(1, 2, 0).numpy()  # (3, H, W) -> (H, W, 3)
+    if image_format == "BGR":
+        pixels = pixels[:, :, ::-1]
+    instances = mapped["instances"]
+    boxes = [
+        Box((x1, y1, x2 - x1, y2 - y1), class_names[number])
+        for (x1, y1, x2, y2), number in zip(
+            instances.gt_boxes.tensor.tolist(), instances.gt_classes.tolist(), strict=True
+        )
+    ]
+    return Sample(Path(mapped["file_name"]).name, pixels, boxes)
+
+
+def plot_samples(samples: list[Sample], class_names: Sequence[str], path: Path) -> None:
+    """Writes a grid of samples, three in a row; the titles tell their sizes in pixels.
+
+    Raises:
+        ValueError: if there are no samples.
+    """
+    if not samples:
+        raise ValueError("plot_samples needs at least one sample, got none.")
+    names = list(dict.fromkeys(class_names))
+    colours = dict(zip(names, choose_colours(len(names)), strict=True))
+    columns = min(_PER_ROW, len(samples))
+    rows = -(-len(samples) // columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(4.6 * columns, 3.8 * rows), squeeze=False, layout="constrained"
+    )
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, sample in zip(grid.flat, samples, strict=False):
+        draw_boxes(axes, sample.pixels, sample.boxes, colours, sample.title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, path, dpi=110)
+    plt.close(figure)
+
+
+def draw_boxes(
+    axes: Axes, pixels: np.ndarray, boxes: list[Box], colours: dict[str, Any], title: str
+) -> None:
+    """Shows an image (H, W, 3) with boxes in the colours of their class names."""
+    axes.imshow(pixels)
+    axes.set_title(title, fontsize=8, parse_math=False)
+    height, width = pixels.shape[:2]
+    # The best predictions are drawn last, on top of the others.
+    for box in sorted(boxes, key=lambda box: box.score or 0.0):
+        x, y, box_width, box_height = box.xywh
+        colour = colours[box.class_name]
+        # Pixel i covers [i - 0.5, i + 0.5] in the picture but [i, i + 1] in box coordinates.
+        corner = (x - 0.5, y - 0.5)
+        axes.add_patch(
+            Rectangle(corner, box_width, box_height, fill=False, edgecolor=colour, linewidth=1.5)
+        )
+        label = box.class_name if box.score is None else f"{box.class_name} {box.score:.2f}"
+        axes.text(  # names are no formulas, though they may hold dollars
+            min(max(x, 0), width - 1),
+            max(y - 1, 0.06 * height),
+            label,
+            fontsize=6.5,
+            parse_math=False,
+            color="white",
+            verticalalignment="bottom",
+            bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8},
+        )
+    axes.set_xlim(-0.5, width - 0.5)
+    axes.set_ylim(height - 0.5, -0.5)

@@ -1,1 +1,0 @@
-"""Pictures of a run: training curves and predictions beside the ground truth."""
