@@ -5,7 +5,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from co_detr.data.digits import DigitsConfig, generate, is_complete
+from co_detr.tools.digits import DigitsConfig, generate, is_complete
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -5,10 +5,9 @@ import pytest
 import torch
 from detectron2.config import instantiate
 
-from co_detr.data.digit_scene import SceneConfig, draw_scene
-from co_detr.data.digits import DigitsConfig, load_glyphs, load_photograph
 from co_detr.engine.config import load_config
 from co_detr.structures import QuerySet
+from co_detr.tools.digits import DigitsConfig, SceneConfig, draw_scene, load_glyphs, load_photograph
 from tests.device import DEVICE
 from tests.modeling.builders import (
     CONFIGS,

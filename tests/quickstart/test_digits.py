@@ -11,17 +11,21 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from co_detr.data import digits
-from co_detr.data.digit_scene import (
+from co_detr.tools import digits
+from co_detr.tools.digits import (
     ALPHA_VISIBLE,
+    DigitsConfig,
     Photograph,
     SceneConfig,
     crop_background,
     draw_scene,
+    generate,
+    is_complete,
+    load_glyphs,
+    load_photograph,
     overlap_of_smaller,
     render_alpha,
 )
-from co_detr.data.digits import DigitsConfig, generate, is_complete, load_glyphs, load_photograph
 
 CONFIG = DigitsConfig(train=6, val=4, seed=3)
 GREY = Photograph("grey", np.full((300, 400, 3), 128, np.uint8))
