@@ -20,7 +20,7 @@ from detectron2.config import instantiate
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import environment, format_ms, interleave, markdown_table, write_json
-from co_detr.engine.checkpoint import Checkpointer
+from co_detr.checkpoint.saving import Checkpointer
 from co_detr.engine.config import load_config
 
 

@@ -26,17 +26,21 @@ silence_dependencies()
 import torch
 from torch import Tensor
 
-from co_detr.checkpoint import (
+from co_detr.checkpoint.loading import ignored_lines
+from co_detr.checkpoint.official import (
     Conversion,
     convert_official,
     official_state_dict,
     restore_official,
+)
+from co_detr.checkpoint.reading import (
+    choose_weights,
+    has_averaged,
+    plain_state,
+    read_checkpoint,
     stored_class_names,
     unwrap,
 )
-from co_detr.checkpoint_averaged import choose_weights, has_averaged
-from co_detr.checkpoint_reading import read_checkpoint
-from co_detr.checkpoint_report import ignored_lines
 from co_detr.engine.config import load_config
 from co_detr.errors import CheckpointError, exit_code
 from co_detr.model_zoo.choose import choose_config, empty_model
@@ -81,14 +85,9 @@ def convert(options: argparse.Namespace) -> None:
 
 
 def _state_dict(content: dict[str, Any], options: argparse.Namespace) -> dict[str, Tensor]:
-    if not options.reverse:
-        return official_state_dict(content, options.ema)
-    state = {key.removeprefix("module."): value for key, value in unwrap(content).items()}
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(
-            f"checkpoint {options.input} holds no state dict: name a file that training wrote."
-        )
-    return state
+    if options.reverse:
+        return plain_state(content, options.input)
+    return official_state_dict(content, options.ema, options.input)
 
 
 def _write(conversion: Conversion, content: dict[str, Any], options: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from co_detr.engine.checkpoint_files import FINAL, MARKER
+from co_detr.checkpoint.saving import FINAL, MARKER
 from co_detr.engine.memory import GPU_PEAK
 from co_detr.engine.selection import HISTORY_FILE
 

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from co_detr.engine.checkpoint_files import has_checkpoints
+from co_detr.checkpoint.saving import has_checkpoints
 from co_detr.errors import CheckpointError, ConfigError
 from co_detr.files import written_whole
 

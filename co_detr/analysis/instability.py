@@ -15,7 +15,8 @@ from matplotlib.ticker import MaxNLocator
 from co_detr.analysis.matching import QueryMatching, match_queries
 from co_detr.analysis.section import Chart, Section, Table
 from co_detr.analysis.subject import Progress, Sample, Subject
-from co_detr.prediction.loading import fitting_state, read_weights
+from co_detr.checkpoint.detector import read_weights
+from co_detr.checkpoint.loading import load_weights
 
 _TEXT = """The instability of an image between two checkpoints is the number of queries that are \
 matched to another object than before, or that won or lost one. 0 is a matching that does not \
@@ -99,7 +100,7 @@ def intervals_of(subject: Subject, samples: Sequence[Sample], progress: Progress
         iteration = _iteration(content, path)
         if before is not None and iteration == before[0]:
             continue  # the final checkpoint may be the last numbered one once more
-        model.load_state_dict(fitting_state(content, model))
+        load_weights(model, content, str(path), parts="inference")
         matchings = _match_all(model, samples, progress)
         if before is not None:
             found.append(_compare(before, (iteration, matchings)))

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from co_detr.analysis.subject import Subject
+from co_detr.checkpoint.detector import load_detector
+from co_detr.checkpoint.saving import FINAL, belongs_to, kept_checkpoints
 from co_detr.data.coco_file import shortened
 from co_detr.data.images import ImageReader
-from co_detr.engine.checkpoint_files import FINAL, belongs_to, kept_checkpoints
 from co_detr.engine.run_folder import read_identity
 from co_detr.engine.selection import BEST
 from co_detr.errors import ConfigError
 from co_detr.modeling import CoDETR
-from co_detr.prediction.loading import load_detector
 
 CONFIG = "config.yaml"
 

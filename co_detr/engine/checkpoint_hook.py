@@ -6,8 +6,7 @@ import os
 
 from detectron2.engine import HookBase
 
-from co_detr.engine.checkpoint import Checkpointer
-from co_detr.engine.checkpoint_files import FINAL, numbered_name, remove_old
+from co_detr.checkpoint.saving import FINAL, Checkpointer, numbered_name, remove_old
 from co_detr.engine.joint import jointly, raise_jointly
 from co_detr.errors import CheckpointError, ConfigError
 

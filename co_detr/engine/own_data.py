@@ -11,14 +11,13 @@ from detectron2.utils import comm
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from co_detr.checkpoint import stored_class_names
-from co_detr.checkpoint_reading import read_checkpoint
+from co_detr.checkpoint.reading import read_checkpoint, stored_class_names
+from co_detr.checkpoint.saving import has_checkpoints, last_readable
 from co_detr.data.coco import align_classes, class_names, load_coco
 from co_detr.data.coco_file import read_coco, shortened
 from co_detr.data.images import ImageReader
 from co_detr.data.preflight import PreflightSettings, SplitFiles, preflight
 from co_detr.data.preflight_boxes import InputSize, Limit, Limits
-from co_detr.engine.checkpoint_files import has_checkpoints, last_readable
 from co_detr.engine.evaluation import COCO_LIMIT
 from co_detr.engine.joint import raise_jointly
 from co_detr.errors import DataError, UserError

@@ -8,7 +8,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from co_detr.engine.checkpoint import Checkpointer
+from co_detr.checkpoint.saving import Checkpointer
 from co_detr.engine.selection import ModelSelection
 from co_detr.engine.trainer import Trainer
 from co_detr.engine.validation_loss import ValidationLoss

@@ -17,11 +17,10 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.utils.data import DataLoader
 
-from co_detr.checkpoint_averaged import AVERAGED
+from co_detr.checkpoint.reading import AVERAGED
+from co_detr.checkpoint.saving import RUN_ID, Checkpointer
 from co_detr.data.coco import align_classes, class_names
 from co_detr.engine.averaging import EmaHook, build_averaged
-from co_detr.engine.checkpoint import Checkpointer
-from co_detr.engine.checkpoint_files import RUN_ID
 from co_detr.engine.checkpoint_hook import CheckpointHook
 from co_detr.engine.config import config_text
 from co_detr.engine.cuda_settings import configure_torch, pin_for

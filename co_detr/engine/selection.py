@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from detectron2.utils import comm
 from omegaconf import DictConfig
 
-from co_detr.engine.checkpoint import Checkpointer
+from co_detr.checkpoint.saving import Checkpointer
 from co_detr.engine.joint import jointly
 from co_detr.engine.trainer import Trainer
 from co_detr.errors import CheckpointError, ConfigError

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from co_detr.checkpoint.detector import Detector, load_detector
 from co_detr.data.images import ImageReader, image_suffixes
 from co_detr.errors import ConfigError, ExportError
 from co_detr.export.compare import BOX_TOLERANCE, SCORE_TOLERANCE, Check, check_image
@@ -20,7 +21,6 @@ from co_detr.export.exporting import (
 from co_detr.export.predictor import ExportedPredictor
 from co_detr.prediction.command_line import add_model_arguments
 from co_detr.prediction.inputs import find_inputs
-from co_detr.prediction.loading import Detector, load_detector
 
 DESCRIPTION = """Writes a trained detector to an ONNX or torch.export file.
 

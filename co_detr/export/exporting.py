@@ -11,6 +11,7 @@ import detectron2.data.transforms as T
 from detectron2.config import instantiate
 from omegaconf import DictConfig
 
+from co_detr.checkpoint.detector import Detector
 from co_detr.data.images import ImageReader
 from co_detr.errors import ConfigError, ExportError
 from co_detr.export.description import Description, SoftNMS
@@ -22,7 +23,6 @@ from co_detr.modeling import CoDETR
 from co_detr.modeling.backbones import SwinTransformer
 from co_detr.modeling.detectors import DECODER
 from co_detr.modeling.postprocess import SoftNMSPostprocessor
-from co_detr.prediction.loading import Detector
 
 SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2"}
 

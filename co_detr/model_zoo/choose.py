@@ -11,8 +11,8 @@ from detectron2.config import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from co_detr.checkpoint import misfits, rename_official
-from co_detr.checkpoint_rows import NO_AUXILIARY
+from co_detr.checkpoint.official import misfits, rename_official
+from co_detr.checkpoint.official_table import NO_AUXILIARY
 from co_detr.errors import CheckpointError
 from co_detr.model_zoo.configs import get_config
 from co_detr.model_zoo.table import ZOO

@@ -10,7 +10,7 @@ from detectron2.modeling import Backbone
 from omegaconf import DictConfig
 from torch import Tensor
 
-from co_detr.checkpoint import convert_official, rename_official
+from co_detr.checkpoint.official import convert_official, rename_official
 from co_detr.modeling import CoDETR
 from co_detr.modeling.resnet import BLOCKS_PER_STAGE, resnet_stages
 from co_detr.parity.case import Case

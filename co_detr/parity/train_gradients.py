@@ -8,7 +8,7 @@ from math import isnan
 import torch
 from torch import Tensor
 
-from co_detr.checkpoint import rename_official
+from co_detr.checkpoint.official import rename_official
 from co_detr.parity import tolerances as tol
 from co_detr.parity.compare import Deviation
 from co_detr.parity.differences import REFERENCE_NAN

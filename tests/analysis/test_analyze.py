@@ -12,7 +12,7 @@ from co_detr.analysis.command_line import parse_arguments, run
 from co_detr.analysis.models import load_models, parse_model
 from co_detr.analysis.registry import MEASURES, choose_measures
 from co_detr.analysis.samples import load_samples
-from co_detr.engine.checkpoint import Checkpointer
+from co_detr.checkpoint.saving import Checkpointer
 from co_detr.engine.config import load_config, save_config
 from co_detr.engine.run_folder import RunIdentity
 from co_detr.errors import ConfigError, DataError, exit_code

@@ -14,8 +14,8 @@ from co_detr.analysis.instability import (
     measure_instability,
 )
 from co_detr.analysis.matching import QueryMatching, match_queries
-from co_detr.engine.checkpoint import Checkpointer
-from co_detr.prediction.loading import fitting_state
+from co_detr.checkpoint.loading import load_weights
+from co_detr.checkpoint.saving import Checkpointer
 from tests.analysis.cases import plain, tiny_samples, tiny_subject
 from tests.modeling.builders import randomise, tiny_model
 
@@ -140,5 +140,14 @@ def test_weights_of_training_parts_are_read_only_where_the_model_has_them(traini
     if not training_parts:
         state["queries.0.extra_content.weight"] = torch.zeros(3, 4)  # H-DETR
         model.strip_auxiliary()
-    kept = fitting_state({"model": state}, model, training_parts)
-    assert kept.keys() == model.state_dict().keys()
+    filled = tiny_model(2)
+    if not training_parts:
+        filled.strip_auxiliary()
+    with torch.no_grad():
+        for parameter in filled.parameters():
+            parameter.fill_(7)
+    parts = "whole" if training_parts else "inference"
+    report = load_weights(filled, {"model": state}, "model.pth", parts=parts)
+    assert report.complete and report.num_loaded == len(model.state_dict())
+    for key, value in model.state_dict().items():
+        assert torch.equal(filled.state_dict()[key], value), key

@@ -11,8 +11,8 @@ import torch
 from official import distinct
 from safetensors.torch import save_file
 
-from co_detr.checkpoint_reading import read_checkpoint
-from co_detr.engine.checkpoint import Checkpointer
+from co_detr.checkpoint.reading import read_checkpoint
+from co_detr.checkpoint.saving import Checkpointer
 from co_detr.errors import CheckpointError
 from tests.modeling.builders import tiny_model
 

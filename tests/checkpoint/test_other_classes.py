@@ -5,9 +5,9 @@ import logging
 import pytest
 import torch
 
-from co_detr.checkpoint import restore_official
-from co_detr.checkpoint_classes import match_classes, remap_classes
-from co_detr.engine.checkpoint import Checkpointer
+from co_detr.checkpoint.classes import match_classes, remap_classes
+from co_detr.checkpoint.official import restore_official
+from co_detr.checkpoint.saving import Checkpointer
 from co_detr.errors import CheckpointError, ConfigError
 from tests.modeling.builders import tiny_model
 

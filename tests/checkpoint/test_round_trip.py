@@ -4,8 +4,8 @@ import pytest
 import torch
 from official import KEYS, distinct, empty_model, same
 
-from co_detr.checkpoint import convert_official, official_state_dict, restore_official
-from co_detr.checkpoint_table import DroppedRow, Row
+from co_detr.checkpoint.official import convert_official, official_state_dict, restore_official
+from co_detr.checkpoint.official_table import DroppedRow, Row
 from co_detr.errors import CheckpointError
 
 

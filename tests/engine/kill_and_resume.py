@@ -22,7 +22,7 @@ import torch
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 
-from co_detr.engine.checkpoint_files import MARKER, problem_of
+from co_detr.checkpoint.saving import MARKER, problem_of
 from co_detr.engine.selection import HISTORY_FILE
 from co_detr.files import INCOMPLETE
 from tests.engine.processes import TrainNet

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from tiny_detector import TinyDetector
 from torch import nn
 
-from co_detr.engine.checkpoint import Checkpointer
+from co_detr.checkpoint.saving import Checkpointer
 from co_detr.errors import CheckpointError
 from co_detr.modeling.backbones import SwinTransformer
 

@@ -44,7 +44,7 @@ HOSTILE_TARGETS = [
     "{_target_: builtins.exec, source: x}",
     "{_target_: torch.nn.functional.os.system, command: touch ran}",
     "{_target_: torch.hub.load, repo_or_dir: a/b, model: x}",
-    "{_target_: co_detr.checkpoint_reading.read_checkpoint, path: x, unsafe: true}",
+    "{_target_: co_detr.checkpoint.reading.read_checkpoint, path: x, unsafe: true}",
     "{_target_: pip.main, args: [install, x]}",
     "{_target_: [os.system]}",
     "{_target_: '${train.name}'}",

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from builders import CONFIGS, NUM_CLASSES, randomise, shrink
 from tiny_export import CLASSES, SIZE, Trained
 
-from co_detr.engine.checkpoint import Checkpointer
+from co_detr.checkpoint.saving import Checkpointer
 from co_detr.engine.config import apply_overrides, load_config
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from co_detr.checkpoint.detector import load_detector
 from co_detr.errors import ExportError
 from co_detr.export.command_line import check
-from co_detr.prediction.loading import load_detector
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "export.py"
 

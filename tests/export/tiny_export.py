@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from co_detr.checkpoint.detector import load_detector
 from co_detr.export import ExportSettings, export_detector
 from co_detr.prediction import Predictor
-from co_detr.prediction.loading import load_detector
 
 CLASSES = ["red cell", "white cell", "platelet", "dust", "bubble"]
 SIZE = [

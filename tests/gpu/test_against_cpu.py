@@ -5,11 +5,11 @@ import pytest
 import torch
 from detectron2.config import LazyConfig
 
-from co_detr.engine.checkpoint import Checkpointer
+from co_detr.checkpoint.detector import load_detector
+from co_detr.checkpoint.saving import Checkpointer
 from co_detr.export import ExportedPredictor, ExportSettings, export_detector
 from co_detr.export.compare import check_image
 from co_detr.prediction import Predictor
-from co_detr.prediction.loading import load_detector
 from tests.gpu.steps import build, step
 from tests.modeling.builders import tiny_config
 

@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from detectron2.modeling.backbone.swin import PatchMerging
 
-from co_detr.checkpoint_backbones import (
+from co_detr.checkpoint.official_table import (
+    DroppedRow,
     cat_to_unfold_order,
     has_mmdet_swin,
     transformer_backbone_rows,
     unfold_to_cat_order,
 )
-from co_detr.checkpoint_table import DroppedRow
 from co_detr.modeling import ChannelMapper
 from co_detr.modeling.backbones import ViTPyramid
 from tests.modeling.backbone_builders import TINY_SWIN, on_meta, tiny_swin, tiny_vit

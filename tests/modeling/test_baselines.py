@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import instantiate
 
+from co_detr.checkpoint.detector import Detector, load_detector
 from co_detr.engine.config import apply_overrides, load_config
 from co_detr.errors import ConfigError
 from co_detr.export.exporting import ExportSettings, export_detector
 from co_detr.modeling.boxes import inverse_sigmoid
-from co_detr.prediction.loading import Detector, load_detector
 from co_detr.structures import QuerySet
 from tests.device import DEVICE
 from tests.modeling.builders import (

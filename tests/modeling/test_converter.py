@@ -6,13 +6,13 @@ import pytest
 import torch
 from detectron2.config import instantiate
 
-from co_detr.checkpoint import (
+from co_detr.checkpoint.official import (
     convert_official,
     is_official,
     official_state_dict,
     rename_official,
 )
-from co_detr.engine.checkpoint import Checkpointer
+from co_detr.checkpoint.saving import Checkpointer
 from co_detr.engine.config import load_config
 from co_detr.errors import CheckpointError
 from tests.modeling.builders import CONFIGS, tiny_model

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from builders import randomise, tiny_config, tiny_model
 from trained_run import CLASSES, SIZE, Run
 
-from co_detr.engine.checkpoint import Checkpointer
+from co_detr.checkpoint.saving import Checkpointer
 from co_detr.prediction import Predictor
 from tests.device import CHILD, NAME
 

@@ -12,12 +12,12 @@ from PIL import Image
 from trained_run import CLASSES, SIZE
 
 import co_detr
-from co_detr.checkpoint import restore_official
+from co_detr.checkpoint.detector import load_detector
+from co_detr.checkpoint.official import restore_official
+from co_detr.checkpoint.saving import Checkpointer
 from co_detr.engine.averaging import AveragedWeights, EmaSettings
-from co_detr.engine.checkpoint import Checkpointer
 from co_detr.errors import CheckpointError, ConfigError, DataError
 from co_detr.prediction import Predictor
-from co_detr.prediction.loading import load_detector
 from tests.device import NAME
 
 

@@ -1,7 +1,7 @@
 """Weights of the reference implementation -> our names and back, by one table.
 
-The table (`co_detr.checkpoint_rows`) knows every key of an official Co-DETR checkpoint. A key that
-no line knows, or a parameter of ours that no key fills, is an error: nothing is dropped silently.
+The table (`official_table`) knows every key of an official Co-DETR checkpoint. A key that no line
+knows, or a parameter of ours that no key fills, is an error: nothing is dropped silently.
 """
 
 from __future__ import annotations
@@ -13,14 +13,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from co_detr.checkpoint_rows import EMA_COPIES, table
-from co_detr.checkpoint_table import DroppedRow, Row, SplitRow, TableRow
+from co_detr.checkpoint.official_table import (
+    EMA_COPIES,
+    DroppedRow,
+    Row,
+    SplitRow,
+    TableRow,
+    table,
+)
+from co_detr.checkpoint.reading import plain_state, shorten, unwrap
 from co_detr.errors import CheckpointError
 
 if TYPE_CHECKING:
     from co_detr.modeling import CoDETR
 
-_WRAPPERS = ("state_dict", "model")
 _EMA = "ema_"
 
 
@@ -140,10 +146,12 @@ def misfits(state: Mapping[str, Tensor], model: torch.nn.Module) -> dict[str, li
 
 def is_official(checkpoint: Mapping[str, Any]) -> bool:
     """Whether a loaded file was written by the reference implementation."""
-    return any(_plain(key).startswith("query_head.") for key in unwrap(checkpoint))
+    return any(key.removeprefix("module.").startswith("query_head.") for key in unwrap(checkpoint))
 
 
-def official_state_dict(checkpoint: Mapping[str, Any], ema: bool = False) -> dict[str, Tensor]:
+def official_state_dict(
+    checkpoint: Mapping[str, Any], ema: bool = False, path: str = "of the reference"
+) -> dict[str, Tensor]:
     """The state dict inside a loaded official checkpoint, without wrappers and prefixes.
 
     Args:
@@ -151,33 +159,13 @@ def official_state_dict(checkpoint: Mapping[str, Any], ema: bool = False) -> dic
         ema: take the tensors named ``ema_...`` (dots replaced by underscores) instead of the plain
             ones. mmdet's hook swaps the two sets before it saves at the end of an epoch: then the
             plain names hold the average already, and these the weights of the optimiser.
+        path: of the file, for the error.
 
     Raises:
         CheckpointError: if there is no state dict, or no second set for ``ema``.
     """
-    state = {_plain(key): value for key, value in unwrap(checkpoint).items()}
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(
-            "This file holds no state dict of the reference implementation: expected tensors "
-            "under the key 'state_dict' or at the top level."
-        )
+    state = plain_state(checkpoint, path)
     return _second_set(state) if ema else state
-
-
-def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What lies under ``state_dict`` or ``model``, however often wrapped; else the dict itself."""
-    for wrapper in _WRAPPERS:
-        if isinstance(checkpoint.get(wrapper), Mapping):
-            return unwrap(checkpoint[wrapper])
-    return checkpoint
-
-
-def stored_class_names(checkpoint: Mapping[str, Any]) -> list[str] | None:
-    """The classes that a loaded file, ours or official, says it was trained on; None if silent."""
-    meta = checkpoint.get("meta")
-    names = meta.get("CLASSES") if isinstance(meta, Mapping) else checkpoint.get("class_names")
-    is_list = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
-    return list(names) if is_list and names else None
 
 
 def _second_set(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -192,10 +180,6 @@ def _second_set(state: dict[str, Tensor]) -> dict[str, Tensor]:
         )
     # mmdet can leave buffers out of the second set (skip_buffers).
     return {key: copies.get(copy, state[key]) for copy, key in names.items()}
-
-
-def _plain(key: str) -> str:
-    return key.removeprefix("module.")
 
 
 def _to_ours(row: TableRow, key: str, value: Tensor, into: Conversion) -> bool:
@@ -228,9 +212,3 @@ def _raise_any(problems: dict[str, list[str]], what: str, mend: str) -> None:
     if any(problems.values()):
         text = "; ".join(f"{kind}: {shorten(keys)}" for kind, keys in problems.items() if keys)
         raise CheckpointError(f"{what} ({text}). {mend}")
-
-
-def shorten(keys: list[str], limit: int = 8) -> str:
-    """The first ``limit`` of ``keys``, and how many more there are."""
-    shown = ", ".join(keys[:limit])
-    return shown if len(keys) <= limit else f"{shown} and {len(keys) - limit} more"

@@ -10,24 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from detectron2.config import instantiate
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import nn
 
-from co_detr.checkpoint import (
-    convert_official,
-    is_official,
-    misfits,
-    official_state_dict,
-    shorten,
+from co_detr.checkpoint.loading import load_weights
+from co_detr.checkpoint.official import is_official
+from co_detr.checkpoint.reading import (
+    choose_weights,
+    plain_state,
+    read_checkpoint,
     stored_class_names,
-    unwrap,
 )
-from co_detr.checkpoint_averaged import choose_weights
-from co_detr.checkpoint_reading import read_checkpoint
-from co_detr.checkpoint_report import mismatch_error
 from co_detr.engine.config import apply_overrides, load_config
 from co_detr.engine.overrides import text_override
 from co_detr.errors import CheckpointError
@@ -37,7 +31,6 @@ from co_detr.model_zoo.files import existing_checkpoint, resolve_checkpoint
 from co_detr.model_zoo.table import ZOO
 from co_detr.modeling import CoDETR
 from co_detr.modeling.detectors import DECODER
-from co_detr.modeling.queries.source import training_module_names
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +87,10 @@ def load_detector(
         apply_overrides(cfg, [text_override("model.evaluate_with", detector)])
     path = _checkpoint_file(config, checkpoint)
     content = read_weights(path, cfg, unsafe)
+    state = plain_state(content, path)
     stored = stored_class_names(content)
-    num_classes = _num_classes(content) or (len(stored) if stored else None)
+    bias = state.get(CLASS_BIAS[is_official(state)])
+    num_classes = len(stored or ()) if bias is None else len(bias)
     if num_classes and num_classes != cfg.model.num_classes:
         logger.warning(
             "%s has %d classes, the config %d: the model is built for %d.",
@@ -109,10 +104,10 @@ def load_detector(
     training_parts = training_parts or getattr(model, "decoder", None) is None
     training_parts = training_parts or getattr(model, "evaluate_with", None) not in (None, DECODER)
     if training_parts:
-        _require_heads(content, model, path)
+        _require_heads(state, model, path)
     else:
         model.strip_auxiliary()
-    model.load_state_dict(fitting_state(content, model, training_parts))
+    load_weights(model, content, path, parts="whole" if training_parts else "inference")
     names = _class_names(stored, cfg.model.num_classes, path)
     return Detector(model.eval().requires_grad_(False), names, cfg)
 
@@ -121,12 +116,10 @@ def read_weights(path: str, cfg: DictConfig, unsafe: bool = False) -> dict[str, 
     """Content of a checkpoint; its ``model`` is the set of weights that ``cfg`` asks for.
 
     Raises:
-        CheckpointError: if the file is unreadable or holds no weights.
+        CheckpointError: if the file is unreadable.
     """
     weights = cfg.train.get("init_checkpoint_weights", "ema")
-    content = choose_weights(read_checkpoint(path, unsafe), weights, path)
-    _require_state(content, path)
-    return content
+    return choose_weights(read_checkpoint(path, unsafe), weights, path)
 
 
 def _read_config(config: Config, overrides: Sequence[str]) -> DictConfig:
@@ -157,19 +150,10 @@ def _checkpoint_file(config: Config, checkpoint: str | os.PathLike[str] | None) 
     return resolve_checkpoint(name)
 
 
-def _require_state(content: Mapping[str, Any], path: str) -> None:
-    state = unwrap(content)
-    named = all(isinstance(key, str) for key in state)
-    if not (state and named and all(isinstance(v, Tensor | np.ndarray) for v in state.values())):
-        raise CheckpointError(
-            f"checkpoint {path} holds no state dict: name a file that training wrote."
-        )
-
-
-def _require_heads(content: Mapping[str, Any], model: nn.Module, path: str) -> None:
+def _require_heads(state: Mapping[str, Any], model: nn.Module, path: str) -> None:
     """Says of a stripped file what it is, instead of listing the tensors that it lacks."""
-    heads = any(key.removeprefix("module.").startswith("auxiliary.") for key in unwrap(content))
-    if getattr(model, "auxiliary", None) is None or heads or is_official(content):
+    heads = any(key.startswith("auxiliary.") for key in state)
+    if getattr(model, "auxiliary", None) is None or heads or is_official(state):
         return
     missing = "they are"
     if model.evaluate_with not in (None, DECODER):
@@ -180,14 +164,6 @@ def _require_heads(content: Mapping[str, Any], model: nn.Module, path: str) -> N
     )
 
 
-def _num_classes(content: Mapping[str, Any]) -> int | None:
-    """As many as the class head of a decoder layer has rows; None: no such head."""
-    state = unwrap(content)
-    name = CLASS_BIAS[is_official(content)]
-    bias = state.get(name, state.get(f"module.{name}"))
-    return None if bias is None else len(bias)
-
-
 def _class_names(stored: list[str] | None, num_classes: int, path: str) -> list[str]:
     if stored and len(stored) == num_classes:
         return stored
@@ -196,49 +172,3 @@ def _class_names(stored: list[str] | None, num_classes: int, path: str) -> list[
         '%s %s: its %d classes are called "class 0" and so on.', path, found, num_classes
     )
     return [f"class {index}" for index in range(num_classes)]
-
-
-def fitting_state(
-    content: Mapping[str, Any], model: nn.Module, training_parts: bool = False
-) -> dict[str, Tensor]:
-    """The weights for `model` under its names.
-
-    Args:
-        content: as `read_weights` gives it.
-        model: has training-only parts if and only if `training_parts` is set.
-
-    Raises:
-        CheckpointError: if they do not fit.
-    """
-    if is_official(content):
-        return convert_official(official_state_dict(content), model).state_dict
-    plain = {
-        key.removeprefix("module."): torch.as_tensor(each) for key, each in unwrap(content).items()
-    }
-    kept = plain if training_parts else without_training_parts(plain, model)
-    problems = misfits(kept, model)
-    if any(problems.values()):
-        raise mismatch_error(
-            [f"{kind}: {shorten(keys, 3)}" for kind, keys in problems.items() if keys],
-            "choose the config that it was trained with",
-        )
-    return kept
-
-
-def without_training_parts(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """What a stripped `model` has of a state dict of its whole model, or of a stripped one.
-
-    Only auxiliary heads, query sources of training, and what a source of inference has for training
-    are left out: anything else that does not fit has to be seen.
-    """
-    source = f"queries.{getattr(model, 'inference_place', 0)}."
-    if not any(key.startswith(source) for key in state):
-        source = "queries.0."  # of a stripped model
-    dropped = tuple(f"{source}{name}." for name in training_module_names())
-    kept = {}
-    for key, value in state.items():
-        if key.startswith(source) and not key.startswith(dropped):
-            kept["queries.0." + key.removeprefix(source)] = value
-        elif not key.startswith(("auxiliary.", "queries.")):
-            kept[key] = value
-    return kept

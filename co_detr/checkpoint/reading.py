@@ -1,4 +1,4 @@
-"""Reads checkpoint files without running anything that is in them.
+"""Reads checkpoint files without running anything that is in them, and finds the weights in them.
 
 A pickle can name any function and have it called while it is read. Here only functions that build
 tensors, arrays and plain containers can be named; a file that names another one is refused, unless
@@ -8,21 +8,29 @@ the caller says ``unsafe``.
 from __future__ import annotations
 
 import codecs
+import logging
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from co_detr.errors import CheckpointError
+from co_detr.errors import CheckpointError, ConfigError
 
+logger = logging.getLogger(__name__)
+
+AVERAGED = "ema"  # a checkpoint's key of averaged weights: what `AveragedModel.state_dict` gives
 UNSAFE_SWITCH = "--unsafe (tools) or train.init_checkpoint_unsafe=true (training)"
 
+Weights = Literal["ema", "raw"]
+
+_WRAPPERS = ("state_dict", "model")
+_MODULE = "module."  # before the names of a model that was saved inside of another module
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _REFUSED = re.compile(r"GLOBAL ([\w.]+)")
 # Where numpy's pickles look for its functions; the first name is that of numpy 1.
@@ -83,6 +91,83 @@ def read_checkpoint(path: str, unsafe: bool = False) -> dict[str, Any]:
     if path.endswith(".pyth"):
         return _pycls_form(content, path)
     return dict(content)
+
+
+def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What lies under ``state_dict`` or ``model``, however often wrapped; else the dict itself."""
+    for wrapper in _WRAPPERS:
+        if isinstance(checkpoint.get(wrapper), Mapping):
+            return unwrap(checkpoint[wrapper])
+    return checkpoint
+
+
+def plain_state(checkpoint: Mapping[str, Any], path: str) -> dict[str, Tensor]:
+    """The state dict inside a loaded file, as tensors, without wrappers and prefixes.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    state = unwrap(checkpoint)
+    named = all(isinstance(key, str) for key in state)
+    if not (state and named and all(isinstance(v, Tensor | np.ndarray) for v in state.values())):
+        found = shorten([str(key) for key in checkpoint]) or "nothing"
+        raise CheckpointError(
+            f"checkpoint {path} holds no state dict, only {found}: name a file that training "
+            'wrote, or save the model as {"model": model.state_dict()}.'
+        )
+    return {key.removeprefix(_MODULE): torch.as_tensor(value) for key, value in state.items()}
+
+
+def stored_class_names(checkpoint: Mapping[str, Any]) -> list[str] | None:
+    """The classes that a loaded file, ours or official, says it was trained on; None if silent."""
+    meta = checkpoint.get("meta")
+    names = meta.get("CLASSES") if isinstance(meta, Mapping) else checkpoint.get("class_names")
+    is_list = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    return list(names) if is_list and names else None
+
+
+def has_averaged(content: Mapping[str, Any]) -> bool:
+    """Whether a loaded checkpoint of this project has averaged weights."""
+    averaged = content.get(AVERAGED)
+    return isinstance(averaged, Mapping) and "n_averaged" in averaged
+
+
+def choose_weights(content: Mapping[str, Any], weights: Weights, path: str) -> dict[str, Any]:
+    """A loaded checkpoint whose ``model`` is the chosen set of weights, where it has two.
+
+    Args:
+        content: what the file holds.
+        weights: "ema" for the averaged ones, "raw" for those that the optimiser works on.
+        path: of the file, for the log.
+
+    Raises:
+        ConfigError: if ``weights`` is neither.
+    """
+    if weights not in ("ema", "raw"):
+        raise ConfigError(f'train.init_checkpoint_weights={weights} must be "ema" or "raw".')
+    if not has_averaged(content):
+        return dict(content)
+    if weights == "raw":
+        logger.info("%s: its raw weights are used, not the averaged ones (EMA).", path)
+        return dict(content)
+    averaged = content[AVERAGED]
+    logger.info(
+        "%s: its averaged weights (EMA of %d steps) are used; "
+        "train.init_checkpoint_weights=raw takes the others.",
+        *(path, int(averaged["n_averaged"])),
+    )
+    state = {
+        key.removeprefix(_MODULE): value
+        for key, value in averaged.items()
+        if key.startswith(_MODULE)
+    }
+    return {**content, "model": state}
+
+
+def shorten(keys: Sequence[str], limit: int = 8) -> str:
+    """The first ``limit`` of ``keys``, and how many more there are."""
+    shown = ", ".join(keys[:limit])
+    return shown if len(keys) <= limit else f"{shown} and {len(keys) - limit} more"
 
 
 def _first_sentence(error: Exception) -> str:

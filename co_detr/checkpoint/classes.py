@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
+from co_detr.checkpoint.reading import shorten, stored_class_names
 from co_detr.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,39 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> ClassMap:
     )
 
 
+def match_stored_classes(
+    content: Mapping[str, Any], ours: Sequence[str] | None, path: str, by_name: bool
+) -> ClassMap | None:
+    """Pairs the classes of a loaded file with those of the data, or warns that they differ.
+
+    Args:
+        content: of the file.
+        ours: names of the data's classes; None: unknown.
+        path: of the file, for the warning.
+        by_name: whether to pair them; else class heads keep their order.
+
+    Raises:
+        CheckpointError: if they are to be paired and one side does not name its classes.
+    """
+    theirs = stored_class_names(content)
+    if by_name:
+        if not theirs or not ours:
+            side = "checkpoint" if not theirs else "data set"
+            raise CheckpointError(
+                f"the {side} does not say the names of its classes, which "
+                "train.init_checkpoint_mismatch=by_name needs: set it to reset."
+            )
+        return match_classes(theirs, ours)
+    if theirs and ours and _folded(theirs) != _folded(ours):
+        logger.warning(
+            "%s was trained on %d classes (%s), the data has %d (%s): class heads are taken over "
+            "%s; train.init_checkpoint_mismatch=by_name would match them.",
+            *(os.path.basename(path), len(theirs), shorten(theirs)),
+            *(len(ours), shorten(ours), "by position, not by name"),
+        )
+    return None
+
+
 def remap_classes(state: dict[str, Tensor], model: nn.Module, classes: ClassMap) -> None:
     """Replaces the class tensors of ``state``, in place, by those of ``model`` with the rows of the
     paired classes (and of the background) taken from ``state``.
@@ -150,3 +189,7 @@ def _indices(names: Sequence[str], where: str) -> dict[str, int]:
             "cannot be told by name: set train.init_checkpoint_mismatch=reset."
         )
     return indices
+
+
+def _folded(names: Sequence[str]) -> list[str]:
+    return [name.casefold() for name in names]

@@ -1,0 +1,1 @@
+"""Checkpoints: reading files safely, fitting their weights into a model, saving and resuming."""
