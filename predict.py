@@ -15,7 +15,7 @@ from co_detr.noise import silence_dependencies
 silence_dependencies()
 
 from co_detr.errors import exit_code
-from co_detr.prediction.command_line import parse_arguments, run
+from co_detr.tools.predict.command_line import parse_arguments, run
 
 
 def command_line() -> int:

@@ -22,9 +22,9 @@ from co_detr.analysis.registry import MEASURES, Measure, choose_measures
 from co_detr.analysis.samples import MappedSamples, load_samples
 from co_detr.analysis.section import Table
 from co_detr.layers.ms_deform_attn_op import HAS_EXTENSION
-from co_detr.prediction.command_line import add_device_argument
-from co_detr.prediction.predictor import choose_device
 from co_detr.seeding import seed_everything
+from co_detr.tools.predict.command_line import add_device_argument
+from co_detr.tools.predict.predictor import choose_device
 
 DESCRIPTION = """Measures what trained models do, and writes a report as one HTML file.
 

@@ -7,13 +7,13 @@ import os
 from collections.abc import Sequence
 
 from co_detr.errors import ConfigError
-from co_detr.prediction.command_line import (
+from co_detr.tools.predict.command_line import (
     add_amp_argument,
     add_device_argument,
     add_image_arguments,
     add_model_arguments,
 )
-from co_detr.prediction.predictor import Predictor
+from co_detr.tools.predict.predictor import Predictor
 
 LOCAL_HOST = "127.0.0.1"
 

@@ -14,8 +14,8 @@ from PIL import Image
 
 from co_detr.data.images import is_deep, orientation_of
 from co_detr.errors import DataError
-from co_detr.prediction.predictor import Predictor
-from co_detr.prediction.results import CocoResults
+from co_detr.tools.predict.files import CocoResults
+from co_detr.tools.predict.predictor import Predictor
 
 _JPEG_QUALITY = 92
 # What strangers may send: decoders that are much used and kept safe; none of them

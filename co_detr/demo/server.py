@@ -21,8 +21,8 @@ from werkzeug.exceptions import (
 
 from co_detr.demo.detection import Detector, Upload
 from co_detr.errors import ConfigError, DataError, UserError
-from co_detr.prediction.predictor import Predictor
 from co_detr.tools.draw.boxes import class_colours, text_colour
+from co_detr.tools.predict.predictor import Predictor
 
 MEGABYTES = 64  # of an image file
 _THREADS = 16  # most of them wait for the model; see `Detector`

@@ -19,8 +19,8 @@ from co_detr.export.exporting import (
     square_side,
 )
 from co_detr.export.predictor import ExportedPredictor
-from co_detr.prediction.command_line import add_model_arguments
-from co_detr.prediction.inputs import find_inputs
+from co_detr.tools.predict.command_line import add_model_arguments
+from co_detr.tools.predict.files import find_inputs
 
 DESCRIPTION = """Writes a trained detector to an ONNX or torch.export file.
 

@@ -20,7 +20,7 @@ from co_detr.export.predictor import ExportedPredictor
 from co_detr.modeling import CoDETR
 from co_detr.modeling.boxes import cxcywh_to_xyxy, size_factor
 from co_detr.modeling.postprocess import choose_pairs
-from co_detr.prediction.predictor import Sample
+from co_detr.tools.predict.predictor import Sample
 
 SCORE_TOLERANCE = 1e-3
 BOX_TOLERANCE = 0.5  # pixels of the network input

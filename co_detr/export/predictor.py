@@ -21,7 +21,7 @@ from co_detr.export.graph import Detections
 from co_detr.export.onnx_file import OnnxModel
 from co_detr.export.torch_file import TorchModel
 from co_detr.modeling.postprocess import SoftNMSPostprocessor
-from co_detr.prediction.predictor import Sample, make_sample
+from co_detr.tools.predict.predictor import Sample, make_sample
 
 
 class ExportedPredictor:

@@ -17,7 +17,7 @@ from co_detr.demo import command_line as demo
 from co_detr.engine.config import load_config, save_config
 from co_detr.engine.config_yaml import PACKAGES_VARIABLE
 from co_detr.errors import ConfigError
-from co_detr.prediction import command_line as predict
+from co_detr.tools.predict import command_line as predict
 from tests.engine.conftest import CONFIG_FILE
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from co_detr.checkpoint.detector import load_detector
 from co_detr.export import ExportSettings, export_detector
-from co_detr.prediction import Predictor
+from co_detr.tools.predict.predictor import Predictor
 
 CLASSES = ["red cell", "white cell", "platelet", "dust", "bubble"]
 SIZE = [

@@ -7,7 +7,7 @@ import torch
 
 from co_detr.engine.run import run_evaluation_only
 from co_detr.errors import ConfigError
-from co_detr.prediction.results import CocoResults
+from co_detr.tools.predict.files import CocoResults
 from tests.device import DEVICE
 from tests.modeling.builders import (
     assert_complete,

@@ -15,7 +15,7 @@ from builders import randomise, tiny_config, tiny_model
 from trained_run import CLASSES, SIZE, Run
 
 from co_detr.checkpoint.saving import Checkpointer
-from co_detr.prediction import Predictor
+from co_detr.tools.predict.predictor import Predictor
 from tests.device import CHILD, NAME
 
 

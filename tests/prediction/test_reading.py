@@ -7,7 +7,7 @@ from PIL import Image
 
 from co_detr.data.images import ImageReader
 from co_detr.errors import DataError
-from co_detr.prediction import Predictor
+from co_detr.tools.predict.predictor import Predictor
 from tests.device import NAME
 
 

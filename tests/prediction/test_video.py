@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from co_detr.errors import ConfigError
-from co_detr.prediction.command_line import parse_arguments, run
-from co_detr.prediction.video import VideoReader
+from co_detr.tools.predict.command_line import parse_arguments, run
+from co_detr.tools.predict.files import VideoReader
 from tests.device import NAME
 
 FRAMES = 7

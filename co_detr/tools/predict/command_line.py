@@ -1,4 +1,4 @@
-"""The command line of predict.py."""
+"""The command line of predict.py, which answers `--help` without loading torch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from co_detr.data.images import image_suffixes
 from co_detr.errors import ConfigError
-from co_detr.prediction.inputs import VIDEOS, find_inputs
-from co_detr.prediction.output import OutputFolder
-from co_detr.prediction.predictor import Predictor
-from co_detr.prediction.run import predict_images, predict_videos
-from co_detr.prediction.video import require_opencv
 
 EPILOG = """
 examples:
@@ -110,12 +104,17 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UserError: if an argument is wrong or there is nothing to read.
     """
+    from co_detr.data.images import image_suffixes
+    from co_detr.tools.predict import files
+    from co_detr.tools.predict.predictor import Predictor
+
     if options.video:
-        require_opencv()
+        files.require_opencv()
     # First what fails fast, then the model.
     folder = Path(options.output)
-    inputs = find_inputs(options.inputs, VIDEOS if options.video else image_suffixes(), folder)
-    if not options.video and all(path.suffix.lower() in VIDEOS for path in inputs.files):
+    suffixes = files.VIDEOS if options.video else image_suffixes()
+    inputs = files.find_inputs(options.inputs, suffixes, folder)
+    if not options.video and all(path.suffix.lower() in files.VIDEOS for path in inputs.files):
         raise ConfigError(f"{inputs.files[0]} is a video: add --video.")
     if inputs.passed_over:
         print(inputs.remark(), file=sys.stderr)
@@ -131,8 +130,8 @@ def run(options: argparse.Namespace) -> int:
         max_image_pixels=options.max_image_pixels,
         amp=options.amp,
     )
-    output = OutputFolder(folder, predictor.class_names)
-    predict = predict_videos if options.video else predict_images
+    output = files.OutputFolder(folder, predictor.class_names)
+    predict = files.predict_videos if options.video else files.predict_images
     try:
         unreadable = inputs.problems + predict(predictor, inputs.files, output)
     finally:
