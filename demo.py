@@ -13,8 +13,8 @@ from co_detr.noise import silence_dependencies
 
 silence_dependencies()
 
-from co_detr.demo.command_line import parse_arguments, run
 from co_detr.errors import exit_code
+from co_detr.tools.demo.command_line import parse_arguments, run
 
 
 def command_line() -> int:

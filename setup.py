@@ -178,7 +178,7 @@ setup(
     package_dir=config_packages(),
     package_data={
         "co_detr.analysis": ["templates/*"],
-        "co_detr.demo": ["static/*", "templates/*"],
+        "co_detr.tools.demo": ["static/*", "templates/*"],
     },
     python_requires=">=3.10",
     # Detectron2 is left out on purpose: an installed one is kept, whatever its distribution's name.

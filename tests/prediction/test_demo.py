@@ -20,9 +20,9 @@ pytest.importorskip("flask")
 pytest.importorskip("waitress")
 
 from co_detr.data.images import ImageReader
-from co_detr.demo import command_line
-from co_detr.demo.server import MEGABYTES, create_app, listen
 from co_detr.errors import ConfigError, NonFiniteError
+from co_detr.tools.demo import command_line
+from co_detr.tools.demo.server import MEGABYTES, create_app, listen
 from tests.device import CHILD, NAME
 from tests.paths import python_path
 
@@ -56,7 +56,7 @@ def test_page_names_everything_and_loads_nothing_from_elsewhere(client):
     text = page.get_data(as_text=True)
     assert "the &lt;model&gt;" in text and 'value="0.25"' in text
     assert all(name in text for name in CLASSES)
-    files = sorted(path.name for path in (ROOT / "co_detr/demo/static").iterdir())
+    files = sorted(path.name for path in (ROOT / "co_detr/tools/demo/static").iterdir())
     assert len(files) >= 3
     sources = [text] + [client.get(f"/static/{name}").get_data(as_text=True) for name in files]
     assert all("http:" not in each and "https:" not in each for each in sources)

@@ -24,8 +24,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
-from co_detr.demo.detection import Detector
-from co_detr.demo.server import create_app, listen
+from co_detr.tools.demo.server import Detector, create_app, listen
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")

@@ -13,7 +13,6 @@ from co_detr.tools.predict.command_line import (
     add_image_arguments,
     add_model_arguments,
 )
-from co_detr.tools.predict.predictor import Predictor
 
 LOCAL_HOST = "127.0.0.1"
 
@@ -61,7 +60,8 @@ def run(options: argparse.Namespace) -> None:
         UserError: if an argument is wrong, a package is missing or the port is taken.
     """
     require_packages()
-    from co_detr.demo.server import create_app, listen
+    from co_detr.tools.demo.server import create_app, listen
+    from co_detr.tools.predict.predictor import Predictor
 
     if not 0 <= options.score <= 1:
         raise ConfigError(f"--score {options.score} must be from 0 to 1.")

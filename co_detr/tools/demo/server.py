@@ -1,16 +1,25 @@
-"""The web page of the demo: one page, its static files, and `detect`, which takes an image file."""
+"""The demo's web page: one page, its static files, and `detect`, which takes an image file.
+
+`Detector` turns the bytes of a file into what the page shows; `create_app` and `listen` serve it.
+"""
 
 from __future__ import annotations
 
+import base64
+import io
 import ipaddress
 import os
 import socket
 from collections.abc import Collection
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from time import perf_counter
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 from flask import Flask, Response, render_template, request
+from PIL import Image
 from waitress import create_server
 from werkzeug.exceptions import (
     Forbidden,
@@ -19,16 +28,100 @@ from werkzeug.exceptions import (
     UnsupportedMediaType,
 )
 
-from co_detr.demo.detection import Detector, Upload
+from co_detr.data.images import is_deep, orientation_of
 from co_detr.errors import ConfigError, DataError, UserError
 from co_detr.tools.draw.boxes import class_colours, text_colour
+from co_detr.tools.predict.files import CocoResults
 from co_detr.tools.predict.predictor import Predictor
 
 MEGABYTES = 64  # of an image file
+
+# What strangers may send: decoders that are much used and kept safe; none of them
+# starts another program.
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+
+_JPEG_QUALITY = 92
 _THREADS = 16  # most of them wait for the model; see `Detector`
 _UPLOAD_TYPE = "application/octet-stream"
+
 # The browser itself then refuses to load anything from elsewhere or to send anything there.
 _POLICY = "default-src 'self'; img-src 'self' blob: data:; base-uri 'none'; form-action 'none'"
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An image file of a browser.
+
+    Attributes:
+        name: of the file, for messages and the json.
+        content: its bytes.
+        shown_size: (width, height) in which the browser can show it; None: it cannot.
+    """
+
+    name: str
+    content: bytes
+    shown_size: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What was found in an image.
+
+    Attributes:
+        coco: an annotation file with scores, of one image; see `CocoResults`.
+        seconds: what the model took.
+        picture: the image as the model saw it, as a data URL; None: the browser shows it so.
+    """
+
+    coco: dict[str, list[dict[str, Any]]]
+    seconds: float
+    picture: str | None
+
+
+class Detector:
+    """Detects in one image after the other, in the order in which they come.
+
+    One thread does all of it: images of several users would slow each other down, and each thread
+    that calls a model gets a set of worker threads of its own.
+    """
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.predictor = predictor
+        self._thread = ThreadPoolExecutor(max_workers=1)
+
+    def __call__(self, upload: Upload) -> Detection:
+        """Waits for its turn, then detects.
+
+        Raises:
+            DataError: if the bytes are no image that can be read.
+        """
+        return self._thread.submit(self._detect, upload).result()
+
+    def _detect(self, upload: Upload) -> Detection:
+        reader = self.predictor.reader
+        image = reader.open(io.BytesIO(upload.content), upload.name, FORMATS)
+        # The browser knows nothing of the range of values that the model is for.
+        scaled = is_deep(image)
+        # Some browsers apply the EXIF orientation only to JPEG files.
+        turned = image.format != "JPEG" and orientation_of(image) != 1
+        try:
+            sample = self.predictor.prepare(image)
+        except DataError as error:
+            raise DataError(f"{upload.name}: {error.sentence}") from error
+        start = perf_counter()
+        ((_, _, found),) = self.predictor.stream([(None, sample)])
+        seconds = perf_counter() - start
+        results = CocoResults(self.predictor.class_names)
+        results.add(1, upload.name, found)
+        height, width = sample.rgb.shape[:2]
+        as_shown = upload.shown_size == (width, height) and not (turned or scaled)
+        return Detection(results.content(), seconds, None if as_shown else _data_url(sample.rgb))
+
+
+def _data_url(rgb: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(rgb).save(buffer, "JPEG", quality=_JPEG_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def create_app(
@@ -91,6 +184,24 @@ def create_app(
     return app
 
 
+def _classes(predictor: Predictor) -> list[dict[str, str]]:
+    """Name and colours of the classes, in their order; those that predict.py draws."""
+    colours = class_colours(predictor.class_names)
+    return [
+        {
+            "name": name,
+            "colour": "#{:02x}{:02x}{:02x}".format(*colours[name]),
+            "text": text_colour(colours[name]),
+        }
+        for name in predictor.class_names
+    ]
+
+
+def _shown_size() -> tuple[int, int] | None:
+    size = [request.args.get(key, type=int) for key in ("width", "height")]
+    return None if None in size else (size[0], size[1])
+
+
 def _is_known(host: str, names: Collection[str]) -> bool:
     """Whether a Host header, with or without a port, is an address or a name of this page."""
     name = urlsplit(f"//{host}").hostname or ""
@@ -121,21 +232,3 @@ def listen(app: Flask, host: str, port: int) -> Any:
         raise ConfigError(
             f"the page cannot listen on {host}:{port} ({reason}): choose another --port or --host."
         ) from error
-
-
-def _classes(predictor: Predictor) -> list[dict[str, str]]:
-    """Name and colours of the classes, in their order; those that predict.py draws."""
-    colours = class_colours(predictor.class_names)
-    return [
-        {
-            "name": name,
-            "colour": "#{:02x}{:02x}{:02x}".format(*colours[name]),
-            "text": text_colour(colours[name]),
-        }
-        for name in predictor.class_names
-    ]
-
-
-def _shown_size() -> tuple[int, int] | None:
-    size = [request.args.get(key, type=int) for key in ("width", "height")]
-    return None if None in size else (size[0], size[1])
