@@ -17,7 +17,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
 from co_detr.model_zoo import ZOO, ZooEntry, get_config
-from co_detr.model_zoo.choose import empty_model
+from co_detr.model_zoo.finding import empty_model
 
 HEADER = ("config", "M par. training", "inference", "published", "data", "AP", "official config")
 

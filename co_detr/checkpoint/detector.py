@@ -25,9 +25,12 @@ from co_detr.checkpoint.reading import (
 from co_detr.engine.config import apply_overrides, load_config
 from co_detr.engine.overrides import text_override
 from co_detr.errors import CheckpointError
-from co_detr.model_zoo.choose import CLASS_BIAS
-from co_detr.model_zoo.configs import config_file
-from co_detr.model_zoo.files import existing_checkpoint, resolve_checkpoint
+from co_detr.model_zoo.finding import (
+    CLASS_BIAS,
+    config_file,
+    existing_checkpoint,
+    resolve_checkpoint,
+)
 from co_detr.model_zoo.table import ZOO
 from co_detr.modeling import CoDETR
 from co_detr.modeling.detectors import DECODER

@@ -14,8 +14,12 @@ from detectron2.config import instantiate
 from torch import nn
 
 from co_detr.checkpoint.saving import Checkpointer
-from co_detr.model_zoo.configs import config_directory, get_config
-from co_detr.model_zoo.files import get_checkpoint_url, resolve_checkpoint
+from co_detr.model_zoo.finding import (
+    config_directory,
+    get_checkpoint_url,
+    get_config,
+    resolve_checkpoint,
+)
 from co_detr.model_zoo.table import ZOO, ZooEntry
 
 __all__ = [

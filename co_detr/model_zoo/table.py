@@ -1,9 +1,263 @@
-"""The table of models: one `ZooEntry` per file in ``configs``."""
+"""The table of models: one `ZooEntry` per file in ``configs``.
+
+Most are those of the reference's model zoo: its configs, its results and where its weights are.
+Source: README and ``projects/configs`` of https://github.com/Sense-X/Co-DETR.
+"""
 
 from __future__ import annotations
 
-from co_detr.model_zoo.entry import ZooEntry
-from co_detr.model_zoo.released import RELEASED
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+# Where the authors' page links the weights. These are pages for a browser, not files.
+CO_DEFORMABLE_FOLDER = (
+    "https://drive.google.com/drive/folders/1asWoZ3SuM6APTL9D-QUF_YW9mjULNdh9?usp=sharing"
+)
+CO_DINO_FOLDER = (
+    "https://drive.google.com/drive/folders/1nAXOkzqrEgz-YnXxIEs4d5j9li_kmrnv?usp=sharing"
+)
+VIT_PAGE = "https://huggingface.co/zongzhuofan"
+
+NO_PASTING = "trained without copy-paste, which needs masks"
+TEST_ONLY = "official config is for testing only"
+UNRELEASED = f"{TEST_ONLY}, no weights"
+VIT_BACKBONE = "304 (backbone)"
+
+
+@dataclass(frozen=True)
+class ZooEntry:
+    """One model.
+
+    Attributes:
+        name: of the file in ``configs``, without ``.py``.
+        summary: what it is, in a few words.
+        official_config: its counterpart below ``projects/configs`` of the reference; None: ours.
+        ap: box AP (0 to 100) on the val set of ``dataset`` that the reference reports; None: none
+            reported.
+        dataset: what the model detects the classes of.
+        parameters: published number of parameters in millions, with what it counts; "": none.
+        note: how the config differs from the official one, or what that one leaves open.
+        checkpoint: file name of the released weights; None: none released.
+        page: where a person can fetch that file.
+        url: where a program can fetch it; None: only by hand.
+        sha256: of the file, in hexadecimal; goes with ``url``.
+    """
+
+    name: str
+    summary: str
+    official_config: str | None = None
+    ap: float | None = None
+    dataset: str = "COCO"
+    parameters: str = ""
+    note: str = ""
+    checkpoint: str | None = None
+    page: str | None = None
+    url: str | None = None
+    sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.url is None) != (self.sha256 is None):
+            raise ValueError(f"{self.name}: a url needs a sha256, and a sha256 a url")
+        if (self.checkpoint is None) != (self.page is None):
+            raise ValueError(f"{self.name}: a checkpoint needs a page, and a page a checkpoint")
+
+
+def _co_deformable(
+    name: str, summary: str, official: str, ap: float, parameters: str = ""
+) -> ZooEntry:
+    return ZooEntry(
+        name,
+        f"Co-Deformable-DETR, {summary}",
+        official_config=f"co_deformable_detr/co_deformable_detr_{official}_coco.py",
+        ap=ap,
+        parameters=parameters,
+        checkpoint=f"co_deformable_detr_{official}_coco.pth",
+        page=CO_DEFORMABLE_FOLDER,
+    )
+
+
+def _co_dino(
+    name: str,
+    summary: str,
+    official: str,
+    ap: float | None,
+    *,
+    dataset: str = "COCO",
+    parameters: str = "",
+    note: str = "",
+    page: str = CO_DINO_FOLDER,
+) -> ZooEntry:
+    return ZooEntry(
+        name,
+        f"Co-DINO, {summary}",
+        official_config=official,
+        ap=ap,
+        dataset=dataset,
+        parameters=parameters,
+        note=note,
+        # Weights come with every result, under the name of the config.
+        checkpoint=None if ap is None else f"{PurePosixPath(official).stem}.pth",
+        page=None if ap is None else page,
+    )
+
+
+# Of the reference's model zoo.
+RELEASED = (
+    _co_deformable("co_detr_r50", "ResNet-50, 12 epochs", "r50_1x", 49.5, "65.1"),
+    _co_deformable("co_deformable_detr_swin_t_12ep", "Swin-T, 12 epochs", "swin_tiny_1x", 51.7),
+    _co_deformable("co_deformable_detr_swin_t_36ep", "Swin-T, 36 epochs", "swin_tiny_3x", 54.1),
+    _co_deformable("co_deformable_detr_swin_s_12ep", "Swin-S, 12 epochs", "swin_small_1x", 53.4),
+    _co_deformable("co_deformable_detr_swin_s_36ep", "Swin-S, 36 epochs", "swin_small_3x", 55.3),
+    _co_deformable("co_deformable_detr_swin_b_12ep", "Swin-B, 12 epochs", "swin_base_1x", 55.5),
+    _co_deformable("co_deformable_detr_swin_b_36ep", "Swin-B, 36 epochs", "swin_base_3x", 57.5),
+    _co_deformable("co_deformable_detr_swin_l_12ep", "Swin-L, 12 epochs", "swin_large_1x", 56.9),
+    _co_deformable(
+        "co_deformable_detr_swin_l_900q_36ep",
+        "Swin-L, 900 queries, 36 epochs",
+        "swin_large_900q_3x",
+        58.5,
+    ),
+    _co_dino(
+        "co_dino_r50",
+        "ResNet-50, 12 epochs",
+        "co_dino/co_dino_5scale_r50_1x_coco.py",
+        52.1,
+        parameters="65.2",
+    ),
+    _co_dino(
+        "co_dino_r50_lsj_12ep",
+        "ResNet-50, LSJ, 12 epochs",
+        "co_dino/co_dino_5scale_lsj_r50_1x_coco.py",
+        52.1,
+        note=NO_PASTING,
+    ),
+    _co_dino(
+        "co_dino_r50_9enc_lsj_12ep",
+        "9 encoder layers, ResNet-50, LSJ, 12 epochs",
+        "co_dino/co_dino_5scale_9encoder_lsj_r50_1x_coco.py",
+        52.6,
+        note=NO_PASTING,
+    ),
+    _co_dino(
+        "co_dino_r50_lsj_36ep",
+        "ResNet-50, LSJ, 36 epochs",
+        "co_dino/co_dino_5scale_lsj_r50_3x_coco.py",
+        54.8,
+        note=NO_PASTING,
+    ),
+    _co_dino(
+        "co_dino_r50_9enc_lsj_36ep",
+        "9 encoder layers, ResNet-50, LSJ, 36 epochs",
+        "co_dino/co_dino_5scale_9encoder_lsj_r50_3x_coco.py",
+        55.4,
+        note=NO_PASTING,
+    ),
+    _co_dino(
+        "co_dino_swin_l_12ep",
+        "Swin-L, 12 epochs",
+        "co_dino/co_dino_5scale_swin_large_1x_coco.py",
+        58.9,
+    ),
+    _co_dino(
+        "co_dino_swin_l_24ep",
+        "Swin-L, 24 epochs",
+        "co_dino/co_dino_5scale_swin_large_2x_coco.py",
+        59.8,
+    ),
+    _co_dino(
+        "co_dino_swin_l_36ep",
+        "Swin-L, 36 epochs",
+        "co_dino/co_dino_5scale_swin_large_3x_coco.py",
+        60.0,
+    ),
+    _co_dino(
+        "co_dino_swin_l_lsj_12ep",
+        "Swin-L, LSJ, 12 epochs",
+        "co_dino/co_dino_5scale_lsj_swin_large_1x_coco.py",
+        59.3,
+        note=NO_PASTING,
+    ),
+    _co_dino(
+        "co_dino_swin_l_lsj_24ep",
+        "Swin-L, LSJ, 24 epochs",
+        "co_dino/co_dino_5scale_lsj_swin_large_2x_coco.py",
+        60.4,
+        note=NO_PASTING,
+    ),
+    _co_dino(
+        "co_dino_swin_l_lsj_36ep",
+        "Swin-L, LSJ, 36 epochs",
+        "co_dino/co_dino_5scale_lsj_swin_large_3x_coco.py",
+        60.7,
+        note=NO_PASTING,
+    ),
+    _co_dino(
+        "co_dino_swin_l_o365_16ep",
+        "Swin-L, from Objects365, 16 epochs",
+        "co_dino/co_dino_5scale_swin_large_16e_o365tococo.py",
+        64.1,
+    ),
+    _co_dino(
+        "co_dino_vit_l_o365_12ep",
+        "ViT-L, from Objects365, 12 epochs",
+        "co_dino_vit/co_dino_5scale_vit_large_coco.py",
+        65.9,
+        parameters=VIT_BACKBONE,
+        note="trained without the average of weights; batch size is not official",
+        page=VIT_PAGE,
+    ),
+    _co_dino(
+        "co_dino_r50_lvis_12ep",
+        "ResNet-50, 12 epochs",
+        "co_dino/co_dino_5scale_r50_1x_lvis.py",
+        None,
+        dataset="LVIS",
+        note=UNRELEASED,
+    ),
+    _co_dino(
+        "co_dino_r50_lsj_lvis_12ep",
+        "ResNet-50, LSJ, 12 epochs",
+        "co_dino/co_dino_5scale_lsj_r50_1x_lvis.py",
+        None,
+        dataset="LVIS",
+        note=UNRELEASED,
+    ),
+    _co_dino(
+        "co_dino_swin_l_lsj_lvis_36ep",
+        "Swin-L, LSJ, 36 epochs",
+        "co_dino/co_dino_5scale_lsj_swin_large_3x_lvis.py",
+        56.9,
+        dataset="LVIS",
+        note=f"{TEST_ONLY}; the same model as in co_dino_5scale_swin_large_3x_lvis.py",
+    ),
+    _co_dino(
+        "co_dino_swin_l_o365_lsj_lvis_16ep",
+        "Swin-L, from Objects365, LSJ, 16 epochs",
+        "co_dino/co_dino_5scale_swin_large_16e_o365tolvis.py",
+        64.5,
+        dataset="LVIS",
+        note=TEST_ONLY,
+    ),
+    _co_dino(
+        "co_dino_vit_l_o365_lsj_lvis_16ep",
+        "ViT-L, from Objects365, LSJ, 16 epochs",
+        "co_dino_vit/co_dino_5scale_lsj_vit_large_lvis.py",
+        68.0,
+        dataset="LVIS",
+        parameters=VIT_BACKBONE,
+        note=TEST_ONLY,
+        page=VIT_PAGE,
+    ),
+    ZooEntry(
+        "co_dino_swin_l_objects365",
+        "Co-DINO, Swin-L, the checkpoint that fine-tuning starts from",
+        dataset="Objects365",
+        note="no official config; for testing only",
+        checkpoint="co_dino_5scale_swin_large_22e_o365.pth",
+        page=CO_DINO_FOLDER,
+    ),
+)
+
 
 _OUR_OWN = (
     ZooEntry("co_detr_r50_atss", "Co-Deformable-DETR, ResNet-50, ATSS head alone, 12 epochs"),
@@ -30,5 +284,3 @@ _OUR_OWN = (
 )
 
 ZOO: dict[str, ZooEntry] = {entry.name: entry for entry in (*RELEASED, *_OUR_OWN)}
-
-__all__ = ["ZOO", "ZooEntry"]

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from co_detr.model_zoo import ZOO
-from co_detr.model_zoo.released import RELEASED
+from co_detr.model_zoo.table import RELEASED
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "list_models.py"
