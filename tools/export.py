@@ -16,7 +16,7 @@ silence_dependencies()
 from collections.abc import Sequence
 
 from co_detr.errors import exit_code
-from co_detr.export.command_line import parse_arguments, run
+from co_detr.tools.export.command_line import parse_arguments, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,8 +2,8 @@
 
 from detectron2.structures import Instances
 
-from co_detr.export.compare import Difference, difference
-from co_detr.export.graph import Detections
+from co_detr.tools.export.graph import Detections
+from co_detr.tools.export.predictor import Difference, difference
 
 
 def of(found: Instances) -> Detections:

@@ -8,7 +8,7 @@ import torch
 
 from co_detr.checkpoint.detector import load_detector
 from co_detr.errors import ExportError
-from co_detr.export.command_line import check
+from co_detr.tools.export.command_line import check
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "export.py"
 

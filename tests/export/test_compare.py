@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from co_detr.errors import ExportError
-from co_detr.export.compare import difference
-from co_detr.export.description import Description, SoftNMS
-from co_detr.export.graph import Detections
+from co_detr.tools.export.graph import Description, Detections, SoftNMS
+from co_detr.tools.export.predictor import difference
 
 
 @pytest.fixture

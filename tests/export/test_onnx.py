@@ -13,7 +13,7 @@ from agreement import assert_same
 from PIL import Image
 from tiny_export import CLASSES
 
-from co_detr.export import ExportedPredictor
+from co_detr.tools.export import ExportedPredictor
 
 pytest.importorskip("onnxscript")
 ort = pytest.importorskip("onnxruntime")

@@ -10,15 +10,20 @@ from pathlib import Path
 from co_detr.checkpoint.detector import Detector, load_detector
 from co_detr.data.images import ImageReader, image_suffixes
 from co_detr.errors import ConfigError, ExportError
-from co_detr.export.compare import BOX_TOLERANCE, SCORE_TOLERANCE, Check, check_image
-from co_detr.export.description import Description
-from co_detr.export.exporting import (
+from co_detr.tools.export.exporting import (
     SUFFIXES,
     ExportSettings,
     export_detector,
     square_side,
 )
-from co_detr.export.predictor import ExportedPredictor
+from co_detr.tools.export.graph import Description
+from co_detr.tools.export.predictor import (
+    BOX_TOLERANCE,
+    SCORE_TOLERANCE,
+    Check,
+    ExportedPredictor,
+    check_image,
+)
 from co_detr.tools.predict.command_line import add_model_arguments
 from co_detr.tools.predict.files import find_inputs
 

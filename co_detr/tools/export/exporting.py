@@ -1,30 +1,46 @@
-"""From a trained detector to a file."""
+"""From a trained detector to a file and back: ONNX (.onnx) and torch.export (.pt2)."""
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import detectron2.data.transforms as T
+import torch
 from detectron2.config import instantiate
 from omegaconf import DictConfig
+from torch import Tensor
+from torch.export import ExportedProgram
 
 from co_detr.checkpoint.detector import Detector
 from co_detr.data.images import ImageReader
-from co_detr.errors import ConfigError, ExportError
-from co_detr.export.description import Description, SoftNMS
-from co_detr.export.graph import DetectionGraph
-from co_detr.export.onnx_file import require, write_onnx
-from co_detr.export.torch_file import write_torch
-from co_detr.export.tracing import smallest_side, trace
+from co_detr.errors import ConfigError, ExportError, first_line
+from co_detr.files import written_whole
 from co_detr.modeling import CoDETR
 from co_detr.modeling.backbones import SwinTransformer
 from co_detr.modeling.detectors import DECODER
 from co_detr.modeling.postprocess import SoftNMSPostprocessor
+from co_detr.tools.export.graph import (
+    INPUTS,
+    OUTPUTS,
+    Description,
+    DetectionGraph,
+    Detections,
+    SoftNMS,
+    smallest_side,
+    trace,
+)
 
 SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2"}
+OPSET = 20  # the lowest whose GridSample has no successor that onnxruntime runs
+_DESCRIPTION = "co_detr.json"
 
 
 @dataclass(frozen=True)
@@ -96,12 +112,6 @@ def _check(path: Path, settings: ExportSettings) -> None:
             raise ConfigError("ONNX has no custom operator: leave it out, or use torch_export.")
 
 
-def square_side(model: CoDETR) -> int:
-    """Side in pixels of the squares that a model pads its images to; 0: it does not."""
-    constraints = model.backbone.padding_constraints
-    return model.padding.square_size or constraints.get("square_size", 0)
-
-
 def _image_size(model: CoDETR, wanted: tuple[int, int] | None) -> tuple[int, int] | None:
     side = square_side(model)
     if side:
@@ -123,6 +133,12 @@ def _image_size(model: CoDETR, wanted: tuple[int, int] | None) -> tuple[int, int
     return wanted
 
 
+def square_side(model: CoDETR) -> int:
+    """Side in pixels of the squares that a model pads its images to; 0: it does not."""
+    constraints = model.backbone.padding_constraints
+    return model.padding.square_size or constraints.get("square_size", 0)
+
+
 def _test_size(cfg: DictConfig) -> tuple[int, int]:
     """Short edge and upper limit of the long one, in pixels, in the evaluation of a config."""
     steps = instantiate(cfg.dataloader.test.mapper.augmentations)
@@ -140,3 +156,115 @@ def _soft_nms(model: CoDETR) -> SoftNMS | None:
     if not isinstance(post, SoftNMSPostprocessor):
         return None
     return SoftNMS(post.max_detections, post.iou_threshold, post.min_score, post.sigma)
+
+
+def write_onnx(program: ExportedProgram, description: Description, path: Path) -> None:
+    """Translates a traced graph of standard operators and writes it whole or not at all."""
+    ir, optimizer, _ = require("onnx_ir", "onnxscript.optimizer", "onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch about its own parts
+        translated = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=INPUTS,
+            output_names=OUTPUTS,
+            verbose=False,
+            # Its rewriting of clamps (onnxscript 0.7.2) loses constants.
+            optimize=False,
+        )
+    model = translated.model
+    optimizer.fold_constants(model)
+    optimizer.remove_unused_nodes(model)
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces, with the paths of this machine
+    model.metadata_props.update(description.to_text())
+    model.producer_name = "co_detr"
+    content = ir.to_proto(model).SerializeToString()
+    with written_whole(str(path), "wb") as file:
+        file.write(content)
+
+
+class OnnxModel:
+    """An exported ONNX file in onnxruntime.
+
+    Args:
+        providers: of onnxruntime, the best one first.
+
+    Attributes:
+        description: what the file says about itself.
+
+    Raises:
+        ConfigError: if onnxruntime is not installed.
+        ExportError: if the file cannot be loaded, or was not written by `write_onnx`.
+    """
+
+    def __init__(self, path: Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
+        (runtime,) = require("onnxruntime")
+        try:
+            self._session = runtime.InferenceSession(str(path), providers=list(providers))
+        except Exception as error:  # onnxruntime has no common base for its errors
+            raise ExportError(
+                f"{path} cannot be loaded ({first_line(error)}): export the model again."
+            ) from error
+        text = self._session.get_modelmeta().custom_metadata_map
+        self.description = Description.from_text(text, str(path))
+
+    def __call__(self, images: Tensor, sizes: Tensor) -> Detections:
+        """See `DetectionGraph.forward`."""
+        arrays = self._session.run(
+            list(OUTPUTS), dict(zip(INPUTS, (images.numpy(), sizes.numpy()), strict=True))
+        )
+        return Detections(*map(torch.from_numpy, arrays))
+
+
+def write_torch(program: ExportedProgram, description: Description, path: Path) -> None:
+    """Writes a traced graph whole or not at all."""
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it names the paths of this machine
+    extra = {_DESCRIPTION: json.dumps(description.to_text())}
+    with written_whole(str(path), "wb") as file:
+        torch.export.save(program, file, extra_files=extra)
+
+
+class TorchModel:
+    """An exported .pt2 file, on the CPU.
+
+    Attributes:
+        description: what the file says about itself.
+
+    Raises:
+        ExportError: if the file cannot be loaded, or was not written by `write_torch`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        extra = {_DESCRIPTION: ""}
+        try:
+            program = torch.export.load(path, extra_files=extra)
+            text = json.loads(extra[_DESCRIPTION] or "{}")
+        except Exception as error:  # a damaged archive can raise anything
+            raise ExportError(
+                f"{path} cannot be loaded ({first_line(error)}): export the model again."
+            ) from error
+        self.description = Description.from_text(text, str(path))
+        self._run = program.module()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, sizes: Tensor) -> Detections:
+        """See `DetectionGraph.forward`."""
+        return Detections(*self._run(images, sizes))
+
+
+def require(*packages: str) -> list[ModuleType]:
+    """Optional packages.
+
+    Raises:
+        ConfigError: if one is not installed.
+    """
+    try:
+        return [importlib.import_module(package) for package in packages]
+    except ImportError as error:
+        raise ConfigError(
+            f"ONNX needs packages that cannot be imported ({error}): install them with "
+            "pip install -r requirements-export.txt."
+        ) from error
