@@ -12,8 +12,8 @@ from co_detr.noise import silence_dependencies
 
 silence_dependencies()
 
-from co_detr.conversion.command_line import parse_arguments, run
 from co_detr.errors import exit_code
+from co_detr.tools.convert.command_line import parse_arguments, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:

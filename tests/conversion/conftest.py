@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from co_detr.conversion.command_line import parse_arguments, run
+from co_detr.tools.convert.command_line import parse_arguments, run
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import pytest
 from folders import TRAIN, VAL, Picture, write_voc
 from PIL import Image
 
-from co_detr.conversion.image_size import ImageSize, read_size
-from co_detr.conversion.voc_labels import VocRules, read_voc_labels
 from co_detr.data.images import ImageReader
 from co_detr.errors import ConfigError, DataError
+from co_detr.tools.convert.dataset import ImageSize, read_size
+from co_detr.tools.convert.voc import VocRules, read_voc_labels
 
 BOX = "<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>10</xmax><ymax>20</ymax></bndbox>"
 SIZE = ImageSize(40, 30)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from folders import CLASSES, TRAIN, VAL, write_yolo
 
-from co_detr.conversion.image_size import ImageSize
-from co_detr.conversion.yolo_labels import read_yolo_labels
 from co_detr.errors import ConfigError, DataError
+from co_detr.tools.convert.dataset import ImageSize
+from co_detr.tools.convert.yolo import read_yolo_labels
 
 NAMES = {p.name for p in TRAIN}
 

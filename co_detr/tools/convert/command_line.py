@@ -8,16 +8,19 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from co_detr.conversion.convert import ConvertedSplit, convert, save
-from co_detr.conversion.folders import share_out
-from co_detr.conversion.structures import Layout
-from co_detr.conversion.text_file import read_class_names
-from co_detr.conversion.voc_labels import VocRules
-from co_detr.conversion.voc_layout import find_voc
-from co_detr.conversion.yolo_layout import find_yolo
 from co_detr.data.preflight import SplitFiles, preflight
 from co_detr.data.preflight_report import Finding, printable
 from co_detr.errors import ConfigError, DataError
+from co_detr.tools.convert.dataset import (
+    ConvertedSplit,
+    Layout,
+    convert,
+    read_class_names,
+    save,
+    share_out,
+)
+from co_detr.tools.convert.voc import VocRules, find_voc
+from co_detr.tools.convert.yolo import find_yolo
 
 _CONFIG = "configs/co_detr_r50.py"
 # Text that an override can hold without quotes, and that cannot be a number or a truth value.
