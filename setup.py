@@ -177,7 +177,7 @@ setup(
     packages=[*find_packages(include=["co_detr", "co_detr.*"]), *config_packages()],
     package_dir=config_packages(),
     package_data={
-        "co_detr.analysis": ["templates/*"],
+        "co_detr.tools.analyze": ["templates/*"],
         "co_detr.tools.demo": ["static/*", "templates/*"],
     },
     python_requires=">=3.10",

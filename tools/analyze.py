@@ -15,8 +15,8 @@ silence_dependencies()
 
 from collections.abc import Sequence
 
-from co_detr.analysis.command_line import parse_arguments, run
 from co_detr.errors import exit_code
+from co_detr.tools.analyze.command_line import parse_arguments, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

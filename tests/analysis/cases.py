@@ -3,8 +3,8 @@
 import torch
 from detectron2.config import instantiate
 
-from co_detr.analysis.subject import Sample, Subject
 from co_detr.engine.config import load_config
+from co_detr.tools.analyze.subjects import Sample, Subject
 from tests.modeling.builders import (
     CONFIGS,
     NUM_CLASSES,

@@ -8,14 +8,12 @@ import pytest
 import torch
 from detectron2.config import instantiate
 
-from co_detr.analysis.command_line import parse_arguments, run
-from co_detr.analysis.models import load_models, parse_model
-from co_detr.analysis.registry import MEASURES, choose_measures
-from co_detr.analysis.samples import load_samples
 from co_detr.checkpoint.saving import Checkpointer
 from co_detr.engine.config import load_config, save_config
 from co_detr.engine.run_folder import RunIdentity
 from co_detr.errors import ConfigError, DataError, exit_code
+from co_detr.tools.analyze.command_line import MEASURES, choose_measures, parse_arguments, run
+from co_detr.tools.analyze.subjects import load_models, load_samples, parse_model
 from tests.analysis.cases import encoder_only_subject, plain, tiny_samples, tiny_subject
 from tests.engine.tiny_data import TinyData, make_tiny_data
 from tests.modeling.builders import (

@@ -7,10 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from co_detr.analysis.attention import attention_maps, measure_attention
-from co_detr.analysis.attention_maps import captured_attention, splat
 from co_detr.errors import AnalysisError
 from co_detr.layers.ms_deform_attn_reference import ms_deform_attn_reference
+from co_detr.tools.analyze.attention import (
+    attention_maps,
+    captured_attention,
+    measure_attention,
+    splat,
+)
 from tests.analysis.cases import encoder_only_subject, plain, tiny_samples, tiny_subject
 
 

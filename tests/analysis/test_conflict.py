@@ -8,14 +8,16 @@ import pytest
 import torch
 from detectron2.utils.events import EventStorage
 
-from co_detr.analysis.class_activation import (
+from co_detr.tools.analyze.conflict import (
+    Distances,
     activation_map,
+    distances_of,
     divergence,
     head_losses,
     log_distribution,
+    measure_conflict,
 )
-from co_detr.analysis.conflict import Distances, distances_of, measure_conflict
-from co_detr.analysis.score_maps import Geometry, score_maps
+from co_detr.tools.analyze.discriminability import Geometry, score_maps
 from tests.analysis.cases import encoder_only_subject, plain, tiny_samples, tiny_subject
 from tests.modeling.builders import random_memory
 
@@ -94,18 +96,18 @@ def test_losses_are_those_of_a_training_step():
     images = model.preprocess([sample.input])
     torch.manual_seed(0)
     with EventStorage():
-        found = head_losses(model, images, sample.input["instances"])
+        _, losses = head_losses(model, images, sample.input["instances"])
     torch.manual_seed(0)
     with EventStorage():
         expected = model([sample.input])
-    assert found.losses.keys() == {"decoder", "roi", "atss"}
+    assert losses.keys() == {"decoder", "roi", "atss"}
     for name, prefix in (("decoder", "matching."), ("roi", "roi."), ("atss", "atss.")):
         parts = [
             value
             for key, value in expected.items()
             if key.startswith(prefix) and not key.startswith("matching.enc.")
         ]
-        torch.testing.assert_close(found.losses[name], sum(parts))
+        torch.testing.assert_close(losses[name], sum(parts))
 
 
 def test_nothing_is_left_behind():

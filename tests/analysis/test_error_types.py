@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
-from co_detr.analysis.average_precision import average_precision, mean_average_precision
-from co_detr.analysis.error_types import (
+from co_detr.tools.analyze.detection_errors import (
     ImageResult,
     Judgement,
     Verdict,
+    average_precision,
     judge_image,
+    mean_average_precision,
     pairwise_iou,
     weigh_errors,
 )

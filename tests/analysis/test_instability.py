@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from co_detr.analysis.instability import (
+from co_detr.checkpoint.loading import load_weights
+from co_detr.checkpoint.saving import Checkpointer
+from co_detr.tools.analyze.matching import (
+    QueryMatching,
     by_number,
     by_place,
     instability,
     intervals_of,
+    match_queries,
     measure_instability,
 )
-from co_detr.analysis.matching import QueryMatching, match_queries
-from co_detr.checkpoint.loading import load_weights
-from co_detr.checkpoint.saving import Checkpointer
 from tests.analysis.cases import plain, tiny_samples, tiny_subject
 from tests.modeling.builders import randomise, tiny_model
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from co_detr.analysis.iof_iob import (
+from co_detr.tools.analyze.discriminability import (
     MeanCurve,
     foreground_mask,
     has_curve,

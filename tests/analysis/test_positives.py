@@ -7,14 +7,14 @@ import pytest
 import torch
 from detectron2.utils.events import EventStorage
 
-from co_detr.analysis.positives import (
+from co_detr.seeding import seed_everything
+from co_detr.tools.analyze.positives import (
     MATCHED,
     SIZES,
     count_per_truth,
     count_positives,
     measure_positives,
 )
-from co_detr.seeding import seed_everything
 from tests.analysis.cases import plain, tiny_samples, tiny_subject
 
 SMALL_LIMIT = ["model.auxiliary.positive_queries.max_queries=4"]

@@ -13,10 +13,23 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from co_detr.analysis.output import chart_bytes, plain, render, table_csv, write_file, write_section
-from co_detr.analysis.page import Frame, formatted_rows, paragraphs, report_page
-from co_detr.analysis.section import Chart, Picture, Section, Table
 from co_detr.errors import WriteError
+from co_detr.tools.analyze.report import (
+    Chart,
+    Frame,
+    Picture,
+    Section,
+    Table,
+    chart_bytes,
+    formatted_rows,
+    paragraphs,
+    plain,
+    render,
+    report_page,
+    table_csv,
+    write_file,
+    write_section,
+)
 
 NASTY = '<script>alert("1")</script> & <b>'
 PIXELS = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(4, 6, 3)

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from co_detr.analysis.score_maps import Geometry, fold, score_maps
 from co_detr.modeling.encoder import shrink_mask
 from co_detr.modeling.postprocess import padding_mask
+from co_detr.tools.analyze.discriminability import Geometry, fold, score_maps
 
 
 def _shapes(padded):

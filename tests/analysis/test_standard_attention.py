@@ -4,12 +4,11 @@ import pytest
 import torch
 from detectron2.config import instantiate
 
-from co_detr.analysis.attention import measure_attention
-from co_detr.analysis.attention_maps import captured_attention
-from co_detr.analysis.conflict import measure_conflict
-from co_detr.analysis.discriminability import measure_discriminability
-from co_detr.analysis.subject import Subject
 from co_detr.engine.config import apply_overrides, load_config
+from co_detr.tools.analyze.attention import captured_attention, measure_attention
+from co_detr.tools.analyze.conflict import measure_conflict
+from co_detr.tools.analyze.discriminability import measure_discriminability
+from co_detr.tools.analyze.subjects import Subject
 from tests.analysis.cases import plain, tiny_samples, tiny_subject
 from tests.modeling.builders import CONFIGS, NUM_CLASSES, randomise, shrink
 

@@ -1,4 +1,4 @@
-"""The command line of tools/analyze.py."""
+"""The command line of tools/analyze.py, and the measures by name."""
 
 from __future__ import annotations
 
@@ -8,21 +8,44 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import co_detr
-from co_detr.analysis.models import ModelArgument, Models, load_models, parse_model
-from co_detr.analysis.output import RenderedSection, render, write_file, write_json, write_section
-from co_detr.analysis.page import Frame, report_page
-from co_detr.analysis.registry import MEASURES, Measure, choose_measures
-from co_detr.analysis.samples import MappedSamples, load_samples
-from co_detr.analysis.section import Table
+from co_detr.errors import ConfigError
 from co_detr.layers.ms_deform_attn_op import HAS_EXTENSION
 from co_detr.seeding import seed_everything
+from co_detr.tools.analyze.attention import measure_attention
+from co_detr.tools.analyze.conflict import measure_conflict
+from co_detr.tools.analyze.detection_errors import measure_errors
+from co_detr.tools.analyze.discriminability import measure_discriminability
+from co_detr.tools.analyze.matching import measure_instability
+from co_detr.tools.analyze.positives import measure_positives
+from co_detr.tools.analyze.report import (
+    Frame,
+    RenderedSection,
+    Section,
+    Table,
+    render,
+    report_page,
+    write_file,
+    write_json,
+    write_section,
+)
+from co_detr.tools.analyze.subjects import (
+    MappedSamples,
+    ModelArgument,
+    Models,
+    Progress,
+    Sample,
+    Subject,
+    load_models,
+    load_samples,
+    parse_model,
+)
 from co_detr.tools.predict.command_line import add_device_argument
 from co_detr.tools.predict.predictor import choose_device
 
@@ -42,6 +65,28 @@ examples:
 
 exit status: 0; 2 after an error that is explained in one sentence.
 """
+
+Measure = Callable[[Sequence[Subject], Sequence[Sample], Progress], Section]
+MEASURES: dict[str, Measure] = {
+    "discriminability": measure_discriminability,
+    "attention": measure_attention,
+    "conflict": measure_conflict,
+    "positives": measure_positives,
+    "instability": measure_instability,
+    "errors": measure_errors,
+}
+
+
+def choose_measures(names: Sequence[str] | None) -> dict[str, Measure]:
+    """Those named, in the order of the report; all for None.
+
+    Raises:
+        ConfigError: if there is no measure of a name.
+    """
+    unknown = [name for name in names or () if name not in MEASURES]
+    if unknown:
+        raise ConfigError(f"there is no measure {unknown[0]}: choose {', '.join(MEASURES)}.")
+    return {name: run for name, run in MEASURES.items() if names is None or name in names}
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

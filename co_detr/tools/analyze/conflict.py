@@ -1,4 +1,7 @@
-"""Conflict between heads: how far apart are the places that they train the encoder on?"""
+"""Conflict between heads: how far apart are the places that they train the encoder on?
+
+Where a head's training signal lies on the encoder output is found by Grad-CAM.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +11,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import EventStorage
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from co_detr.analysis.class_activation import (
-    DECODER,
-    activation_map,
-    divergence,
-    head_losses,
-    log_distribution,
-)
-from co_detr.analysis.discriminability import geometry_of
-from co_detr.analysis.drawing import heat_map, matrix_figure, pixels_of, side_by_side
-from co_detr.analysis.section import Chart, Picture, Section, Table
-from co_detr.analysis.subject import Progress, Sample, Subject
 from co_detr.engine.validation_loss import training_without_trace
 from co_detr.modeling import CoDETR
 from co_detr.seeding import seed_everything
+from co_detr.structures import EncoderMemory, TrainingOutput
+from co_detr.tools.analyze.discriminability import Geometry, geometry_of, score_maps
+from co_detr.tools.analyze.report import (
+    FONT_SIZE,
+    Chart,
+    Picture,
+    Section,
+    Table,
+    new_axes,
+    overlaid,
+)
+from co_detr.tools.analyze.subjects import Progress, Sample, Subject
 
+DECODER = "decoder"
 NUM_PICTURES = 2
-
 _TEXT = """The distance of head i to head j is the Kullback-Leibler divergence of their class \
 activation maps on the encoder output, averaged over images. Heads that are trained on the same \
 places in the same channels are close; a large distance says that they pull the encoder in \
@@ -144,7 +151,7 @@ def distances_of(model: CoDETR, samples: Sequence[Sample], progress: Progress) -
             rows = [[divergence(first, second) for second in logs] for first in logs]
             distances.images.append(np.array(rows))
             if len(distances.pictured) < NUM_PICTURES:
-                arrays = {head: each.cpu().numpy() for head, each in maps.items()}
+                arrays = {head: maps[head].cpu().numpy() for head in distances.heads}
                 distances.activations.append(arrays)
                 distances.pictured.append(sample)
     return distances
@@ -153,11 +160,9 @@ def distances_of(model: CoDETR, samples: Sequence[Sample], progress: Progress) -
 def activation_maps(model: CoDETR, sample: Sample) -> dict[str, Tensor]:
     """`activation_map` of every head; needs training mode and an event storage."""
     images = model.preprocess([sample.input])
-    found = head_losses(model, images, sample.input["instances"].to(model.device))
-    geometry = geometry_of(sample, images, found.memory)
-    return {
-        name: activation_map(found.memory, loss, geometry) for name, loss in found.losses.items()
-    }
+    memory, losses = head_losses(model, images, sample.input["instances"].to(model.device))
+    geometry = geometry_of(sample, images, memory)
+    return {name: activation_map(memory, loss, geometry) for name, loss in losses.items()}
 
 
 def _average_table(found: dict[str, Distances]) -> Table:
@@ -186,17 +191,101 @@ def _directed_table(found: dict[str, Distances]) -> Table:
 
 
 def _pictures(number: int, name: str, distances: Distances, image_format: str) -> list[Picture]:
-    pictures = []
-    for index, sample in enumerate(distances.pictured):
-        rgb = pixels_of(sample, image_format)
-        maps = distances.activations[index]
-        overlays = {head: heat_map(rgb, maps[head]) for head in distances.heads}
-        boxes = sample.input["instances"].gt_boxes.tensor.cpu().numpy()
-        pictures.append(
-            Picture(
-                name=f"activation-{number}-{index + 1}",
-                caption=f"{name}, {Path(sample.file_name).name}: class activation maps of heads.",
-                image=side_by_side({"image": rgb, **overlays}, boxes),
-            )
+    return [
+        overlaid(
+            f"activation-{number}-{index + 1}",
+            f"{name}, {Path(sample.file_name).name}: class activation maps of heads.",
+            sample,
+            image_format,
+            distances.activations[index],
         )
-    return pictures
+        for index, sample in enumerate(distances.pictured)
+    ]
+
+
+def head_losses(
+    model: CoDETR, images: ImageList, truth: Instances
+) -> tuple[EncoderMemory, dict[str, Tensor]]:
+    """Losses of the decoder and of every auxiliary head, in training mode, on a batch of one image,
+    and the memory that they were computed from and are still attached to.
+
+    Of the decoder it is the loss of the one-to-one matched queries of inference, all layers
+    together; denoising, customised positive queries and encoder proposals are no part of it. Of an
+    auxiliary head it is all that the head is trained by.
+    """
+    # So that the memory has a gradient even where the whole model is frozen.
+    images.tensor.requires_grad_()
+    output = model.training_step(images, [truth])
+    losses = {DECODER: _matching_loss(model, output)}
+    for name, head in output.auxiliary.items():
+        losses[name] = sum(head.losses.values())
+    return output.memory, losses
+
+
+def _matching_loss(model: CoDETR, output: TrainingOutput) -> Tensor:
+    # By name: a source may make several groups in training.
+    index = [group.name for group in output.groups].index(model.inference_source.name)
+    predictions, targets = output.predictions[index], output.targets[index]
+    counts = model.criterion.count_positives(targets)
+    terms = model.criterion(predictions, targets, output.memory.image_sizes, counts)
+    return sum(term.sum() for term in terms.values())
+
+
+def activation_map(memory: EncoderMemory, loss: Tensor, geometry: Geometry) -> Tensor:
+    """Grad-CAM of a head, ``(H, W)`` in [0, 1].
+
+    What Grad-CAM explains is the class score; here it is the head's negative loss, which every
+    head has, whatever its network, and which grows with the evidence for the head's positives and
+    against its negatives. On each level a channel's weight is its mean gradient, and the map is
+    the positive part of the weighted sum of channels. Levels are fused as scores are.
+    Source: Selvaraju et al., "Grad-CAM", ICCV 2017, equations 1 and 2.
+    """
+    (gradient,) = torch.autograd.grad(-loss, memory.tokens, retain_graph=True, allow_unused=True)
+    if gradient is None:  # a loss that is constant
+        gradient = torch.zeros_like(memory.tokens)
+    levels = []
+    start = 0
+    for level, (height, width) in enumerate(memory.level_shapes):
+        cells = slice(start, start + height * width)
+        start = cells.stop
+        features = memory.tokens[0, cells].detach().view(height, width, -1)
+        rows, columns = geometry.cells_inside(level)
+        weights = gradient[0, cells].view(height, width, -1)[:rows, :columns].mean((0, 1))  # (C,)
+        levels.append((features @ weights).relu())
+    return score_maps(levels, geometry).fused
+
+
+def log_distribution(activation: Tensor) -> Tensor:
+    """Log-probabilities ``(H*W,)`` of a map: a softmax over its locations.
+
+    Dividing by the sum would leave locations without any probability, where the divergence is
+    infinite. A softmax of values in [0, 1] is at most e times as high in one place as in another,
+    so that distances are small numbers.
+    """
+    return F.log_softmax(activation.double().flatten(), dim=0)
+
+
+def divergence(first: Tensor, second: Tensor) -> float:
+    """Kullback-Leibler divergence of two `log_distribution`: what the second lacks of the first."""
+    return float((first.exp() * (first - second)).sum())
+
+
+def matrix_figure(names: Sequence[str], values: np.ndarray, label: str) -> Figure:
+    """A square matrix ``(N, N)`` as a heat map with its numbers; ``label`` names the quantity."""
+    side = 2.4 + 0.7 * len(names)
+    figure, axes = new_axes(side + 0.8, side)
+    drawn = axes.imshow(values, cmap="cividis", vmin=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    middle = values.max() / 2
+    for row, column in np.ndindex(values.shape):
+        value = values[row, column]
+        colour = "black" if value > middle else "white"
+        axes.text(
+            column, row, f"{value:.4f}", ha="center", va="center", color=colour,
+            fontsize=FONT_SIZE - 2,
+        )  # fmt: skip
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.8)
+    bar.set_label(label, fontsize=FONT_SIZE)
+    return figure

@@ -12,12 +12,12 @@ from detectron2.utils.events import EventStorage
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from co_detr.analysis.matching import match_queries, normalised_truth
-from co_detr.analysis.section import Chart, Section, Table
-from co_detr.analysis.subject import Progress, Sample, Subject
 from co_detr.engine.validation_loss import training_without_trace
 from co_detr.modeling import CoDETR
 from co_detr.seeding import seed_everything
+from co_detr.tools.analyze.matching import match_queries, normalised_truth
+from co_detr.tools.analyze.report import Chart, Section, Table
+from co_detr.tools.analyze.subjects import Progress, Sample, Subject
 
 MATCHED = "matched queries"
 # COCO's limits of area, in pixels of the network input.
@@ -102,9 +102,9 @@ def count_positives(
             seed_everything("positive queries", seed, number)
             truth = sample.input["instances"].to(model.device)
             areas.append(truth.gt_boxes.area().cpu().numpy())
-            for name, found in _count_image(model, sample.input, truth).items():
-                counts[name].append(found.assigned)
-                queries[name].append(found.queries)
+            for name, (assigned, used) in _count_image(model, sample.input, truth).items():
+                counts[name].append(assigned)
+                queries[name].append(used)
     return PositiveCounts(
         _joined(areas),
         {name: _joined(each) for name, each in counts.items()},
@@ -112,23 +112,17 @@ def count_positives(
     )
 
 
-@dataclass(frozen=True)
-class _ImageCounts:
-    """``(G,)`` candidates that a source assigned to each ground truth, and its queries of them."""
-
-    assigned: np.ndarray
-    queries: np.ndarray
-
-
-def _count_image(model: CoDETR, batched_input: dict, truth: Instances) -> dict[str, _ImageCounts]:
-    """Counts by source."""
+def _count_image(
+    model: CoDETR, batched_input: dict, truth: Instances
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """By source, ``(G,)`` candidates that it assigned to each object, and its queries of them."""
     images = model.preprocess([batched_input])
     memory = model.encode(images)
     found = {}
     if model.decoder is not None:
         matched = match_queries(model, memory, truth).truths
         each_once = np.bincount(matched[matched >= 0], minlength=len(truth))
-        found[MATCHED] = _ImageCounts(each_once, each_once)
+        found[MATCHED] = each_once, each_once
     if model.auxiliary is None:
         return found
     size = tuple(images.image_sizes[0])
@@ -151,7 +145,7 @@ def _count_image(model: CoDETR, batched_input: dict, truth: Instances) -> dict[s
             used = count_per_truth(
                 targets.labels[0, 0], targets.boxes[0, 0], truth.gt_classes, boxes
             )
-        found[name] = _ImageCounts(assigned, used)
+        found[name] = assigned, used
     return found
 
 

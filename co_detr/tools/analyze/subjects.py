@@ -1,27 +1,65 @@
-"""The models to analyse: what names them on the command line, and how they are read."""
+"""What is measured: the models, and the images that they are measured on.
+
+A measure is a function ``measure(subjects, samples, progress) -> Section``, where
+``progress(iterable)`` shows how far a loop has come.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
+from detectron2.config import instantiate
+from detectron2.data import DatasetMapper
+from omegaconf import DictConfig
 
-from co_detr.analysis.subject import Subject
 from co_detr.checkpoint.detector import load_detector
 from co_detr.checkpoint.saving import FINAL, belongs_to, kept_checkpoints
+from co_detr.data.coco import class_names, load_coco
 from co_detr.data.coco_file import shortened
 from co_detr.data.images import ImageReader
 from co_detr.engine.run_folder import read_identity
 from co_detr.engine.selection import BEST
-from co_detr.errors import ConfigError
+from co_detr.errors import ConfigError, DataError
 from co_detr.modeling import CoDETR
 
 CONFIG = "config.yaml"
+logger = logging.getLogger(__name__)
+Progress = Callable[[Iterable], Iterable]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in eval mode, on its device, with the name it has in the report.
+
+    ``checkpoints`` are the run's checkpoints, the earliest first; empty for a model that was named
+    by a configuration and weights.
+    """
+
+    name: str
+    model: CoDETR
+    cfg: DictConfig
+    checkpoints: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image as the model reads it.
+
+    ``input`` is Detectron2's dictionary for one image after the evaluation's augmentation:
+    ``"image"`` `(3, H, W)`, ``"instances"`` with ``gt_boxes`` (absolute xyxy pixels of that
+    resolution) and ``gt_classes``, and ``"height"``, ``"width"`` of the file.
+    """
+
+    input: dict
+    file_name: str
+    image_id: int
 
 
 @dataclass(frozen=True)
@@ -188,3 +226,83 @@ def _input_of(subject: Subject) -> tuple[Any, ...]:
     mapper = subject.cfg.dataloader.test.mapper
     value_range = ImageReader.of_data(subject.cfg.data).value_range
     return mapper.augmentations, mapper.image_format, value_range
+
+
+class MappedSamples(Sequence[Sample]):
+    """Samples that are read when they are asked for, so that memory does not bound their number.
+
+    Args:
+        records: dataset dicts with ``annotations``.
+        mapper: of the evaluation; its ``is_train`` is set, so that annotations are kept.
+    """
+
+    def __init__(self, records: Sequence[dict[str, Any]], mapper: DatasetMapper) -> None:
+        mapper.is_train = True
+        self.records = records
+        self.mapper = mapper
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> MappedSamples: ...
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return MappedSamples(self.records[index], self.mapper)
+        record = self.records[index]
+        return Sample(self.mapper(record), record["file_name"], record["image_id"])
+
+
+def load_samples(
+    cfg: DictConfig,
+    names: Sequence[str],
+    number: int,
+    annotation_file: str | None = None,
+    image_root: str | None = None,
+) -> MappedSamples:
+    """So many images of a set, evenly spread over it, with the classes of the model.
+
+    Args:
+        cfg: of a model; says how images are resized, and which set is taken by default.
+        names: classes of the model.
+        number: of images; all, if the set has fewer.
+        annotation_file, image_root: another set, in COCO format.
+
+    Raises:
+        ConfigError: if `number` is below 1 or only one half of a set is given.
+        DataError: if the set cannot be read or has other classes.
+    """
+    if number < 1:
+        raise ConfigError(f"--images {number} must be at least 1.")
+    if (annotation_file is None) != (image_root is None):
+        raise ConfigError("--data-json and --data-images belong together: give both or neither.")
+    if annotation_file is None:
+        annotation_file = cfg.data.val
+        records = instantiate(cfg.dataloader.test.dataset)
+    else:
+        records = load_coco(annotation_file, image_root, invalid_boxes="skip")
+    numbers = _class_numbers(class_names(annotation_file), names, annotation_file)
+    count = min(number, len(records))
+    records = [records[index * len(records) // count] for index in range(count)]
+    for record in records:
+        for annotation in record["annotations"]:
+            annotation["category_id"] = numbers[annotation["category_id"]]
+    return MappedSamples(records, instantiate(cfg.dataloader.test.mapper))
+
+
+def _class_numbers(own: Sequence[str], names: Sequence[str], annotation_file: str) -> list[int]:
+    """The model's class for each class of the set: by name, or else by position."""
+    if set(own) <= set(names):
+        return [list(names).index(name) for name in own]
+    if len(own) == len(names):
+        logger.warning(
+            "%s has the categories (%s), the model has (%s): they are matched by position.",
+            *(annotation_file, shortened(own), shortened(names)),
+        )
+        return list(range(len(own)))
+    raise DataError(
+        f"{annotation_file} has the categories ({shortened(own)}) but the model is for "
+        f"({shortened(names)}): measure on images with classes of the model."
+    )

@@ -1,4 +1,4 @@
-"""How much the one-to-one matching changes between checkpoints of a run."""
+"""Which query is matched to which object, and how much that changes between checkpoints."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from detectron2.structures import Instances
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
-from co_detr.analysis.matching import QueryMatching, match_queries
-from co_detr.analysis.section import Chart, Section, Table
-from co_detr.analysis.subject import Progress, Sample, Subject
 from co_detr.checkpoint.detector import read_weights
 from co_detr.checkpoint.loading import load_weights
+from co_detr.modeling import CoDETR
+from co_detr.modeling.boxes import normalise_boxes
+from co_detr.modeling.matching import solve_assignment
+from co_detr.structures import EncoderMemory, GroundTruth, QuerySet
+from co_detr.tools.analyze.report import Chart, Section, Table
+from co_detr.tools.analyze.subjects import Progress, Sample, Subject
 
+Matching = Mapping[int, int]
 _TEXT = """The instability of an image between two checkpoints is the number of queries that are \
 matched to another object than before, or that won or lost one. 0 is a matching that does not \
 change; every object that moves from one query to another counts twice, so that twice the number \
@@ -34,7 +40,43 @@ far apart in both.
 
 Source: DN-DETR (Li et al., CVPR 2022), section 3 ("IS")."""
 
-Matching = Mapping[int, int]
+
+@dataclass(frozen=True)
+class QueryMatching:
+    """One-to-one matching of Q queries in one image.
+
+    Attributes:
+        truths: ``(Q,)`` index of the matched ground truth, -1 for none.
+        tokens: ``(Q,)`` encoder token that each query was made from; None where queries are not
+            made from tokens.
+    """
+
+    truths: np.ndarray
+    tokens: np.ndarray | None
+
+
+def match_queries(model: CoDETR, memory: EncoderMemory, truth: Instances) -> QueryMatching:
+    """Matches the last decoder layer, as training does, in a batch of one image.
+
+    Args:
+        model: in any mode.
+        memory: encoder output.
+        truth: ``gt_boxes`` in absolute pixels of the network input, and ``gt_classes``.
+    """
+    group = model.inference_source(memory)
+    predictions = model.decoder(QuerySet.concat([group]), memory)
+    size = tuple(memory.image_sizes[0])
+    normalised = normalised_truth(truth, size, predictions.boxes)
+    cost = model.assigner.cost(predictions, 0, GroundTruth(truth.gt_classes, normalised, size))
+    # As in the assigner: a diverged model has NaN costs, and any assignment will do.
+    host = np.nan_to_num(cost[-1:].cpu().numpy(), nan=1e5, posinf=1e5, neginf=-1e5)
+    tokens = None if group.tokens is None else group.tokens[0].cpu().numpy()
+    return QueryMatching(solve_assignment(host)[0], tokens)
+
+
+def normalised_truth(truth: Instances, size: tuple[int, int], like: Tensor) -> Tensor:
+    """Normalised boxes ``(G, 4)`` of a ground truth, in the type of `like`."""
+    return normalise_boxes(truth.gt_boxes.tensor.to(like.dtype), size)
 
 
 @dataclass(frozen=True)
