@@ -20,9 +20,9 @@ from detectron2.data import DatasetFromList
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from co_detr.engine.stop_signals import outlive_signals
 from co_detr.errors import ConfigError
 from co_detr.seeding import locally_seeded, mix_seed
+from co_detr.stop_signals import outlive_signals
 
 logger = logging.getLogger(__name__)
 

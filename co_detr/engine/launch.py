@@ -20,8 +20,8 @@ from detectron2.engine import launch as launch_processes
 from detectron2.utils import comm
 from omegaconf import DictConfig
 
-from co_detr.engine.stop_signals import SIGNALS
 from co_detr.errors import ConfigError, LostProcessError, UserError, WriteError, first_line
+from co_detr.stop_signals import SIGNALS
 
 Main = Callable[[DictConfig, argparse.Namespace], object]
 

@@ -23,10 +23,10 @@ from co_detr.engine.memory import GPU_PEAK
 from co_detr.engine.non_finite import NonFiniteGuard
 from co_detr.engine.optimizer_state import layout_of, with_own_settings
 from co_detr.engine.step import JointResult, MicroBatches, StepSettings
-from co_detr.engine.stop_signals import StopSignals
 from co_detr.engine.writers import WriterHook
 from co_detr.modeling.step_counts import StepCounts
 from co_detr.seeding import seed_everything
+from co_detr.stop_signals import StopSignals
 
 
 class Trainer(SimpleTrainer):
