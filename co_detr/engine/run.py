@@ -43,9 +43,8 @@ from co_detr.engine.run_folder import (
 )
 from co_detr.engine.selection import build_selection
 from co_detr.engine.setup import CONFIG_FILE, RunLog, description_of_resumed, write_description
-from co_detr.engine.step import StepSettings
 from co_detr.engine.tracking import build_trackers, require_trackers
-from co_detr.engine.trainer import Trainer
+from co_detr.engine.trainer import StepSettings, Trainer
 from co_detr.engine.validation_loss import load_validation_set
 from co_detr.engine.writers import WriterHook, build_writers
 from co_detr.errors import CheckpointError, ConfigError

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,16 +19,63 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from co_detr.data.loader import BatchPlan
-from co_detr.engine.bad_step import BadStep, facts_of
-from co_detr.engine.gradient_norm import clip_gradient, gradient_norm
 from co_detr.engine.memory import GPU_PEAK
-from co_detr.engine.non_finite import NonFiniteGuard
+from co_detr.engine.non_finite import BadStep, NonFiniteGuard, facts_of
 from co_detr.engine.optimizer_state import layout_of, with_own_settings
-from co_detr.engine.step import JointResult, MicroBatches, StepSettings
 from co_detr.engine.writers import WriterHook
 from co_detr.modeling.step_counts import StepCounts
 from co_detr.seeding import seed_everything
 from co_detr.stop_signals import StopSignals
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How one optimiser step is made.
+
+    Attributes:
+        device: where the model is ("cpu", "cuda", ..).
+        seed: of the model's own randomness (sampling, dropout).
+        accumulation_steps: micro-batches per step.
+        exact_counts: whether, with several micro-batches, auxiliary heads run once more where they
+            could else not count what their losses are divided by in the whole step.
+        max_norm: limit of the gradient's L2 norm over all parameters; None: no clipping.
+        autocast_dtype: of mixed precision; None: everything in float32.
+        max_skips: steps in a row that are skipped because something is NaN or infinite.
+        output_dir: where the diagnosis of what is NaN or infinite goes.
+    """
+
+    device: str
+    seed: int
+    accumulation_steps: int = 1
+    exact_counts: bool = True
+    max_norm: float | None = None
+    autocast_dtype: torch.dtype | None = None
+    max_skips: int = 0
+    output_dir: str = "."
+
+
+@dataclass
+class MicroBatches:
+    """What the micro-batches of one iteration add up to in this process."""
+
+    batches: list[list[dict[str, Any]]] = field(default_factory=list)
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    data_time: float = 0.0  # seconds
+
+
+@dataclass(frozen=True)
+class JointResult:
+    """What all processes know after the backward pass.
+
+    Attributes:
+        losses: mean over processes of each loss term.
+        grad_norm: L2 norm before clipping.
+        stop: whether any process was asked to stop.
+    """
+
+    losses: dict[str, float]
+    grad_norm: float
+    stop: bool
 
 
 class Trainer(SimpleTrainer):
@@ -276,3 +325,30 @@ class Trainer(SimpleTrainer):
         if self.device_type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.settings.device)
             get_event_storage().put_scalar(GPU_PEAK, peak / 2**20)
+
+
+# `torch.nn.utils.clip_grad_norm_` in two steps, so that a NaN can be looked for in between.
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """L2 norm over all gradients, a scalar; the gradients stay as they are."""
+    gradients = [each.grad for each in parameters if each.grad is not None]
+    if hasattr(nn.utils, "get_total_norm"):
+        return nn.utils.get_total_norm(gradients)
+    # torch before 2.6
+    if not gradients:
+        return torch.zeros(())
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+
+
+def clip_gradient(parameters: Sequence[nn.Parameter], max_norm: float | None, norm: Tensor) -> None:
+    """Scales all gradients so that their norm, which is `norm`, is at most `max_norm`.
+
+    With None, does nothing.
+    """
+    if max_norm is None:
+        return
+    if hasattr(nn.utils, "clip_grads_with_norm_"):
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    else:  # torch before 2.6
+        nn.utils.clip_grad_norm_(parameters, max_norm)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from co_detr.engine.gradient_norm import clip_gradient, gradient_norm
+from co_detr.engine.trainer import clip_gradient, gradient_norm
 from tests.device import DEVICE
 
 NEWER = ("get_total_norm", "clip_grads_with_norm_")

@@ -13,8 +13,7 @@ from torch import nn
 
 from co_detr.engine.config import apply_overrides, load_config
 from co_detr.engine.dry_run import MadeUpLoader
-from co_detr.engine.step import StepSettings
-from co_detr.engine.trainer import Trainer
+from co_detr.engine.trainer import StepSettings, Trainer
 from co_detr.modeling import CoDETR
 from co_detr.modeling.auxiliary import DenseHead
 from co_detr.modeling.queries import DenoisingQueries
