@@ -27,7 +27,7 @@ from co_detr.checkpoint.reading import (
     read_checkpoint,
     stored_class_names,
 )
-from co_detr.engine.joint import raise_jointly
+from co_detr.engine.launch import raise_jointly
 from co_detr.engine.run_folder import RUN_FILE, RunIdentity, read_identity
 from co_detr.errors import CheckpointError, ConfigError
 from co_detr.files import write_error_of, written_whole

@@ -7,7 +7,7 @@ import os
 from detectron2.engine import HookBase
 
 from co_detr.checkpoint.saving import FINAL, Checkpointer, numbered_name, remove_old
-from co_detr.engine.joint import jointly, raise_jointly
+from co_detr.engine.launch import jointly, raise_jointly
 from co_detr.errors import CheckpointError, ConfigError
 
 

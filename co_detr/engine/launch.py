@@ -1,4 +1,4 @@
-"""Processes: `torchrun`, Detectron2's `launch`, or just this one."""
+"""Processes: `torchrun`, Detectron2's `launch`, or just this one; and what they decide together."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,6 @@ from co_detr.errors import ConfigError, LostProcessError, UserError, WriteError,
 from co_detr.stop_signals import SIGNALS
 
 Main = Callable[[DictConfig, argparse.Namespace], object]
-
 _INTERRUPTED = 128 + signal.SIGINT  # as shells have it
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 # What is said where a peer is gone or does not answer.
@@ -43,7 +43,6 @@ _LOST_PEER = (
         "recvValueWithTimeout",
     ),
 )
-
 EPILOG = """
 examples:
   train            python train_net.py --config-file configs/co_detr_r50.py --num-gpus 8
@@ -55,6 +54,7 @@ examples:
   two processes    torchrun --nproc-per-node 2 train_net.py --config-file configs/quickstart.py \\
                        train.device=cpu
 """
+T = TypeVar("T")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -124,29 +124,6 @@ def launch(main: Main, cfg: DictConfig, args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_devices(cfg: DictConfig, processes: int, on_this_machine: int) -> None:
-    """Every process has a GPU of its own.
-
-    Raises:
-        ConfigError: the same in all processes, before they wait for each other.
-    """
-    device = torch.device(cfg.train.device)
-    if processes == 1 or device.type != "cuda":
-        return
-    if device.index is not None:
-        raise ConfigError(
-            f"train.device={cfg.train.device} is one GPU, but the run has {processes} processes: "
-            "set train.device=cuda, which gives each process its own (CUDA_VISIBLE_DEVICES chooses "
-            "among those of the machine)."
-        )
-    count = torch.cuda.device_count()
-    if torch.cuda.is_available() and on_this_machine > count:
-        raise ConfigError(
-            f"{on_this_machine} processes are to run on this machine, but it has {count} GPU(s): "
-            "start no more (--num-gpus, or --nproc-per-node of torchrun) than there are."
-        )
-
-
 def guarded(main: Main, cfg: DictConfig, args: argparse.Namespace) -> int:
     """Runs `main` and reports what ends it in one sentence; returns the exit code."""
     try:
@@ -194,6 +171,68 @@ def report(error: UserError, debug: bool) -> None:
         return
     prefix = f"[rank {comm.get_rank()}] " if comm.get_world_size() > 1 else ""
     print(f"{prefix}error: {error.sentence}", file=sys.stderr, flush=True)
+
+
+def jointly(do: Callable[[], T]) -> T:
+    """Lets the main process do something, and all know the result; every process has to call this.
+
+    Raises:
+        UserError: in all processes, if the main process raises one or a file cannot be written.
+    """
+    result, problem = None, None
+    if comm.is_main_process():
+        try:
+            result = do()
+        except UserError as error:
+            problem = error
+        except OSError as error:
+            name = error.filename or "a file of the run"
+            problem = WriteError(
+                f"{name} cannot be written ({error.strerror or os.strerror(error.errno or 0)}): "
+                "make room or correct the permissions, and start again."
+            )
+            problem.__cause__ = error
+    raise_jointly(problem)
+    return comm.all_gather(result)[0]
+
+
+def raise_jointly(error: UserError | None) -> None:
+    """Raises in every process what one of them found; every process has to call this.
+
+    A process that raised alone would leave the others waiting for it.
+
+    Args:
+        error: this process's, or None. The one of the lowest rank is raised.
+    """
+    for found in comm.all_gather(None if error is None else (type(error), str(error))):
+        if found is not None:
+            kind, message = found
+            joint = kind(message)
+            joint.joint = True
+            raise joint from error
+
+
+def _check_devices(cfg: DictConfig, processes: int, on_this_machine: int) -> None:
+    """Every process has a GPU of its own.
+
+    Raises:
+        ConfigError: the same in all processes, before they wait for each other.
+    """
+    device = torch.device(cfg.train.device)
+    if processes == 1 or device.type != "cuda":
+        return
+    if device.index is not None:
+        raise ConfigError(
+            f"train.device={cfg.train.device} is one GPU, but the run has {processes} processes: "
+            "set train.device=cuda, which gives each process its own (CUDA_VISIBLE_DEVICES chooses "
+            "among those of the machine)."
+        )
+    count = torch.cuda.device_count()
+    if torch.cuda.is_available() and on_this_machine > count:
+        raise ConfigError(
+            f"{on_this_machine} processes are to run on this machine, but it has {count} GPU(s): "
+            "start no more (--num-gpus, or --nproc-per-node of torchrun) than there are."
+        )
 
 
 def _exit_guarded(main: Main, cfg: DictConfig, args: argparse.Namespace) -> None:

@@ -1,12 +1,33 @@
-"""Learning rates by parameter name and by training progress."""
+"""Learning rates by parameter name and by training progress, and an optimizer that goes on.
+
+A checkpoint holds two things of an optimizer: what it has learned of each parameter (moments), and
+its settings (learning rates, weight decay, ..). A resumed training goes on with the moments, by
+the parameters' names, and with the settings of its config.
+"""
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from fvcore.common.param_scheduler import ParamScheduler
+from torch import nn
+
+from co_detr.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+_NOT_SETTINGS = ("params", "param_names", "initial_lr")
+# What tells one kind of optimizer from another where a checkpoint does not name it.
+_TELLING = {"betas", "momentum", "alpha", "rho", "lr_decay"}
+_START_AGAIN = (
+    "undo this change, or start a new run in another train.output_dir with train.init_checkpoint "
+    "set to the checkpoint"
+)
 
 
 @dataclass(frozen=True)
@@ -67,3 +88,128 @@ class WarmUp(ParamScheduler):
     def __call__(self, where: float) -> float:
         progress = min(where / self.end, 1.0) if self.end > 0 else 1.0
         return (self.factor * (1 - progress) + progress) * self.scheduler(where)
+
+
+def layout_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """What a checkpoint says beside the state: the class, and the parameters' names in order."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    kind = type(optimizer)
+    return {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "parameters": [
+            names[id(parameter)]
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        ],
+    }
+
+
+def with_own_settings(
+    saved: Mapping[str, Any],
+    saved_layout: Mapping[str, Any] | None,
+    optimizer: torch.optim.Optimizer,
+    layout: Mapping[str, Any],
+) -> dict[str, Any]:
+    """A state dict with the moments of `saved` and the settings of `optimizer`; logs changes.
+
+    Args:
+        saved: what `optimizer.state_dict` gave.
+        saved_layout: `layout_of` its optimizer; None: of an earlier version, which did not keep it.
+        optimizer: as its config has it, before the first step.
+        layout: of it.
+
+    Raises:
+        CheckpointError: if the moments are of no use to it.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    _check_class(saved["param_groups"], saved_layout, own, layout)
+    before = _positions(saved["param_groups"])
+    now = _positions(own)
+    if saved_layout is None:
+        both = (own, saved["param_groups"])
+        sizes = [[len(group["params"]) for group in groups] for groups in both]
+        if sizes[0] != sizes[1]:
+            raise CheckpointError(
+                "the optimizer has other groups of parameters than the checkpoint's (of "
+                f"{sizes[0]} parameters instead of {sizes[1]}), so that the training cannot go on "
+                f"with these settings: {_START_AGAIN}."
+            )
+        sources = {index: index for index in now}
+    else:
+        sources = _by_name(saved_layout["parameters"], layout["parameters"])
+    _tell_changes([(before[sources[index]], now[index]) for index in now])
+    groups = [{**group, "initial_lr": group["lr"]} if "lr" in group else group for group in own]
+    state = {
+        index: saved["state"][source]
+        for index, source in sources.items()
+        if source in saved["state"]
+    }
+    return {"state": state, "param_groups": groups}
+
+
+def _positions(groups: Sequence[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
+    """The group of each parameter, by its number."""
+    return {index: group for group in groups for index in group["params"]}
+
+
+def _by_name(saved: Sequence[str], own: Sequence[str]) -> dict[int, int]:
+    """Number of a parameter here -> its number in the checkpoint."""
+    numbers = {name: number for number, name in enumerate(saved)}
+    new = [name for name in own if name not in numbers]
+    gone = sorted(numbers.keys() - set(own))
+    if new or gone:
+        first = f"{new[0]} is new" if new else f"{gone[0]} is not trained any more"
+        raise CheckpointError(
+            f"the optimizer has other parameters than the checkpoint's ({first}; {len(new)} new, "
+            f"{len(gone)} gone), so that the training cannot go on with these settings: "
+            f"{_START_AGAIN}."
+        )
+    return {index: numbers[name] for index, name in enumerate(own)}
+
+
+def _check_class(
+    saved: Sequence[Mapping[str, Any]],
+    saved_layout: Mapping[str, Any] | None,
+    own: Sequence[Mapping[str, Any]],
+    layout: Mapping[str, Any],
+) -> None:
+    other = None
+    if saved_layout is not None and saved_layout["class"] != layout["class"]:
+        other = saved_layout["class"]
+    elif saved_layout is None and (saved[0].keys() ^ own[0].keys()) & _TELLING:
+        other = "another one"
+    if other:
+        raise CheckpointError(
+            f"the optimizer is {layout['class']} but the checkpoint was trained with {other}, "
+            f"whose moments are of no use to it: {_START_AGAIN}."
+        )
+    if any(group.get("amsgrad") for group in own) and not all(map(_has_amsgrad, saved)):
+        raise CheckpointError(
+            "optimizer.amsgrad=true needs moments that the checkpoint does not have, as it was "
+            f"trained without: {_START_AGAIN}."
+        )
+
+
+def _has_amsgrad(group: Mapping[str, Any]) -> bool:
+    return bool(group.get("amsgrad"))
+
+
+def _tell_changes(groups: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> None:
+    changes: dict[str, dict[str, None]] = {}
+    for before, now in groups:
+        for name in now:
+            # "lr" itself is where the schedule was.
+            old = before.get("initial_lr" if name == "lr" else name)
+            if name in _NOT_SETTINGS or old is None or _plain(old) == _plain(now[name]):
+                continue
+            changes.setdefault(name, {})[f"{_plain(old)} -> {_plain(now[name])}"] = None
+    if changes:
+        logger.info(
+            "The optimizer goes on with the moments of the checkpoint and the settings of the "
+            "config; changed: %s.",
+            "; ".join(f"{name}: {', '.join(each)}" for name, each in changes.items()),
+        )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

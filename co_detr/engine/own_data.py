@@ -19,7 +19,7 @@ from co_detr.data.images import ImageReader
 from co_detr.data.preflight import PreflightSettings, SplitFiles, preflight
 from co_detr.data.preflight_boxes import InputSize, Limit, Limits
 from co_detr.engine.evaluation import COCO_LIMIT
-from co_detr.engine.joint import raise_jointly
+from co_detr.engine.launch import raise_jointly
 from co_detr.errors import DataError, UserError
 
 logger = logging.getLogger(__name__)

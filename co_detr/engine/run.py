@@ -27,7 +27,7 @@ from co_detr.engine.cuda_settings import configure_torch, pin_for
 from co_detr.engine.detector_report import log_best_detector
 from co_detr.engine.evaluation import evaluate
 from co_detr.engine.evaluation_hook import EvaluationHook
-from co_detr.engine.joint import jointly
+from co_detr.engine.launch import jointly
 from co_detr.engine.out_of_memory import (
     evaluation_advice,
     explain_out_of_memory,

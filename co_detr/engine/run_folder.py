@@ -21,7 +21,7 @@ from typing import Any
 
 from detectron2.utils import comm
 
-from co_detr.engine.joint import raise_jointly
+from co_detr.engine.launch import raise_jointly
 from co_detr.errors import CheckpointError, ConfigError, UserError, WriteError
 from co_detr.files import written_whole
 

@@ -13,7 +13,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 
 from co_detr.checkpoint.saving import Checkpointer
-from co_detr.engine.joint import jointly
+from co_detr.engine.launch import jointly
 from co_detr.engine.trainer import Trainer
 from co_detr.errors import CheckpointError, ConfigError
 from co_detr.files import written_whole

@@ -14,7 +14,7 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
 from co_detr.engine.allocator import keep_freed_memory
-from co_detr.engine.config_yaml import config_content, leaves, read_yaml, to_text
+from co_detr.engine.config import config_content, leaves, read_yaml, to_text
 from co_detr.errors import ConfigError
 from co_detr.files import written_whole
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from co_detr.data.loader import BatchPlan
 from co_detr.engine.memory import GPU_PEAK
 from co_detr.engine.non_finite import BadStep, NonFiniteGuard, facts_of
-from co_detr.engine.optimizer_state import layout_of, with_own_settings
+from co_detr.engine.optim import layout_of, with_own_settings
 from co_detr.engine.writers import WriterHook
 from co_detr.modeling.step_counts import StepCounts
 from co_detr.seeding import seed_everything

@@ -12,7 +12,7 @@ from torch.nn import LazyLinear
 
 import co_detr
 from co_detr.ablation.grid_file import read_grid_file
-from co_detr.engine.config import load_config, save_config
+from co_detr.engine.config import PACKAGES_VARIABLE, load_config, save_config
 from co_detr.engine.config_yaml import PACKAGES_VARIABLE
 from co_detr.errors import ConfigError
 from co_detr.tools.analyze.subjects import load_models, parse_model
@@ -109,7 +109,7 @@ def test_a_refused_target_leaves_python_as_it_was(folder):
     script = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from co_detr.engine.config_yaml import _is_allowed
+from co_detr.engine.config import _is_allowed
 assert not _is_allowed("pip.main")
 import setuptools
 """

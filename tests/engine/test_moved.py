@@ -6,8 +6,7 @@ import pytest
 from detectron2.utils.registry import locate
 
 from co_detr import moved
-from co_detr.engine.config import load_config
-from co_detr.engine.config_yaml import config_content, leaves
+from co_detr.engine.config import config_content, leaves, load_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "data" / "configs_0.1").glob("*.yaml"))
 

@@ -8,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_detector import TinyDetector
 
-from co_detr.engine.config_yaml import read_yaml
+from co_detr.engine.config import read_yaml
 from co_detr.engine.run import run_training
 from co_detr.engine.writers import purge_events
 from co_detr.errors import CheckpointError
