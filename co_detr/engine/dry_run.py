@@ -20,8 +20,8 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 
 from co_detr.data.loader import BatchPlan
-from co_detr.engine.averaging import EmaHook, build_averaged
 from co_detr.engine.complexity import random_batch
+from co_detr.engine.hooks import EmaHook, build_averaged
 from co_detr.engine.memory import PeakMemory
 from co_detr.engine.out_of_memory import explain_out_of_memory, training_advice
 from co_detr.engine.run import build_model, build_trainer

@@ -20,13 +20,17 @@ from torch.utils.data import DataLoader
 from co_detr.checkpoint.reading import AVERAGED
 from co_detr.checkpoint.saving import RUN_ID, Checkpointer
 from co_detr.data.coco import align_classes, class_names
-from co_detr.engine.averaging import EmaHook, build_averaged
-from co_detr.engine.checkpoint_hook import CheckpointHook
 from co_detr.engine.config import config_text
 from co_detr.engine.cuda_settings import configure_torch, pin_for
 from co_detr.engine.detector_report import log_best_detector
 from co_detr.engine.evaluation import evaluate
-from co_detr.engine.evaluation_hook import EvaluationHook
+from co_detr.engine.hooks import (
+    CheckpointHook,
+    EmaHook,
+    EvaluationHook,
+    PeriodicEvaluation,
+    build_averaged,
+)
 from co_detr.engine.launch import jointly
 from co_detr.engine.out_of_memory import (
     evaluation_advice,
@@ -34,7 +38,6 @@ from co_detr.engine.out_of_memory import (
     training_advice,
 )
 from co_detr.engine.own_data import align_with_checkpoint
-from co_detr.engine.periodic_evaluation import PeriodicEvaluation
 from co_detr.engine.run_folder import (
     RunIdentity,
     evaluation_folder,

@@ -7,6 +7,8 @@ import glob
 import json
 import logging
 import os
+from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Callable
 from importlib.util import find_spec
 
@@ -15,13 +17,39 @@ from detectron2.engine import HookBase
 from detectron2.utils.events import EventWriter, get_event_storage
 
 from co_detr.engine.run_folder import METRICS_FILE
-from co_detr.engine.tracking.base import ScalarWriter
 from co_detr.files import INCOMPLETE, written_whole
 
 logger = logging.getLogger(__name__)
 
 # Of the names under which an evaluation is logged: metrics, losses on the val set.
 EVALUATION_PREFIXES = ("bbox/", "val_loss/")
+
+
+class ScalarWriter(EventWriter):
+    """Passes every scalar on once, smoothed as in `metrics.jsonl`.
+
+    Args:
+        window_size: losses are medians over so many iterations.
+    """
+
+    def __init__(self, window_size: int) -> None:
+        self.window_size = window_size
+        self._written: dict[str, int] = {}
+
+    def write(self) -> None:
+        by_iteration: dict[int, dict[str, float]] = defaultdict(dict)
+        latest = get_event_storage().latest_with_smoothing_hint(self.window_size)
+        for name, (value, iteration) in latest.items():
+            # By name: an evaluation follows when the losses of its iteration are written already.
+            if iteration > self._written.get(name, -1):
+                by_iteration[iteration][name] = float(value)
+                self._written[name] = iteration
+        for iteration in sorted(by_iteration):
+            self.log(iteration, by_iteration[iteration])
+
+    @abstractmethod
+    def log(self, iteration: int, scalars: dict[str, float]) -> None:
+        """Sends the scalars of one iteration."""
 
 
 class ProgressPrinter(EventWriter):

@@ -12,8 +12,7 @@ from co_detr.engine.config import load_config, save_config
 from co_detr.engine.optim import LearningRateFactor, StepSchedule, WarmUp
 from co_detr.engine.overrides import TEXT_OR_NULL, text_override
 from co_detr.engine.run import build_model, run_training
-from co_detr.engine.tracking.mlflow_writer import MlflowSettings
-from co_detr.engine.tracking.wandb_writer import WandbSettings
+from co_detr.engine.tracking import MlflowSettings, WandbSettings
 from co_detr.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ import torch
 from tiny_detector import TinyDetector
 
 from co_detr.engine import run
-from co_detr.engine.checkpoint_hook import CheckpointHook
+from co_detr.engine.hooks import CheckpointHook
 from co_detr.engine.launch import guarded
 from co_detr.engine.run import run_evaluation_only, run_training
 from co_detr.errors import CheckpointError, ConfigError
@@ -169,7 +169,7 @@ def _fail_in(monkeypatch, owner, name, call, error, after=False):
         ("co_detr.engine.selection.EvaluationHistory", "add", 2, True),
         ("co_detr.engine.selection.ModelSelection", "after_evaluation", 2, True),
         ("co_detr.engine.writers.WriterHook", "write", 6, True),
-        ("co_detr.engine.checkpoint_hook.CheckpointHook", "_save", 1, True),
+        ("co_detr.engine.hooks.CheckpointHook", "_save", 1, True),
     ],
 )
 def test_an_error_in_an_evaluation_costs_no_training(

@@ -15,7 +15,7 @@ import co_detr
 from co_detr.checkpoint.detector import load_detector
 from co_detr.checkpoint.official import restore_official
 from co_detr.checkpoint.saving import Checkpointer
-from co_detr.engine.averaging import AveragedWeights, EmaSettings
+from co_detr.engine.hooks import AveragedWeights, EmaSettings
 from co_detr.errors import CheckpointError, ConfigError, DataError
 from co_detr.tools.predict.predictor import Predictor
 from tests.device import NAME
