@@ -1,11 +1,15 @@
 #!/usr/bin/env python3
-"""Trains or evaluates an experiment of configs/; `--help` shows examples."""
+"""Trains or evaluates an experiment of configs/; `--help` shows examples.
+
+The run itself is in `co_detr.engine.train`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 
 # OpenMP threads that wait for work spin for long by default. Where a data worker or another
 # program shares the cores, that makes a step several times slower; must be set before torch loads.
@@ -15,45 +19,45 @@ from co_detr.noise import silence_dependencies
 
 silence_dependencies()
 
-from detectron2.utils import comm
-from omegaconf import DictConfig
-
-from co_detr.engine.config import load_config
-from co_detr.engine.dry_run import dry_run
-from co_detr.engine.launch import launch, parse_arguments, report
-from co_detr.engine.own_data import adopt_class_count, check_data
-from co_detr.engine.run import run_evaluation_only, run_training
-from co_detr.engine.run_folder import exclusive
-from co_detr.engine.setup import setup_run
-from co_detr.errors import UserError
-
-
-def main(cfg: DictConfig, args: argparse.Namespace) -> None:
-    """Runs in every process."""
-    log = setup_run(cfg)
-    if args.dry_run:
-        measured = dry_run(cfg)
-        if comm.is_main_process():
-            print(measured.text())
-    elif args.eval_only:
-        check_data(cfg, eval_only=True)
-        run_evaluation_only(cfg, args.resume, log)
-    else:
-        with exclusive(cfg.train.output_dir):
-            check_data(cfg)
-            run_training(cfg, args.resume, log)
+EPILOG = """
+examples:
+  train            python train_net.py --config-file configs/co_detr_r50.py --num-gpus 8
+  own data         python train_net.py --config-file configs/co_detr_r50.py data.train=a.json \\
+                       data.train_images=images data.val=b.json data.val_images=images
+  continue         python train_net.py --config-file configs/co_detr_r50.py --resume
+  evaluate         python train_net.py --config-file configs/co_detr_r50.py --eval-only \\
+                       train.init_checkpoint=model_final.pth
+  two processes    torchrun --nproc-per-node 2 train_net.py --config-file configs/quickstart.py \\
+                       train.device=cpu
+"""
 
 
-def command_line() -> int:
-    args = parse_arguments()
-    try:
-        cfg = load_config(args.config_file, args.opts)
-        adopt_class_count(cfg, args.opts, args.eval_only, args.resume)
-        return launch(main, cfg, args)
-    except UserError as error:
-        report(error, args.debug)
-        return 2
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Detectron2's arguments and `--debug`; flags may stand before, between or behind overrides."""
+    parser = argparse.ArgumentParser(
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="FILE", help="experiment, such as configs/NAME.py")
+    add("--resume", action="store_true", help="continue from train.output_dir's last checkpoint")
+    add("--eval-only", action="store_true", help="evaluate only")
+    add("--dry-run", action="store_true", help="measure memory and time of a step; writes nothing")
+    add("--num-gpus", type=int, default=1, help="processes per machine (CPU ones without GPUs)")
+    add("--num-machines", type=int, default=1, help="number of machines")
+    add("--machine-rank", type=int, default=0, help="number of this machine, from 0")
+    add("--dist-url", default="auto", help="tcp://ADDRESS_OF_MACHINE_0:PORT; auto: a free port")
+    add(
+        "--debug",
+        action="store_true",
+        default=os.environ.get("CO_DETR_DEBUG") == "1",
+        help="show the traceback of errors that are otherwise one sentence (CO_DETR_DEBUG=1)",
+    )
+    add("opts", nargs="*", metavar="KEY=VALUE", help="override of a config key")
+    return parser.parse_intermixed_args(argv)
 
 
 if __name__ == "__main__":
-    sys.exit(command_line())
+    arguments = parse_arguments()
+    from co_detr.engine.train import run  # takes seconds, which --help does not need
+
+    sys.exit(run(arguments))

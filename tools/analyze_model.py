@@ -25,9 +25,10 @@ import torch
 from detectron2.config import instantiate
 from tabulate import tabulate
 
-from co_detr.engine.complexity import Complexity, PartCost, analyze, random_batch
 from co_detr.engine.config import load_config
+from co_detr.engine.memory_use import random_batch
 from co_detr.errors import exit_code
+from co_detr.tools.complexity import Complexity, PartCost, analyze
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,7 +25,7 @@ from detectron2.config import instantiate
 
 from co_detr.data.coco import class_names
 from co_detr.engine.config import load_config
-from co_detr.engine.own_data import adopt_class_count, check_data
+from co_detr.engine.data_check import adopt_class_count, check_data
 from co_detr.errors import exit_code
 from co_detr.tools.draw.boxes import Sample, plot_samples, sample_of
 

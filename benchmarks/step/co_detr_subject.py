@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.step.case import NUM_CLASSES, Case, synthetic_images
 from benchmarks.step.contestants import Contestant
 from co_detr.engine.config import load_config
-from co_detr.engine.run import build_model
+from co_detr.engine.setup import build_model
 from co_detr.structures import EncoderMemory, Predictions, QuerySet
 
 

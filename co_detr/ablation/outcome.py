@@ -11,8 +11,8 @@ from statistics import median
 from typing import Any
 
 from co_detr.checkpoint.saving import FINAL, MARKER
-from co_detr.engine.memory import GPU_PEAK
 from co_detr.engine.selection import HISTORY_FILE
+from co_detr.engine.trainer import GPU_PEAK
 
 _NUMBERED = re.compile(r"model_(\d+)\.pth")
 

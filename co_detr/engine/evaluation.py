@@ -1,18 +1,22 @@
-"""Evaluation of box detections: detections and metrics as files."""
+"""Evaluation of box detections: files, metrics, tables by class and by detector."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import csv
 import io
 import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
@@ -21,20 +25,107 @@ from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from tabulate import tabulate
 from torch import nn
 from torch.utils.data import DataLoader
 
 from co_detr.data.boxes import BoxChecker
 from co_detr.data.coco import dataset_name
 from co_detr.data.coco_file import CocoFile, Entry, read_coco
-from co_detr.engine.class_table import class_results, format_classes, write_classes
-from co_detr.engine.detector_report import detector_table
 from co_detr.errors import ConfigError
 from co_detr.files import written_whole
+from co_detr.modeling.detectors import DECODER, TOP_K
 
 logger = logging.getLogger(__name__)
 
 COCO_LIMIT = 100  # detections per image and class that COCO's AP looks at
+CLASS_FILE = "per_class_ap.csv"
+_CLASS_COLUMNS = ("class", "AP", "AP50", "ground_truths")
+Metrics = Mapping[str, float]  # from 0 to 100; what is undefined is left out
+
+
+class EvaluationStopped(Exception):
+    """A process was asked to stop; raised in all of them."""
+
+
+class _StopCheck(DatasetEvaluator):
+    """In front of the other evaluators: stops before they bring their results together."""
+
+    def __init__(self, should_stop: Callable[[], bool]) -> None:
+        self.should_stop = should_stop
+
+    def evaluate(self) -> None:
+        if any(comm.all_gather(self.should_stop())):
+            raise EvaluationStopped
+
+
+class _Stoppable:
+    """A loader that ends early in a process that should stop."""
+
+    def __init__(self, loader: DataLoader, should_stop: Callable[[], bool]) -> None:
+        self.loader = loader
+        self.should_stop = should_stop
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        for batch in self.loader:
+            if self.should_stop():
+                return
+            yield batch
+
+
+def evaluate(
+    model: nn.Module,
+    loader: DataLoader,
+    evaluator: BoxEvaluator,
+    output_dir: str,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:
+    """Runs `model` over `loader` and writes `output_dir/metrics.json`.
+
+    Args:
+        model: in any mode, which it has afterwards, too.
+        loader: of this process's share of the images.
+        evaluator: of this process's detections.
+        output_dir: for `metrics.json`.
+        should_stop: asked before every batch.
+
+    Raises:
+        EvaluationStopped: in all processes, if `should_stop` says so in one.
+
+    Returns:
+        AP, AP50, AP75, APs, APm, APl and AP-<class>, from 0 to 100, on the main process, where
+        the file has null for what is undefined (no box of that size or class); {} elsewhere.
+        Detections of another kind, from the same pass, add `<kind>/AP` and so on. Without
+        annotations there are no metrics, and `metrics.json` is not written.
+    """
+    kinds = list(getattr(model, "compared", ()))
+    evaluators = [evaluator, *(evaluator.of_kind(kind) for kind in kinds)]
+    results = inference_on_dataset(
+        model, _Stoppable(loader, should_stop), [_StopCheck(should_stop), *evaluators]
+    )
+    if not comm.is_main_process() or not evaluator.labeled:
+        return {}
+    print_csv_format({name: each for name, each in results.items() if name not in kinds})
+    metrics = {name: float(value) for name, value in results.get("bbox", {}).items()}
+    # Those of single classes, AP-<class>, have a file.
+    columns = [name for name in metrics if "-" not in name]
+    for kind in kinds:
+        values = results.get(kind, {})
+        metrics |= {f"{kind}/{name}": float(value) for name, value in values.items()}
+    defined = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    path = os.path.join(output_dir, "metrics.json")
+    os.makedirs(output_dir, exist_ok=True)
+    with written_whole(path) as file:
+        json.dump({name: defined.get(name) for name in metrics}, file, indent=2)
+        file.write("\n")
+    if kinds:
+        table = detector_table(defined, kinds, columns)
+        logger.info("Detectors of this model, from one pass over the images:\n%s", table)
+    logger.info("Metrics are in %s", path)
+    return defined
 
 
 class BoxEvaluator(DatasetEvaluator):
@@ -245,85 +336,134 @@ class CocoBoxEvaluator(BoxEvaluator):
             )
 
 
-class EvaluationStopped(Exception):
-    """A process was asked to stop; raised in all of them."""
+@dataclass(frozen=True)
+class ClassResult:
+    """Numbers of one class.
+
+    Attributes:
+        name: of the class.
+        ap, ap50: from 0 to 100; NaN without ground truth.
+        ground_truths: boxes that could be found (crowd regions are not).
+    """
+
+    name: str
+    ap: float
+    ap50: float
+    ground_truths: int
 
 
-class _StopCheck(DatasetEvaluator):
-    """In front of the other evaluators: stops before they bring their results together."""
-
-    def __init__(self, should_stop: Callable[[], bool]) -> None:
-        self.should_stop = should_stop
-
-    def evaluate(self) -> None:
-        if any(comm.all_gather(self.should_stop())):
-            raise EvaluationStopped
-
-
-class _Stoppable:
-    """A loader that ends early in a process that should stop."""
-
-    def __init__(self, loader: DataLoader, should_stop: Callable[[], bool]) -> None:
-        self.loader = loader
-        self.should_stop = should_stop
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        for batch in self.loader:
-            if self.should_stop():
-                return
-            yield batch
-
-
-def evaluate(
-    model: nn.Module,
-    loader: DataLoader,
-    evaluator: BoxEvaluator,
-    output_dir: str,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> dict[str, float]:
-    """Runs `model` over `loader` and writes `output_dir/metrics.json`.
+def class_results(
+    coco_eval: Any, coco: COCO, order: Mapping[int | str, int], names: Sequence[str]
+) -> list[ClassResult]:
+    """What an accumulated `COCOeval` found.
 
     Args:
-        model: in any mode, which it has afterwards, too.
-        loader: of this process's share of the images.
-        evaluator: of this process's detections.
-        output_dir: for `metrics.json`.
-        should_stop: asked before every batch.
-
-    Raises:
-        EvaluationStopped: in all processes, if `should_stop` says so in one.
-
-    Returns:
-        AP, AP50, AP75, APs, APm, APl and AP-<class>, from 0 to 100, on the main process, where
-        the file has null for what is undefined (no box of that size or class); {} elsewhere.
-        Detections of another kind, from the same pass, add `<kind>/AP` and so on. Without
-        annotations there are no metrics, and `metrics.json` is not written.
+        coco_eval: of boxes, with its precisions.
+        coco: the ground truth.
+        order: category id of the file -> position of the class, which the result is sorted by.
+        names: of the classes, by their position.
     """
-    kinds = list(getattr(model, "compared", ()))
-    evaluators = [evaluator, *(evaluator.of_kind(kind) for kind in kinds)]
-    results = inference_on_dataset(
-        model, _Stoppable(loader, should_stop), [_StopCheck(should_stop), *evaluators]
-    )
-    if not comm.is_main_process() or not evaluator.labeled:
-        return {}
-    print_csv_format({name: each for name, each in results.items() if name not in kinds})
-    metrics = {name: float(value) for name, value in results.get("bbox", {}).items()}
-    # Those of single classes, AP-<class>, have a file.
-    columns = [name for name in metrics if "-" not in name]
-    for kind in kinds:
-        values = results.get(kind, {})
-        metrics |= {f"{kind}/{name}": float(value) for name, value in values.items()}
-    defined = {name: value for name, value in metrics.items() if math.isfinite(value)}
-    path = os.path.join(output_dir, "metrics.json")
-    os.makedirs(output_dir, exist_ok=True)
+    parameters = coco_eval.params
+    # (thresholds, recalls, classes) over all sizes, with the largest number of detections
+    precisions = coco_eval.eval["precision"][:, :, :, 0, -1]
+    at_50 = int(np.flatnonzero(np.isclose(parameters.iouThrs, 0.5))[0])
+    results = {}
+    for index, category in enumerate(parameters.catIds):
+        boxes = coco.getAnnIds(parameters.imgIds, [category], iscrowd=False)
+        results[category] = ClassResult(
+            names[order[category]],
+            _mean(precisions[:, :, index]),
+            _mean(precisions[at_50, :, index]),
+            len(boxes),
+        )
+    return [results[category] for category in sorted(results, key=order.__getitem__)]
+
+
+def format_classes(results: Sequence[ClassResult]) -> str:
+    """A table with one line per class."""
+    rows = [
+        (each.name, _text(each.ap, ".1f"), _text(each.ap50, ".1f"), each.ground_truths)
+        for each in results
+    ]
+    align = ("left", "right", "right", "right")
+    return tabulate(rows, _CLASS_COLUMNS, tablefmt="github", colalign=align, disable_numparse=True)
+
+
+def write_classes(results: Sequence[ClassResult], folder: str) -> str:
+    """Writes `per_class_ap.csv`, where undefined numbers are empty; returns its path."""
+    path = os.path.join(folder, CLASS_FILE)
     with written_whole(path) as file:
-        json.dump({name: defined.get(name) for name in metrics}, file, indent=2)
-        file.write("\n")
-    if kinds:
-        table = detector_table(defined, kinds, columns)
-        logger.info("Detectors of this model, from one pass over the images:\n%s", table)
-    logger.info("Metrics are in %s", path)
-    return defined
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(_CLASS_COLUMNS)
+        for each in results:
+            numbers = (_text(each.ap, ".3f"), _text(each.ap50, ".3f"), each.ground_truths)
+            writer.writerow((each.name, *numbers))
+    return path
+
+
+def _mean(precisions: np.ndarray) -> float:
+    defined = precisions[precisions > -1]
+    return 100 * float(np.mean(defined)) if defined.size else math.nan
+
+
+def _text(value: float, form: str) -> str:
+    return "" if math.isnan(value) else format(value, form)
+
+
+def metrics_of(metrics: Metrics, kind: str) -> dict[str, float]:
+    """The metrics of one kind of detections: ``<kind>/AP``, or ``AP`` itself for the decoder."""
+    if kind == DECODER:
+        return dict(metrics)
+    prefix = f"{kind}/"
+    return {
+        key.removeprefix(prefix): each for key, each in metrics.items() if key.startswith(prefix)
+    }
+
+
+def detector_table(metrics: Metrics, kinds: Sequence[str], columns: Sequence[str]) -> str:
+    """One line for the decoder and for each kind; the best AP is marked.
+
+    Args:
+        metrics: as `evaluate` returns them.
+        kinds: of detections beside the decoder's.
+        columns: names of metrics.
+    """
+    best = best_detector(metrics, kinds)
+    rows = []
+    for kind in (DECODER, *kinds):
+        own = metrics_of(metrics, kind)
+        numbers = [f"{own[name]:.1f}" if name in own else "" for name in columns]
+        rows.append((kind, *numbers, "best AP" if kind == best else ""))
+    align = ("left", *("right" for _ in columns), "left")
+    headers = ("detector", *columns, "")
+    return tabulate(rows, headers, tablefmt="github", colalign=align, disable_numparse=True)
+
+
+def best_detector(metrics: Metrics, kinds: Sequence[str]) -> str | None:
+    """Of all that can be asked for by name; the first one of equals, None without an AP."""
+    found = {
+        kind: metrics_of(metrics, kind)["AP"]
+        for kind in (DECODER, *kinds)
+        if kind != TOP_K and "AP" in metrics_of(metrics, kind)
+    }
+    return max(found, key=found.__getitem__, default=None)
+
+
+def log_best_detector(metrics: Metrics, kinds: Sequence[str], config: str, checkpoint: str) -> None:
+    """Names the best detector of a model that has several, and the command that uses it.
+
+    Args:
+        config, checkpoint: files that the command names; without a checkpoint there is nothing to
+            use, and nothing is logged.
+    """
+    best = best_detector(metrics, kinds)
+    if best is None or not checkpoint or not set(kinds) - {TOP_K}:
+        return
+    command = ["python", "predict.py", "--config-file", config, "--checkpoint", checkpoint]
+    command += [] if best == DECODER else ["--detector", best]
+    own, decoder = metrics_of(metrics, best), metrics.get("AP")
+    beside = "" if best == DECODER or decoder is None else f"; the decoder has {decoder:.1f}"
+    logger.info(
+        "The best detector of this model is %s (AP %.1f%s). To use it:\n  %s IMAGES --output drawn",
+        *(best, own["AP"], beside, shlex.join(command)),
+    )

@@ -23,6 +23,7 @@ from co_detr.checkpoint.saving import FINAL, Checkpointer, numbered_name, remove
 from co_detr.engine.evaluation import EvaluationStopped
 from co_detr.engine.launch import jointly, raise_jointly
 from co_detr.engine.selection import ModelSelection
+from co_detr.engine.setup import RunLog
 from co_detr.engine.trainer import Trainer
 from co_detr.engine.validation_loss import ValidationLoss
 from co_detr.engine.writers import WriterHook
@@ -31,6 +32,39 @@ from co_detr.errors import CheckpointError, ConfigError, UserError
 logger = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
+
+
+class BeginHook(HookBase):
+    """Lets a run change its folder as soon as it has something to put there, and not before.
+
+    That is behind its first step, or before an evaluation if there is nothing to train. Has to be
+    the first hook, in every process.
+
+    Args:
+        begin: is called once in the main process.
+        output_dir, log: all processes write their messages from then on.
+    """
+
+    def __init__(self, begin: Callable[[], None], output_dir: str, log: RunLog | None) -> None:
+        self._begin = begin
+        self._output_dir = output_dir
+        self._log = log
+        self._has_begun = False
+
+    def before_train(self) -> None:
+        if self.trainer.evaluation_pending or self.trainer.start_iter >= self.trainer.max_iter:
+            self._once()
+
+    def after_step(self) -> None:
+        self._once()
+
+    def _once(self) -> None:
+        if self._has_begun:
+            return
+        self._has_begun = True
+        jointly(self._begin)
+        if self._log is not None:
+            self._log.open(self._output_dir)
 
 
 @dataclass(frozen=True)

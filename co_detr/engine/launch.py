@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
@@ -43,42 +43,7 @@ _LOST_PEER = (
         "recvValueWithTimeout",
     ),
 )
-EPILOG = """
-examples:
-  train            python train_net.py --config-file configs/co_detr_r50.py --num-gpus 8
-  own data         python train_net.py --config-file configs/co_detr_r50.py data.train=a.json \\
-                       data.train_images=images data.val=b.json data.val_images=images
-  continue         python train_net.py --config-file configs/co_detr_r50.py --resume
-  evaluate         python train_net.py --config-file configs/co_detr_r50.py --eval-only \\
-                       train.init_checkpoint=model_final.pth
-  two processes    torchrun --nproc-per-node 2 train_net.py --config-file configs/quickstart.py \\
-                       train.device=cpu
-"""
 T = TypeVar("T")
-
-
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Detectron2's arguments and `--debug`; flags may stand before, between or behind overrides."""
-    parser = argparse.ArgumentParser(
-        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--config-file", required=True, metavar="FILE", help="experiment, such as configs/NAME.py")
-    add("--resume", action="store_true", help="continue from train.output_dir's last checkpoint")
-    add("--eval-only", action="store_true", help="evaluate only")
-    add("--dry-run", action="store_true", help="measure memory and time of a step; writes nothing")
-    add("--num-gpus", type=int, default=1, help="processes per machine (CPU ones without GPUs)")
-    add("--num-machines", type=int, default=1, help="number of machines")
-    add("--machine-rank", type=int, default=0, help="number of this machine, from 0")
-    add("--dist-url", default="auto", help="tcp://ADDRESS_OF_MACHINE_0:PORT; auto: a free port")
-    add(
-        "--debug",
-        action="store_true",
-        default=os.environ.get("CO_DETR_DEBUG") == "1",
-        help="show the traceback of errors that are otherwise one sentence (CO_DETR_DEBUG=1)",
-    )
-    add("opts", nargs="*", metavar="KEY=VALUE", help="override of a config key")
-    return parser.parse_intermixed_args(argv)
 
 
 def launch(main: Main, cfg: DictConfig, args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The output folder of a run: whose it is, who writes to it, and where an evaluation goes.
+"""The output folder of a run: whose it is, who writes to it, what describes the run in it.
 
 A run has an id, in `run.json` and in each of its checkpoints. A training that starts in the folder
 of another one puts its own id there with its first step; what the other has left is then not
@@ -20,16 +20,21 @@ from datetime import datetime
 from typing import Any
 
 from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from omegaconf import DictConfig
 
+from co_detr.engine.config import config_content, leaves, read_yaml, to_text
 from co_detr.engine.launch import raise_jointly
 from co_detr.errors import CheckpointError, ConfigError, UserError, WriteError
 from co_detr.files import written_whole
 
 logger = logging.getLogger(__name__)
 
+CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 _LOCK_FILE = ".lock"
+_NOT_SET = object()
 _EVALUATION = "evaluation"  # the subfolder of evaluations beside a training
 
 
@@ -167,3 +172,42 @@ def evaluation_folder(output_dir: str) -> str:
 
 def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def write_description(folder: str, config: str) -> None:
+    """Writes ``config.yaml`` (from `config_text`) and ``environment.txt``; in the main process."""
+    os.makedirs(folder, exist_ok=True)
+    for name, text in ((CONFIG_FILE, config), ("environment.txt", collect_env_info() + "\n")):
+        with written_whole(os.path.join(folder, name)) as file:
+            file.write(text)
+
+
+def description_of_resumed(cfg: DictConfig, folder: str) -> str:
+    """What ``config.yaml`` is to say of a run that goes on; logs what differs from the one there.
+
+    The settings are the new ones, but a run that goes on does not start from
+    ``train.init_checkpoint``: that one stays.
+    """
+    content = config_content(cfg)
+    path = os.path.join(folder, CONFIG_FILE)
+    if not os.path.isfile(path):
+        return to_text(content)
+    try:
+        earlier = read_yaml(path)
+    except ConfigError as error:
+        logger.warning("What has changed since this run began is not known: %s", error)
+        return to_text(content)
+    before, now = dict(leaves(earlier)), dict(leaves(content))
+    init = "train.init_checkpoint"
+    if now.get(init) and before.get(init) != now[init]:
+        logger.warning("%s=%s has no effect: the run goes on from its own.", init, now[init])
+    if init in before:
+        content["train"]["init_checkpoint"] = now[init] = before[init]
+    changed = [
+        f"{key}: {before.get(key, 'not set')} -> {now.get(key, 'not set')}"
+        for key in dict.fromkeys((*now, *before))
+        if before.get(key, _NOT_SET) != now.get(key, _NOT_SET)
+    ]
+    if changed:
+        logger.info("Settings that differ from those in %s: %s", path, "; ".join(changed))
+    return to_text(content)

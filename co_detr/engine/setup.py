@@ -1,27 +1,28 @@
-"""What happens before a run: messages, seed, and what describes it for its folder."""
+"""What happens in every process before a run: messages, seeds, switches of PyTorch, the model."""
 
 from __future__ import annotations
 
 import logging
 import logging.handlers
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
+from detectron2.config import instantiate
 from detectron2.utils import comm
-from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
+from torch import nn
+from torch.utils.data import DataLoader
 
 from co_detr.engine.allocator import keep_freed_memory
-from co_detr.engine.config import config_content, leaves, read_yaml, to_text
 from co_detr.errors import ConfigError
-from co_detr.files import written_whole
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.yaml"
-_NOT_SET = object()
 _LOGGERS = ("detectron2", "fvcore", "co_detr")
 
 
@@ -97,40 +98,91 @@ def setup_run(cfg: DictConfig) -> RunLog:
     return log
 
 
-def write_description(folder: str, config: str) -> None:
-    """Writes ``config.yaml`` (from `config_text`) and ``environment.txt``; in the main process."""
-    os.makedirs(folder, exist_ok=True)
-    for name, text in ((CONFIG_FILE, config), ("environment.txt", collect_env_info() + "\n")):
-        with written_whole(os.path.join(folder, name)) as file:
-            file.write(text)
+def build_model(cfg: DictConfig) -> nn.Module:
+    """Builds `cfg.model` on `cfg.train.device`.
 
-
-def description_of_resumed(cfg: DictConfig, folder: str) -> str:
-    """What ``config.yaml`` is to say of a run that goes on; logs what differs from the one there.
-
-    The settings are the new ones, but a run that goes on does not start from
-    ``train.init_checkpoint``: that one stays.
+    Raises:
+        ConfigError: if the device does not exist here.
     """
-    content = config_content(cfg)
-    path = os.path.join(folder, CONFIG_FILE)
-    if not os.path.isfile(path):
-        return to_text(content)
+    device = torch.device(cfg.train.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"train.device={cfg.train.device} but no CUDA device is here: set train.device=cpu."
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"train.device={cfg.train.device} but this machine has {torch.cuda.device_count()} "
+            "GPU(s), counted from 0: name one of these."
+        )
+    configure_torch(cfg.train)
+    model = instantiate(cfg.model).to(cfg.train.device)
+    if cfg.train.compile:
+        model.compile_layers()
+    return model
+
+
+@dataclass(frozen=True)
+class CudaSettings:
+    """The node ``train.cuda``; without effect on the CPU.
+
+    Attributes:
+        tf32: whether float32 matrix products and convolutions run on tensor cores, with 10 bits of
+            mantissa (NVIDIA Ampere and newer). Sums and everything else stay in float32.
+        cudnn_benchmark: whether cuDNN tries which algorithm is fastest for each new image size,
+            which pays where all images have one size.
+    """
+
+    tf32: bool = True
+    cudnn_benchmark: bool = False
+
+    def apply(self) -> None:
+        # Not the names that PyTorch 2.9 has introduced: 2.4 lacks them, and both do not mix.
+        torch.backends.cuda.matmul.allow_tf32 = self.tf32
+        torch.backends.cudnn.allow_tf32 = self.tf32
+        torch.backends.cudnn.benchmark = self.cudnn_benchmark
+
+
+def configure_torch(train: DictConfig) -> None:
+    """Sets what ``train.cuda`` and ``train.deterministic`` ask for, for the whole process.
+
+    To be called before the model is on the GPU. A config without these nodes, of an earlier
+    version, leaves everything as it is.
+    """
+    settings = _settings(train, train.device)
+    if settings is not None:
+        settings.apply()
+    if train.get("deterministic", False):
+        # Read by cuBLAS when it starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # Operators that have no deterministic kernel are named in a warning.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
+
+
+@contextmanager
+def cuda_settings(train: DictConfig, device: torch.device) -> Iterator[None]:
+    """``train.cuda`` inside of the block alone, for a model in somebody else's process."""
+    settings = _settings(train, device)
+    if settings is None:
+        yield
+        return
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    settings.apply()
     try:
-        earlier = read_yaml(path)
-    except ConfigError as error:
-        logger.warning("What has changed since this run began is not known: %s", error)
-        return to_text(content)
-    before, now = dict(leaves(earlier)), dict(leaves(content))
-    init = "train.init_checkpoint"
-    if now.get(init) and before.get(init) != now[init]:
-        logger.warning("%s=%s has no effect: the run goes on from its own.", init, now[init])
-    if init in before:
-        content["train"]["init_checkpoint"] = now[init] = before[init]
-    changed = [
-        f"{key}: {before.get(key, 'not set')} -> {now.get(key, 'not set')}"
-        for key in dict.fromkeys((*now, *before))
-        if before.get(key, _NOT_SET) != now.get(key, _NOT_SET)
-    ]
-    if changed:
-        logger.info("Settings that differ from those in %s: %s", path, "; ".join(changed))
-    return to_text(content)
+        yield
+    finally:
+        cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+
+
+def pin_for(loader: DataLoader, device: str) -> DataLoader:
+    """Lets a loader put tensors where a GPU can fetch them while it computes."""
+    loader.pin_memory = torch.device(device).type == "cuda"
+    return loader
+
+
+def _settings(train: DictConfig, device: str | torch.device) -> CudaSettings | None:
+    if "cuda" not in train or torch.device(device).type != "cuda":
+        return None
+    return CudaSettings(**train.cuda)

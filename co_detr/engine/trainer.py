@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -11,21 +13,27 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from detectron2.config import instantiate
 from detectron2.engine import SimpleTrainer
+from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from co_detr.data.loader import BatchPlan
-from co_detr.engine.memory import GPU_PEAK
 from co_detr.engine.non_finite import BadStep, NonFiniteGuard, facts_of
 from co_detr.engine.optim import layout_of, with_own_settings
 from co_detr.engine.writers import WriterHook
 from co_detr.modeling.step_counts import StepCounts
 from co_detr.seeding import seed_everything
 from co_detr.stop_signals import StopSignals
+
+logger = logging.getLogger(__name__)
+
+GPU_PEAK = "gpu_peak_mib"  # under which metrics.jsonl has what tensors took on the GPU so far
 
 
 @dataclass(frozen=True)
@@ -352,3 +360,40 @@ def clip_gradient(parameters: Sequence[nn.Parameter], max_norm: float | None, no
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     else:  # torch before 2.6
         nn.utils.clip_grad_norm_(parameters, max_norm)
+
+
+def build_trainer(
+    cfg: DictConfig, model: nn.Module, loader: DataLoader, accumulation_steps: int
+) -> Trainer:
+    """Puts optimiser, processes and settings of a step around a model.
+
+    Args:
+        loader: of micro-batches, of which `accumulation_steps` make a step.
+    """
+    logger.info("%.1f M parameters", sum(p.numel() for p in model.parameters()) / 1e6)
+    node = copy.deepcopy(cfg.optimizer)  # a config describes; it does not hold a model
+    node.params.model = model
+    optimizer = instantiate(node)
+    settings = _step_settings(cfg, accumulation_steps)
+    return Trainer(_distributed(model, cfg), loader, optimizer, settings)
+
+
+def _step_settings(cfg: DictConfig, accumulation_steps: int) -> StepSettings:
+    amp = cfg.train.amp
+    return StepSettings(
+        device=cfg.train.device,
+        seed=cfg.train.seed,
+        accumulation_steps=accumulation_steps,
+        exact_counts=cfg.train.get("exact_counts", True),
+        max_norm=cfg.train.clip_grad.max_norm,
+        autocast_dtype=getattr(torch, amp.dtype) if amp.enabled else None,
+        max_skips=cfg.train.non_finite.max_skips,
+        output_dir=cfg.train.output_dir,
+    )
+
+
+def _distributed(model: nn.Module, cfg: DictConfig) -> nn.Module:
+    settings = dict(cfg.train.ddp)
+    if torch.device(cfg.train.device).type == "cpu":
+        settings["device_ids"] = None  # Detectron2 would pass the rank as a GPU number
+    return create_ddp_model(model, **settings)

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 from torchvision.ops import StochasticDepth
 
 from co_detr.data.coco import class_names
-from co_detr.engine.cuda_settings import pin_for
 from co_detr.engine.selection import LOSS_PREFIX
+from co_detr.engine.setup import pin_for
 from co_detr.engine.trainer import StepSettings
 from co_detr.errors import ConfigError
 from co_detr.seeding import locally_seeded, seed_everything

@@ -7,7 +7,7 @@ import torch
 from detectron2.config import instantiate
 
 from co_detr.engine.hooks import AveragedWeights, EmaSettings
-from co_detr.engine.run import run_evaluation_only, run_training
+from co_detr.engine.train import run_evaluation_only, run_training
 from co_detr.errors import ConfigError
 from tests.device import DEVICE
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from fvcore.nn import FlopCountAnalysis
 
-from co_detr.engine.complexity import FLOP_HANDLERS, Complexity, PartCost, analyze, random_batch
+from co_detr.engine.memory_use import random_batch
 from co_detr.layers import MultiScaleDeformableAttention
+from co_detr.tools.complexity import FLOP_HANDLERS, Complexity, PartCost, analyze
 from tests.modeling.builders import NUM_CLASSES, NUM_QUERIES, tiny_model
 
 pytestmark = pytest.mark.cpu_only("operations are counted, which are the same everywhere")

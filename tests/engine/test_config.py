@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 from co_detr.engine.config import load_config, save_config
 from co_detr.engine.optim import LearningRateFactor, StepSchedule, WarmUp
 from co_detr.engine.overrides import TEXT_OR_NULL, text_override
-from co_detr.engine.run import build_model, run_training
+from co_detr.engine.setup import build_model
 from co_detr.engine.tracking import MlflowSettings, WandbSettings
+from co_detr.engine.train import run_training
 from co_detr.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,8 +7,8 @@ import torch
 from omegaconf import OmegaConf
 
 import co_detr
-from co_detr.engine.cuda_settings import configure_torch, cuda_settings, pin_for
-from co_detr.engine.run import run_training
+from co_detr.engine.setup import configure_torch, cuda_settings, pin_for
+from co_detr.engine.train import run_training
 
 pytestmark = pytest.mark.cpu_only("PyTorch's switches, which need no device")
 
@@ -78,7 +78,7 @@ def test_loaders_pin_memory_for_a_gpu(tiny_cfg, monkeypatch):
         pinned.append((loader, device))
         return pin_for(loader, device)
 
-    for module in ("run", "validation_loss"):
+    for module in ("train", "validation_loss"):
         monkeypatch.setattr(f"co_detr.engine.{module}.pin_for", note)
     run_training(tiny_cfg("train.max_iter=1", "train.val_loss.enabled=true"), resume=False)
     assert [device for _, device in pinned] == ["cpu"] * 3  # training, evaluation, its losses

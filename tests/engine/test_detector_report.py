@@ -7,8 +7,8 @@ from detectron2.config import instantiate
 
 from co_detr.checkpoint.detector import load_detector
 from co_detr.engine.config import load_config
-from co_detr.engine.detector_report import best_detector, detector_table, log_best_detector
-from co_detr.engine.run import run_evaluation_only, run_training
+from co_detr.engine.evaluation import best_detector, detector_table, log_best_detector
+from co_detr.engine.train import run_evaluation_only, run_training
 from co_detr.tools.predict.command_line import parse_arguments
 from tests.modeling.builders import CONFIGS, shrink
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.utils.env import seed_all_rng
 
-from co_detr.engine.run import run_training
+from co_detr.engine.train import run_training
 
 pytestmark = pytest.mark.cpu_only("two processes: NCCL wants a card for each, see tests/gpu")
 

@@ -10,7 +10,7 @@ from detectron2.config import instantiate
 from tiny_detector import TinyDetector
 
 from co_detr.engine.config import load_config
-from co_detr.engine.dry_run import MANY_OBJECTS, USUAL_OBJECTS, dry_run, image_sizes
+from co_detr.engine.memory_use import MANY_OBJECTS, USUAL_OBJECTS, dry_run, image_sizes
 from co_detr.errors import ConfigError, OutOfMemoryError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

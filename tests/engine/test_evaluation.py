@@ -11,7 +11,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from co_detr.data.coco import align_classes, class_names, load_coco
-from co_detr.engine.run import _build_evaluation, run_evaluation_only, run_training
+from co_detr.engine.train import _build_evaluation, run_evaluation_only, run_training
 from co_detr.errors import CheckpointError, ConfigError, DataError
 
 

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from detectron2.utils import comm
 
 from co_detr.engine import launch as launching
-from co_detr.engine.run import build_model, run_training
+from co_detr.engine.setup import build_model
+from co_detr.engine.train import run_training
 from co_detr.errors import CheckpointError, ConfigError
 
 

@@ -8,7 +8,7 @@ from detectron2.utils import comm
 from tiny_detector import NaNDetector, TinyDetector
 from torch import nn
 
-from co_detr.engine.run import run_training
+from co_detr.engine.train import run_training
 from co_detr.errors import NonFiniteError
 from tests.engine.processes import free_port
 

@@ -8,9 +8,8 @@ import torch
 
 from co_detr.data.loader import BatchPlan
 from co_detr.engine.config import load_config
-from co_detr.engine.memory import PeakMemory
-from co_detr.engine.out_of_memory import training_advice
-from co_detr.engine.run import run_evaluation_only, run_training
+from co_detr.engine.memory_use import PeakMemory, training_advice
+from co_detr.engine.train import run_evaluation_only, run_training
 from co_detr.errors import OutOfMemoryError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

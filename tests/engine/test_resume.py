@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_detector import TinyDetector
 
 from co_detr.engine.config import read_yaml
-from co_detr.engine.run import run_training
+from co_detr.engine.train import run_training
 from co_detr.engine.writers import purge_events
 from co_detr.errors import CheckpointError
 from tests.engine.kill_and_resume import _events

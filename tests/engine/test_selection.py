@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from co_detr.engine.run import run_training
 from co_detr.engine.selection import evaluations_without_gain
+from co_detr.engine.train import run_training
 from co_detr.errors import CheckpointError, ConfigError
 
 EVERY_STEP = ["train.eval_period=1", "train.checkpointer.period=1"]
@@ -23,7 +23,7 @@ def prescribe(monkeypatch):
             value = left.pop(0)
             return {} if value is None else {"AP": value, "AP50": -value}
 
-        monkeypatch.setattr("co_detr.engine.run.evaluate", evaluate)
+        monkeypatch.setattr("co_detr.engine.train.evaluate", evaluate)
         return left
 
     return make

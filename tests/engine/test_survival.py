@@ -16,7 +16,7 @@ from tiny_detector import TinyDetector
 from co_detr.engine import run
 from co_detr.engine.hooks import CheckpointHook
 from co_detr.engine.launch import guarded
-from co_detr.engine.run import run_evaluation_only, run_training
+from co_detr.engine.train import run_evaluation_only, run_training
 from co_detr.errors import CheckpointError, ConfigError
 from co_detr.files import INCOMPLETE
 from tests.engine.kill_and_resume import _events, kill_and_resume
@@ -162,10 +162,10 @@ def _fail_in(monkeypatch, owner, name, call, error, after=False):
 @pytest.mark.parametrize(
     ("owner", "name", "call", "after"),
     [
-        ("co_detr.engine.run", "evaluate", 1, False),
-        ("co_detr.engine.run", "evaluate", 2, False),
-        ("co_detr.engine.run", "evaluate", 2, True),
-        ("co_detr.engine.run", "evaluate", 3, False),  # behind the last iteration
+        ("co_detr.engine.train", "evaluate", 1, False),
+        ("co_detr.engine.train", "evaluate", 2, False),
+        ("co_detr.engine.train", "evaluate", 2, True),
+        ("co_detr.engine.train", "evaluate", 3, False),  # behind the last iteration
         ("co_detr.engine.selection.EvaluationHistory", "add", 2, True),
         ("co_detr.engine.selection.ModelSelection", "after_evaluation", 2, True),
         ("co_detr.engine.writers.WriterHook", "write", 6, True),

@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from co_detr.engine.run import run_training
+from co_detr.engine.train import run_training
 from co_detr.errors import ConfigError
 
 STEPS = ["train.eval_period=2", "train.log_period=2"]

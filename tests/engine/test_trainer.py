@@ -9,7 +9,7 @@ from detectron2.utils import comm
 from tiny_detector import TinyDetector
 
 from co_detr.engine import trainer
-from co_detr.engine.run import run_training
+from co_detr.engine.train import run_training
 from tests.device import NAME
 
 

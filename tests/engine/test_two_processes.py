@@ -10,7 +10,7 @@ import torch
 from detectron2.utils.env import seed_all_rng
 
 from co_detr.engine.launch import _forwarded_signals
-from co_detr.engine.run import run_evaluation_only, run_training
+from co_detr.engine.train import run_evaluation_only, run_training
 from tests.engine.test_distributed import COMMON, _run
 
 pytestmark = pytest.mark.cpu_only("two processes: NCCL wants a card for each, see tests/gpu")

@@ -7,7 +7,7 @@ import torch
 from detectron2.config import instantiate
 from torch import nn
 
-from co_detr.engine.run import run_training
+from co_detr.engine.train import run_training
 from co_detr.engine.trainer import StepSettings
 from co_detr.engine.validation_loss import ValidationLoss
 from co_detr.errors import ConfigError

@@ -12,7 +12,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from co_detr.engine.config import apply_overrides, load_config
-from co_detr.engine.dry_run import MadeUpLoader
+from co_detr.engine.memory_use import MadeUpLoader
 from co_detr.engine.trainer import StepSettings, Trainer
 from co_detr.modeling import CoDETR
 from co_detr.modeling.auxiliary import DenseHead

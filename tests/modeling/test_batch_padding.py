@@ -6,7 +6,7 @@ from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.structures import Instances
 
-from co_detr.engine.run import run_evaluation_only
+from co_detr.engine.train import run_evaluation_only
 from co_detr.errors import ConfigError
 from co_detr.modeling import BatchPadding
 from tests.device import DEVICE

@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.config import instantiate
 
-from co_detr.engine.run import run_evaluation_only
+from co_detr.engine.train import run_evaluation_only
 from co_detr.modeling import TopKPostprocessor
 from tests.device import DEVICE
 from tests.modeling.builders import detect, evaluating, make_batch, shrink

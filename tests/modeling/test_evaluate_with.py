@@ -4,7 +4,7 @@ import pytest
 import torch
 from detectron2.config import instantiate
 
-from co_detr.engine.run import run_evaluation_only
+from co_detr.engine.train import run_evaluation_only
 from co_detr.errors import ConfigError
 from tests.modeling.builders import (
     detect,

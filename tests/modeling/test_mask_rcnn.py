@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from co_detr.engine.run import run_evaluation_only
+from co_detr.engine.train import run_evaluation_only
 from co_detr.errors import ConfigError
 from co_detr.tools.predict.files import CocoResults
 from tests.device import DEVICE

@@ -4,7 +4,7 @@ import torch
 from detectron2.config import instantiate
 
 from co_detr.engine.evaluation import evaluate
-from co_detr.engine.run import run_evaluation_only, run_training
+from co_detr.engine.train import run_evaluation_only, run_training
 from tests.device import DEVICE
 from tests.modeling.builders import tiny_config
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from co_detr.engine.run import run_training
+from co_detr.engine.train import run_training
 from tests.modeling.builders import tiny_config
 
 RECIPE = [

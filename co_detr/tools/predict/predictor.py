@@ -18,7 +18,7 @@ from co_detr.checkpoint.detector import Config, load_detector
 from co_detr.data.augmentation import augment
 from co_detr.data.images import ImageReader, ImageSource, name_of
 from co_detr.data.mapper import as_tensor, in_format
-from co_detr.engine.cuda_settings import cuda_settings
+from co_detr.engine.setup import cuda_settings
 from co_detr.errors import ConfigError
 
 Key = TypeVar("Key")

@@ -1,7 +1,8 @@
-"""From a config to a trained or evaluated model."""
+"""A whole run on one page: configuration, data, model, optimizer, hooks, loop, evaluation."""
 
 from __future__ import annotations
 
+import argparse
 import copy
 import logging
 import os
@@ -9,75 +10,81 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from detectron2.config import instantiate
-from detectron2.engine import HookBase, hooks
-from detectron2.engine.defaults import create_ddp_model
+from detectron2.engine import hooks
+from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import nn
-from torch.utils.data import DataLoader
 
 from co_detr.checkpoint.reading import AVERAGED
 from co_detr.checkpoint.saving import RUN_ID, Checkpointer
 from co_detr.data.coco import align_classes, class_names
-from co_detr.engine.config import config_text
-from co_detr.engine.cuda_settings import configure_torch, pin_for
-from co_detr.engine.detector_report import log_best_detector
-from co_detr.engine.evaluation import evaluate
+from co_detr.engine.config import config_text, load_config
+from co_detr.engine.data_check import adopt_class_count, align_with_checkpoint, check_data
+from co_detr.engine.evaluation import evaluate, log_best_detector
 from co_detr.engine.hooks import (
+    BeginHook,
     CheckpointHook,
     EmaHook,
     EvaluationHook,
     PeriodicEvaluation,
     build_averaged,
 )
-from co_detr.engine.launch import jointly
-from co_detr.engine.out_of_memory import (
+from co_detr.engine.launch import jointly, launch, report
+from co_detr.engine.memory_use import (
+    dry_run,
     evaluation_advice,
     explain_out_of_memory,
     training_advice,
 )
-from co_detr.engine.own_data import align_with_checkpoint
 from co_detr.engine.run_folder import (
+    CONFIG_FILE,
     RunIdentity,
+    description_of_resumed,
     evaluation_folder,
+    exclusive,
     holds_training,
     read_identity,
+    write_description,
 )
 from co_detr.engine.selection import build_selection
-from co_detr.engine.setup import CONFIG_FILE, RunLog, description_of_resumed, write_description
+from co_detr.engine.setup import RunLog, build_model, pin_for, setup_run
 from co_detr.engine.tracking import build_trackers, require_trackers
-from co_detr.engine.trainer import StepSettings, Trainer
+from co_detr.engine.trainer import Trainer, build_trainer
 from co_detr.engine.validation_loss import load_validation_set
 from co_detr.engine.writers import WriterHook, build_writers
-from co_detr.errors import CheckpointError, ConfigError
+from co_detr.errors import CheckpointError, ConfigError, UserError
 from co_detr.files import remove_incomplete
 from co_detr.stop_signals import outlive_signals
 
 logger = logging.getLogger(__name__)
 
 
-def build_model(cfg: DictConfig) -> nn.Module:
-    """Builds `cfg.model` on `cfg.train.device`.
+def run(args: argparse.Namespace) -> int:
+    """What `train_net.py` does with its arguments; returns the exit code (see `launch`)."""
+    try:
+        cfg = load_config(args.config_file, args.opts)
+        adopt_class_count(cfg, args.opts, args.eval_only, args.resume)
+        return launch(main, cfg, args)
+    except UserError as error:
+        report(error, args.debug)
+        return 2
 
-    Raises:
-        ConfigError: if the device does not exist here.
-    """
-    device = torch.device(cfg.train.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"train.device={cfg.train.device} but no CUDA device is here: set train.device=cpu."
-        )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"train.device={cfg.train.device} but this machine has {torch.cuda.device_count()} "
-            "GPU(s), counted from 0: name one of these."
-        )
-    configure_torch(cfg.train)
-    model = instantiate(cfg.model).to(cfg.train.device)
-    if cfg.train.compile:
-        model.compile_layers()
-    return model
+
+def main(cfg: DictConfig, args: argparse.Namespace) -> None:
+    """Runs in every process."""
+    log = setup_run(cfg)
+    if args.dry_run:
+        measured = dry_run(cfg)
+        if comm.is_main_process():
+            print(measured.text())
+    elif args.eval_only:
+        check_data(cfg, eval_only=True)
+        run_evaluation_only(cfg, args.resume, log)
+    else:
+        with exclusive(cfg.train.output_dir):
+            check_data(cfg)
+            run_training(cfg, args.resume, log)
 
 
 def run_training(cfg: DictConfig, resume: bool, log: RunLog | None = None) -> dict[str, float]:
@@ -92,29 +99,34 @@ def run_training(cfg: DictConfig, resume: bool, log: RunLog | None = None) -> di
     """
     require_trackers(cfg)
     description = config_text(cfg)
-    output_dir = cfg.train.output_dir
-    train_loader = pin_for(instantiate(cfg.dataloader.train), cfg.train.device)
+    output_dir, device = cfg.train.output_dir, cfg.train.device
+
+    # Data. The val set is loaded first although it is used last: a wrong data.val should not end a
+    # finished training.
+    train_loader = pin_for(instantiate(cfg.dataloader.train), device)
     names = class_names(cfg.data.train)
     selection = build_selection(cfg, names)
     val_set = load_validation_set(cfg)
-    # Built first although it is used last: a wrong data.val should not end a finished training.
     run_evaluation = _build_evaluation(cfg)
     align_classes(cfg.data.val, names)
+
+    # Model and optimizer.
     model = build_model(cfg)
     trainer = build_trainer(cfg, model, train_loader, train_loader.batch_sampler.accumulation_steps)
     logger.info(trainer.plan.text())
+    averaged = build_averaged(model, cfg)
+
+    # Weights to start from, or a checkpoint to continue from.
     os.makedirs(output_dir, exist_ok=True)
     if log is not None and not jointly(lambda: holds_training(output_dir)):
         log.open(output_dir)
-    averaged = build_averaged(model, cfg)
     states = {"trainer": trainer} | ({} if averaged is None else {AVERAGED: averaged})
     checkpointer = _checkpointer(model, cfg, cfg.data.train, **states)
-    start_iter, identity = _initialise(checkpointer, trainer, cfg, resume)
+    start_iter, identity = _load_start(checkpointer, trainer, cfg, resume)
     if start_iter:
         description = jointly(lambda: description_of_resumed(cfg, output_dir))
     if averaged is not None:
         averaged.start_from(model)
-    evaluated = model if averaged is None else averaged.module
     max_iter = cfg.train.max_iter
     if selection is not None:
         history = selection.history
@@ -122,8 +134,18 @@ def run_training(cfg: DictConfig, resume: bool, log: RunLog | None = None) -> di
     if start_iter >= max_iter or (selection is not None and selection.exhausted(start_iter)):
         logger.info("Nothing to train: iteration %d of %d is done.", start_iter, max_iter)
         max_iter = start_iter  # what is left is the evaluation
+
+    # Hooks.
     saving, eval_period = cfg.train.checkpointer, cfg.train.eval_period
     writers = WriterHook(cfg.train.log_period, eval_period)
+    evaluation = PeriodicEvaluation(
+        trainer,
+        checkpointer,
+        model if averaged is None else averaged.module,
+        partial(run_evaluation, should_stop=trainer.asked_to_stop),
+        validation_loss=None if val_set is None else val_set.build_loss(names, trainer.settings),
+        selection=selection,
+    )
 
     def begin() -> None:
         """Makes the folder this run's; in the main process."""
@@ -141,14 +163,6 @@ def run_training(cfg: DictConfig, resume: bool, log: RunLog | None = None) -> di
         )
         writers.open([*own, *trackers])
 
-    evaluation = PeriodicEvaluation(
-        trainer,
-        checkpointer,
-        evaluated,
-        partial(run_evaluation, should_stop=trainer.asked_to_stop),
-        validation_loss=None if val_set is None else val_set.build_loss(names, trainer.settings),
-        selection=selection,
-    )
     trainer.register_hooks(
         [
             BeginHook(begin, output_dir, log),
@@ -161,9 +175,9 @@ def run_training(cfg: DictConfig, resume: bool, log: RunLog | None = None) -> di
             EvaluationHook(eval_period, evaluation, writers),
         ]
     )
-    with explain_out_of_memory(
-        cfg.train.device, "training", lambda: training_advice(cfg, trainer.plan)
-    ):
+
+    # The loop, with the final evaluation at its end.
+    with explain_out_of_memory(device, "training", lambda: training_advice(cfg, trainer.plan)):
         trainer.train(start_iter, max_iter)
     if trainer.stopping:
         logger.info(
@@ -173,55 +187,6 @@ def run_training(cfg: DictConfig, resume: bool, log: RunLog | None = None) -> di
     else:
         _log_best(model, evaluation.metrics, output_dir, checkpointer.get_checkpoint_file())
     return evaluation.metrics
-
-
-class BeginHook(HookBase):
-    """Lets a run change its folder as soon as it has something to put there, and not before.
-
-    That is behind its first step, or before an evaluation if there is nothing to train. Has to be
-    the first hook, in every process.
-
-    Args:
-        begin: is called once in the main process.
-        output_dir, log: all processes write their messages from then on.
-    """
-
-    def __init__(self, begin: Callable[[], None], output_dir: str, log: RunLog | None) -> None:
-        self._begin = begin
-        self._output_dir = output_dir
-        self._log = log
-        self._has_begun = False
-
-    def before_train(self) -> None:
-        if self.trainer.evaluation_pending or self.trainer.start_iter >= self.trainer.max_iter:
-            self._once()
-
-    def after_step(self) -> None:
-        self._once()
-
-    def _once(self) -> None:
-        if self._has_begun:
-            return
-        self._has_begun = True
-        jointly(self._begin)
-        if self._log is not None:
-            self._log.open(self._output_dir)
-
-
-def build_trainer(
-    cfg: DictConfig, model: nn.Module, loader: DataLoader, accumulation_steps: int
-) -> Trainer:
-    """Puts optimiser, processes and settings of a step around a model.
-
-    Args:
-        loader: of micro-batches, of which `accumulation_steps` make a step.
-    """
-    logger.info("%.1f M parameters", sum(p.numel() for p in model.parameters()) / 1e6)
-    node = copy.deepcopy(cfg.optimizer)  # a config describes; it does not hold a model
-    node.params.model = model
-    optimizer = instantiate(node)
-    settings = _step_settings(cfg, accumulation_steps)
-    return Trainer(_distributed(model, cfg), loader, optimizer, settings)
 
 
 def run_evaluation_only(
@@ -299,28 +264,7 @@ def _checkpointer(
     )
 
 
-def _step_settings(cfg: DictConfig, accumulation_steps: int) -> StepSettings:
-    amp = cfg.train.amp
-    return StepSettings(
-        device=cfg.train.device,
-        seed=cfg.train.seed,
-        accumulation_steps=accumulation_steps,
-        exact_counts=cfg.train.get("exact_counts", True),
-        max_norm=cfg.train.clip_grad.max_norm,
-        autocast_dtype=getattr(torch, amp.dtype) if amp.enabled else None,
-        max_skips=cfg.train.non_finite.max_skips,
-        output_dir=cfg.train.output_dir,
-    )
-
-
-def _distributed(model: nn.Module, cfg: DictConfig) -> nn.Module:
-    settings = dict(cfg.train.ddp)
-    if torch.device(cfg.train.device).type == "cpu":
-        settings["device_ids"] = None  # Detectron2 would pass the rank as a GPU number
-    return create_ddp_model(model, **settings)
-
-
-def _initialise(
+def _load_start(
     checkpointer: Checkpointer, trainer: Trainer, cfg: DictConfig, resume: bool
 ) -> tuple[int, RunIdentity]:
     """Loads what training starts from; returns the first iteration, and which run it is."""

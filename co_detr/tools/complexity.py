@@ -16,7 +16,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis, parameter_count
 from fvcore.nn.jit_analysis import JitModelAnalysis
@@ -78,29 +77,6 @@ class Complexity:
             sum(part.flops for part in parts),
             sum(part.activations for part in parts),
         )
-
-
-def random_batch(
-    height: int, width: int, batch: int, num_gts: int, num_classes: int, seed: int = 0
-) -> list[dict]:
-    """Inputs with random pixels and boxes, ready for training and for inference.
-
-    Returns:
-        ``batch`` dicts: ``image`` ``(3, height, width)`` float from 0 to 255, and ``instances``
-        with ``num_gts`` ``gt_boxes`` (absolute xyxy) and ``gt_classes``.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    extent = torch.tensor([width, height], dtype=torch.float32)
-    inputs = []
-    for _ in range(batch):
-        sides = extent * (0.1 + 0.4 * torch.rand(num_gts, 2, generator=generator))
-        low = torch.rand(num_gts, 2, generator=generator) * (extent - sides)
-        instances = Instances((height, width))
-        instances.gt_boxes = Boxes(torch.cat([low, low + sides], dim=1))
-        instances.gt_classes = torch.randint(0, num_classes, (num_gts,), generator=generator)
-        image = 255 * torch.rand(3, height, width, generator=generator)
-        inputs.append({"image": image, "instances": instances})
-    return inputs
 
 
 @torch.no_grad()

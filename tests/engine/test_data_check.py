@@ -12,13 +12,13 @@ from tiny_detector import TinyDetector
 from co_detr.data.coco import class_names
 from co_detr.data.preflight_boxes import InputSize, Limit
 from co_detr.engine.config import apply_overrides, load_config
-from co_detr.engine.own_data import (
+from co_detr.engine.data_check import (
     adopt_class_count,
     align_with_checkpoint,
     check_data,
     limits_of,
 )
-from co_detr.engine.run import run_evaluation_only
+from co_detr.engine.train import run_evaluation_only
 from co_detr.errors import DataError
 
 CONFIG_FILE = str(Path(__file__).parent / "tiny_config.py")

@@ -1,14 +1,18 @@
-"""A few training steps on made-up images, to learn what a run needs before it starts.
+"""Memory that a run needs: measured in a dry run before it starts, explained where it runs out.
 
-No image is read and nothing is written.
+A dry run makes a few training steps on made-up images, which also tells the time of a step. No
+image is read and nothing is written.
 """
 
 from __future__ import annotations
 
 import datetime
+import os
+import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,24 +20,127 @@ import detectron2.data.transforms as T
 import torch
 from detectron2.config import instantiate
 from detectron2.engine import HookBase
+from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from co_detr.data.loader import BatchPlan
-from co_detr.engine.complexity import random_batch
 from co_detr.engine.hooks import EmaHook, build_averaged
-from co_detr.engine.memory import PeakMemory
-from co_detr.engine.out_of_memory import explain_out_of_memory, training_advice
-from co_detr.engine.run import build_model, build_trainer
-from co_detr.errors import ConfigError
+from co_detr.engine.setup import build_model
+from co_detr.engine.trainer import build_trainer
+from co_detr.errors import ConfigError, OutOfMemoryError
 
 MANY_OBJECTS = 100  # per image; COCO's fullest has 93
 USUAL_OBJECTS = 8
 # Gradients of one micro-batch lie in memory while the second one is computed; a third adds nothing.
 _ACCUMULATED = 2
 _WORST_STEPS = 2  # the optimiser makes its state at the end of the first
-
 Size = tuple[int, int]
+# What allocators say: CUDA's caching allocator, CUDA itself, cuBLAS, and PyTorch's on the CPU.
+_MESSAGES = (
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "can't allocate memory",
+    "not enough memory",
+)
+_CHECKPOINTING = (
+    "model.encoder.activation_checkpointing",
+    "model.backbone.bottom_up.activation_checkpointing",
+)
+_TRAIN_SIZES = (
+    "model.padding.square_size",
+    "dataloader.train.mapper.augmentations.size",
+    "dataloader.train.mapper.augmentations.max_size",
+)
+_TEST_SIZES = ("model.padding.square_size", "dataloader.test.mapper.augmentations.max_size")
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """The most memory that was in use so far.
+
+    Attributes:
+        used: bytes. On a GPU what PyTorch has reserved there, on the CPU the resident memory of
+            this process with all its libraries (without processes that load images).
+        total: bytes that the GPU or the machine has.
+    """
+
+    used: int
+    total: int
+
+    @classmethod
+    def of(cls, device: str | torch.device) -> PeakMemory:
+        device = torch.device(device)
+        if device.type == "cuda":
+            total = torch.cuda.get_device_properties(device).total_memory
+            return cls(torch.cuda.max_memory_reserved(device), total)
+        # Linux counts in KiB, macOS in bytes.
+        unit = 1 if sys.platform == "darwin" else 1024
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return cls(used, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+    def __str__(self) -> str:
+        return f"{self.used / 2**30:.2f} of {self.total / 2**30:.2f} GiB"
+
+
+@contextmanager
+def explain_out_of_memory(device: str, doing: str, advice: Callable[[], str]) -> Iterator[None]:
+    """Turns a failed allocation inside the block into one sentence.
+
+    Args:
+        device: where the model is.
+        doing: what the block does, as in "training".
+        advice: gives what to change.
+
+    Raises:
+        OutOfMemoryError: instead of what PyTorch or Python raise.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        where = "the GPU" if device.startswith("cuda") else "the machine"
+        raise OutOfMemoryError(
+            f"the memory of {where} ran out in {doing} (peak: {PeakMemory.of(device)}): {advice()}."
+        ) from error
+
+
+def training_advice(cfg: DictConfig, plan: BatchPlan) -> str:
+    """Switches that save memory in training and are not on yet, the cheapest first."""
+    advice = []
+    share = plan.images_per_gpu
+    if share > 1:
+        smaller = max(n for n in range(1, share) if share % n == 0)
+        advice.append(
+            f"set train.images_per_gpu={smaller} (now {share}; the batch of a step and the "
+            "learning rate stay)"
+        )
+    if not cfg.train.amp.enabled:
+        advice.append("set train.amp.enabled=true (bfloat16)")
+    off = [key for key in _CHECKPOINTING if OmegaConf.select(cfg, key) is False]
+    advice += [f"set {key}=true" for key in off]
+    advice.append(_smaller_images(cfg, _TRAIN_SIZES))
+    return f"{' or '.join(advice)}, and try it with --dry-run"
+
+
+def evaluation_advice(cfg: DictConfig) -> str:
+    """The same for evaluation, which keeps nothing for a backward pass."""
+    size = cfg.dataloader.test.get("batch_size", 1)
+    advice = ["set dataloader.test.batch_size=1"] if size > 1 else []
+    return " or ".join([*advice, _smaller_images(cfg, _TEST_SIZES)])
+
+
+def _smaller_images(cfg: DictConfig, keys: tuple[str, ...]) -> str:
+    for key in keys:
+        if value := OmegaConf.select(cfg, key):
+            return f"choose smaller images ({key} is {value})"
+    return "choose smaller images"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    text = str(error)
+    return isinstance(error, MemoryError) or any(message in text for message in _MESSAGES)
 
 
 @dataclass(frozen=True)
@@ -201,3 +308,26 @@ def _micro_batches(
         for i, (height, width) in enumerate(sizes)
     ]
     return [batch] * number
+
+
+def random_batch(
+    height: int, width: int, batch: int, num_gts: int, num_classes: int, seed: int = 0
+) -> list[dict]:
+    """Inputs with random pixels and boxes, ready for training and for inference.
+
+    Returns:
+        ``batch`` dicts: ``image`` ``(3, height, width)`` float from 0 to 255, and ``instances``
+        with ``num_gts`` ``gt_boxes`` (absolute xyxy) and ``gt_classes``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    extent = torch.tensor([width, height], dtype=torch.float32)
+    inputs = []
+    for _ in range(batch):
+        sides = extent * (0.1 + 0.4 * torch.rand(num_gts, 2, generator=generator))
+        low = torch.rand(num_gts, 2, generator=generator) * (extent - sides)
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(torch.cat([low, low + sides], dim=1))
+        instances.gt_classes = torch.randint(0, num_classes, (num_gts,), generator=generator)
+        image = 255 * torch.rand(3, height, width, generator=generator)
+        inputs.append({"image": image, "instances": instances})
+    return inputs
