@@ -1,7 +1,7 @@
 """Reading COCO-format files; what has only one meaning is read, however a tool has written it.
 
 All that use an annotation file get it from here: preflight, training, evaluation and plots see the
-same ids, areas and boxes.
+same ids, areas, boxes and polygons, and find the image files that it names in the same places.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from numbers import Real
 from typing import Any
+from urllib.parse import unquote
 
-from co_detr.data.polygons import enclosing_box
+import pycocotools.mask as mask_utils
+
 from co_detr.errors import DataError
 
 Entry = dict[str, Any]
-
 # Where whole numbers belong; pandas writes those of a column with gaps as 1.0.
 _WHOLE = {
     "images": ("id", "width", "height"),
@@ -28,7 +30,6 @@ _WHOLE = {
     "categories": ("id",),
 }
 _WHOLE_LISTS = ("neg_category_ids", "not_exhaustive_category_ids")  # LVIS: of an image
-
 # What a file that is no json begins with.
 _STRANGERS = (
     (b"version https://git-lfs", "it is the pointer of a large file in Git: run git lfs pull"),
@@ -36,6 +37,7 @@ _STRANGERS = (
     (b"PK\x03\x04", "it is a zip archive: unpack it"),
     (b"<", "it is a web page or xml: fetch the json, or convert with tools/convert_dataset.py"),
 )
+_MOST_FOLDERS = 300  # that are searched for a hint
 
 
 @dataclass(frozen=True)
@@ -229,3 +231,205 @@ def _mend_annotation(entry: Entry) -> list[tuple[Mend, str]]:
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, float) and value.is_integer()
+
+
+def checked_polygons(segmentation: Any, where: str) -> list[list[float]]:
+    """The polygons of one annotation.
+
+    Args:
+        segmentation: as it stands in the file; None: not there.
+        where: what an error calls the annotation.
+
+    Raises:
+        DataError: if it is no list of polygons with at least three points.
+    """
+    if segmentation is None:
+        raise DataError(
+            f"{where} has no segmentation: add one, or do without masks, in training with "
+            "dataloader.train.dataset.with_masks=false and a head that needs none, in a val set "
+            "with train.val_loss.enabled=false."
+        )
+    if isinstance(segmentation, dict):
+        raise DataError(f"{where} has a run-length encoded mask: write it as polygons.")
+    if not isinstance(segmentation, list) or not segmentation:
+        raise DataError(f"{where} has the segmentation {segmentation!r}: write a list of polygons.")
+    for polygon in segmentation:
+        is_polygon = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
+        if not is_polygon or not all(isinstance(each, Real) for each in polygon):
+            raise DataError(
+                f"{where} has a polygon that is not [x, y, x, y, ..] of at least three points: "
+                "mend or remove it."
+            )
+    return segmentation
+
+
+def enclosing_box(segmentation: Any) -> list[float] | None:
+    """The box (x, y, w, h) around polygons or a run-length mask; None if there is no area."""
+    if isinstance(segmentation, dict):
+        return _box_of_mask(segmentation)
+    polygons = segmentation if isinstance(segmentation, list) else []
+    numbers = [polygon for polygon in polygons if isinstance(polygon, list)]
+    if not numbers or not all(isinstance(value, Real) for part in numbers for value in part):
+        return None
+    xs = [value for part in numbers for value in part[0::2]]
+    ys = [value for part in numbers for value in part[1::2]]
+    if len(xs) < 3 or len(xs) != len(ys):
+        return None
+    box = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+    return box if box[2] > 0 and box[3] > 0 else None
+
+
+def _box_of_mask(segmentation: dict[str, Any]) -> list[float] | None:
+    counts, size = segmentation.get("counts"), segmentation.get("size")
+    if not isinstance(size, list) or len(size) != 2 or not isinstance(counts, list | str):
+        return None
+    try:
+        if isinstance(counts, list):
+            segmentation = mask_utils.frPyObjects(segmentation, *size)
+        box = mask_utils.toBbox(segmentation).tolist()
+    except (TypeError, ValueError):  # numbers that are none
+        return None
+    return box if box[2] > 0 and box[3] > 0 else None
+
+
+@dataclass(frozen=True)
+class LocatedFiles:
+    """Files that names stand for.
+
+    Attributes:
+        root: folder that paths are relative to.
+        paths: name -> path below `root`, of all that were found.
+        missing: names that no file was found for.
+        shared: those of `missing` that would stand for one file together with another name.
+    """
+
+    root: str
+    paths: dict[str, str]
+    missing: list[str]
+    shared: list[str]
+
+    @property
+    def moved(self) -> list[str]:
+        """Names whose file is not where they say."""
+        return [name for name, path in self.paths.items() if name != path]
+
+    def hint(self) -> str:
+        """What could be behind the first missing file: part of a sentence, "" without an idea."""
+        if not self.missing:
+            return ""
+        name = self.missing[0]
+        if name in self.shared:
+            return f"{name!r} and another name lead to one file"
+        path = _similar_file(name, self.root)
+        if path is None:
+            return ""
+        folder = _folder_above(path, name)
+        if folder is not None:
+            return f"{name!r} would be found in the directory {folder}"
+        return f"{path} has a similar name"
+
+
+def locate_files(names: Iterable[str], root: str) -> LocatedFiles:
+    """Looks names of an annotation file up.
+
+    A name that leads to no file may come from another system or machine: backslashes, escapes of
+    URLs (%20), other letter case or another Unicode form, and folders in front that are not there
+    (C:\\data\\a.jpg, /home/other/a.jpg) are overlooked if exactly one file is left then. Files in
+    folders that a name does not have are never taken: they may be other images of that name.
+    """
+    folder = _Folder(root)
+    found = {name: folder.find(name) for name in dict.fromkeys(names)}
+    wanted = Counter(found.values())
+    shared = [n for n, path in found.items() if path not in (None, n) and wanted[path] > 1]
+    for name in shared:
+        found[name] = None
+    return LocatedFiles(
+        root=root,
+        paths={name: path for name, path in found.items() if path is not None},
+        missing=[name for name, path in found.items() if path is None],
+        shared=shared,
+    )
+
+
+class _Folder:
+    """Lists every directory once instead of a look-up per file: large sets often lie on network
+    disks."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self._names: dict[str, set[str]] = {}
+        self._folded: dict[str, dict[str, list[str]]] = {}
+
+    def find(self, name: str) -> str | None:
+        """The path below the root that a name stands for."""
+        directory, base = os.path.split(name)
+        if base in self._list(directory) or os.path.isfile(os.path.join(self.root, name)):
+            return name
+        parts = _parts(name)
+        ways = (self._follow(parts[start:]) for start in range(len(parts)))
+        return next((path for path in ways if path is not None), None)
+
+    def _follow(self, parts: list[str]) -> str | None:
+        path = ""
+        for part in parts:
+            names = self._list(path)
+            if part not in names:
+                similar = self._fold(path).get(_folded(part), [])
+                if len(similar) != 1:
+                    return None
+                part = similar[0]
+            path = os.path.join(path, part)
+        return path if os.path.isfile(os.path.join(self.root, path)) else None
+
+    def _list(self, directory: str) -> set[str]:
+        if directory not in self._names:
+            path = os.path.join(self.root, directory)
+            try:
+                self._names[directory] = set(os.listdir(path))
+            except OSError:  # no directory, or not for us: then nothing is found in it
+                self._names[directory] = set()
+        return self._names[directory]
+
+    def _fold(self, directory: str) -> dict[str, list[str]]:
+        if directory not in self._folded:
+            folded: dict[str, list[str]] = {}
+            for name in sorted(self._list(directory)):
+                folded.setdefault(_folded(name), []).append(name)
+            self._folded[directory] = folded
+        return self._folded[directory]
+
+
+def _parts(name: str) -> list[str]:
+    """Folders and file of a path or URL in any notation."""
+    if "://" in name:
+        name = name.partition("://")[2].partition("?")[0]
+    return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", unquote(name)).casefold().strip()
+
+
+def _similar_file(name: str, root: str) -> str | None:
+    """A file of that name, or else of that name with another ending, near the root."""
+    parts = _parts(name)
+    if not parts:
+        return None
+    wanted = _folded(parts[-1])
+    stem, other = os.path.splitext(wanted)[0], None
+    for top in (root, os.path.dirname(os.path.abspath(root))):
+        for folder, _, files in islice(os.walk(top), _MOST_FOLDERS):
+            for file in sorted(files):
+                if _folded(file) == wanted:
+                    return os.path.join(folder, file)
+                if other is None and os.path.splitext(_folded(file))[0] == stem:
+                    other = os.path.join(folder, file)
+    return other
+
+
+def _folder_above(path: str, name: str) -> str | None:
+    """The directory in which `name` leads to `path`; None if its own folders are others."""
+    parts, wanted = os.path.abspath(path).split(os.sep), _parts(name)
+    if list(map(_folded, parts[-len(wanted) :])) != list(map(_folded, wanted)):
+        return None
+    return os.sep.join(parts[: -len(wanted)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from co_detr.data.boxes import require_choice
+from co_detr.data.coco import require_choice
 from co_detr.data.coco_file import read_coco
 from co_detr.data.images import ImageReader
 from co_detr.data.preflight_annotations import check_annotations

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from co_detr.data.boxes import ROUNDING_PIXELS, BoxChecker, is_typed_box
+from co_detr.data.coco import ROUNDING_PIXELS, BoxChecker, is_typed_box
 from co_detr.data.coco_file import Entry, is_box
 from co_detr.data.preflight_report import SplitReport
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from co_detr.data.image_files import locate_files
+from co_detr.data.coco_file import locate_files
 from co_detr.data.images import ImageError, ImageReader, Pixels
 from co_detr.data.preflight_report import SplitReport
 

@@ -29,8 +29,7 @@ from tabulate import tabulate
 from torch import nn
 from torch.utils.data import DataLoader
 
-from co_detr.data.boxes import BoxChecker
-from co_detr.data.coco import dataset_name
+from co_detr.data.coco import BoxChecker, dataset_name
 from co_detr.data.coco_file import CocoFile, Entry, read_coco
 from co_detr.errors import ConfigError
 from co_detr.files import written_whole

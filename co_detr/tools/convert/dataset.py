@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from co_detr.data.boxes import BoxChecker
+from co_detr.data.coco import BoxChecker
 from co_detr.data.coco_file import shortened
 from co_detr.data.images import ImageReader, image_suffixes, name_of, orientation_of
 from co_detr.errors import ConfigError, DataError

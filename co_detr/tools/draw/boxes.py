@@ -22,8 +22,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw
 
-from co_detr.data.coco_file import display_names, is_box, read_coco
-from co_detr.data.image_files import locate_files
+from co_detr.data.coco_file import display_names, is_box, locate_files, read_coco
 from co_detr.data.images import ImageReader
 from co_detr.tools.draw.fonts import PictureFont, save_figure
 
