@@ -7,7 +7,11 @@ a class or a function that a config may name moves, its old name goes into this 
 from __future__ import annotations
 
 # Old dotted name of a module, class or function -> the new one. What lies below moves with it.
-MOVED: dict[str, str] = {}
+MOVED: dict[str, str] = {
+    "co_detr.data.augmentation": "co_detr.data.mapper",
+    "co_detr.data.lvis": "co_detr.data.lvis_objects365",
+    "co_detr.data.objects365": "co_detr.data.lvis_objects365",
+}
 
 
 def present_name(name: str) -> str:

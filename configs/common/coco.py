@@ -5,11 +5,14 @@ import os
 from detectron2.config import LazyCall as L
 from detectron2.data import build_detection_test_loader
 
-from co_detr.data.augmentation import detr_test_augmentation, detr_train_augmentation
 from co_detr.data.coco import load_coco
 from co_detr.data.images import MAX_PIXELS, ImageReader
 from co_detr.data.loader import build_train_loader
-from co_detr.data.mapper import CheckedDatasetMapper
+from co_detr.data.mapper import (
+    CheckedDatasetMapper,
+    detr_test_augmentation,
+    detr_train_augmentation,
+)
 from co_detr.engine.evaluation import CocoBoxEvaluator
 
 data = dict(

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from co_detr.data.augmentation import (
+from co_detr.data.mapper import (
+    CheckedDatasetMapper,
     ResizeScale,
     ResizeShortestEdge,
     detr_test_augmentation,
     detr_train_augmentation,
     lsj_train_augmentation,
 )
-from co_detr.data.mapper import CheckedDatasetMapper
 from co_detr.errors import DataError
 
 THIN = [(1, 1000), (3, 4000), (20000, 2), (1, 1), (1, 60000)]

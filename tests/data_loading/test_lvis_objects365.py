@@ -10,8 +10,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from co_detr.data.lvis import load_lvis, repeat_rare_classes
-from co_detr.data.objects365 import load_objects365
+from co_detr.data.lvis_objects365 import load_lvis, load_objects365, repeat_rare_classes
 from co_detr.engine.lvis_evaluation import LvisBoxEvaluator
 from co_detr.errors import ConfigError, DataError
 

@@ -17,7 +17,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from co_detr.data.augmentation import ResizeShortestEdge
+from co_detr.data.mapper import ResizeShortestEdge
 from co_detr.errors import ConfigError, ExportError
 from co_detr.layers.ms_deform_attn_op import KERNEL_DEVICES, standard_operators
 from co_detr.modeling import CoDETR

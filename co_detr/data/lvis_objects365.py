@@ -1,4 +1,7 @@
-"""LVIS v1: COCO's images with 1203 classes, of which many are rare."""
+"""Data sets in COCO's format with ways of their own: LVIS v1 and Objects365 v2.
+
+LVIS has COCO's images with 1203 classes, of which many are rare.
+"""
 
 from __future__ import annotations
 
@@ -59,3 +62,23 @@ def _path_of_url(annotation_file: str, image: dict[str, Any]) -> str:
             "files of LVIS v1, or a config for COCO-format data."
         )
     return "/".join(parts[-2:])
+
+
+def load_objects365(
+    annotation_file: str,
+    image_root: str,
+    num_classes: int | None = None,
+    invalid_boxes: str = "error",
+) -> list[dict[str, Any]]:
+    """Reads `zhiyuan_objv2_train.json` or `zhiyuan_objv2_val.json`; as `load_coco`.
+
+    Args:
+        image_root: directory that holds the unpacked archives `patch0`, `patch1`, ... The files
+            name their images `images/v1/patch8/NAME.jpg`, of which only the last two parts are in
+            the archives.
+    """
+    return load_coco(annotation_file, image_root, num_classes, invalid_boxes, _path_in_archives)
+
+
+def _path_in_archives(image: dict[str, Any]) -> str:
+    return "/".join(image.get("file_name", "").split("/")[-2:])
