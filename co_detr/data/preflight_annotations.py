@@ -1,59 +1,175 @@
-"""Preflight of one annotation file: everything that can be seen without opening an image."""
+"""The report of a preflight, and what it says of an annotation file without looking at images.
+
+Boxes have a file of their own, `preflight_boxes`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from co_detr.data.coco_file import CocoFile, Entry, is_id, is_number
-from co_detr.data.preflight_boxes import (
-    Images,
-    Limits,
-    check_boxes,
-    count_objects,
-    name_of,
-    repeated,
-)
-from co_detr.data.preflight_report import SplitReport
+from co_detr.data.coco_file import CocoFile, Entry, display_names, is_id, is_number
+from co_detr.errors import DataError
 
+Level = Literal["error", "warning"]
+_LONGEST_LIST = 12  # class names shown before "and N more"
+Images = Mapping[int | str, Entry]
 _IDS = "use whole numbers as ids, and text as names"
 
 
+@dataclass(frozen=True)
+class Finding:
+    """One kind of defect in one split.
+
+    Attributes:
+        level: "error" stops the run; a "warning" is harmless or was repaired.
+        split: "train" or "val".
+        count: how many cases.
+        what: the defect, in the plural.
+        first: the first case.
+        mend: what to do (error), or what was done and what to look at (warning).
+    """
+
+    level: Level
+    split: str
+    count: int
+    what: str
+    first: str
+    mend: str
+
+    def sentence(self) -> str:
+        return f"{self.what}: {self.count} (the first: {self.first}); {self.mend}"
+
+
+@dataclass
+class SplitReport:
+    """Counts of one annotation file, and what is wrong with it.
+
+    Attributes:
+        split: "train" or "val".
+        file: path of the annotation file.
+        images: number of images; `empty` of them have no box to learn or evaluate.
+        boxes: usable boxes that are no crowd regions; `crowd` is the number of those.
+        categories: (id in the file, name), in the order of the ids.
+        decoded: number of images that were decoded.
+        values: how values of more than 8 bits are read, one sentence for each range.
+        sizes: how large objects are for the model, one sentence.
+        suspicion: level of what is only likely, seen over the whole file.
+    """
+
+    split: str
+    file: str
+    images: int = 0
+    empty: int = 0
+    boxes: int = 0
+    crowd: int = 0
+    categories: list[tuple[int | str, str]] = field(default_factory=list)
+    decoded: int = 0
+    values: list[str] = field(default_factory=list)
+    sizes: list[str] = field(default_factory=list)
+    suspicion: Level = "error"
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names as the model knows them, see `display_names`."""
+        entries = [{"id": key, "name": name} for key, name in self.categories]
+        return list(display_names(entries).values())
+
+    def add(self, level: Level, cases: Sequence[str], what: str, mend: str) -> None:
+        """Notes a defect if there are cases of it."""
+        if cases:
+            self.findings.append(Finding(level, self.split, len(cases), what, cases[0], mend))
+
+
+@dataclass(frozen=True)
+class PreflightReport:
+    """The reports of all splits that were inspected."""
+
+    splits: list[SplitReport]
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Errors first, otherwise in the order of the checks."""
+        every = [finding for split in self.splits for finding in split.findings]
+        return sorted(every, key=lambda finding: finding.level)
+
+    @property
+    def errors(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.level == "error"]
+
+    def text(self) -> str:
+        """Tables of counts and of findings, one per line."""
+        rows = [("", "images", "empty", "boxes", "crowd", "classes", "decoded", "file")]
+        for split in self.splits:
+            counts = (split.images, split.empty, split.boxes, split.crowd)
+            counts += (len(split.categories), split.decoded)
+            rows.append((split.split, *map(str, counts), split.file))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        lines += [f"classes: {_listed(self.splits[0].categories)}"]
+        lines += [f"values: {each}" for split in self.splits for each in split.values]
+        lines += [f"{split.split}: {each}" for split in self.splits for each in split.sizes]
+        lines += [f"{each.level:7}  {each.split:5}  {each.sentence()}" for each in self.findings]
+        if not self.findings:
+            lines.append("no defects found")
+        return printable("\n".join(lines))
+
+    def raise_on_errors(self) -> None:
+        """Raises a DataError with the first error, and the number of the others."""
+        if not self.errors:
+            return
+        first = self.errors[0]
+        file = next(split.file for split in self.splits if split.split == first.split)
+        others = len(self.errors) - 1
+        more = f" ({others} more kind{'s' * (others > 1)} of error above)" if others else ""
+        raise DataError(printable(f"data.{first.split} {file} has {first.sentence()}{more}."))
+
+
+def printable(text: str) -> str:
+    """Text that any terminal can print: file names that are not UTF-8 get escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _listed(categories: list[tuple[int | str, str]]) -> str:
+    shown = [f"{name} (id {key})" for key, name in categories[:_LONGEST_LIST]]
+    more = len(categories) - len(shown)
+    return ", ".join(shown + ([f"and {more} more"] if more else [])) or "none"
+
+
 def check_annotations(
-    report: SplitReport,
-    content: CocoFile,
-    invalid_boxes: str,
-    limits: Limits,
-    unlabeled: bool = False,
-) -> list[Entry]:
-    """Fills `report` from the content of an annotation file.
+    report: SplitReport, content: CocoFile, unlabeled: bool = False
+) -> tuple[dict[int | str, Entry], list[Entry] | None]:
+    """Fills `report` from the content of an annotation file, but for boxes.
 
     Args:
-        invalid_boxes: "error" or "skip", what `load_coco` does with boxes without area.
-        limits: of the model and the evaluation.
         unlabeled: whether the file may be that of a test set, without annotations.
 
     Returns:
-        The entries of `images` that can be used.
+        By their ids, the entries of `images` that can be used; and the annotations that belong to
+        these and to known categories, None for a test set.
     """
     for mend, cases in content.mended.items():
         report.add("warning", cases, mend.what, mend.how)
     images = _check_images(report, content.images)
-    if unlabeled and not content.annotations:
-        if content.categories:
-            _check_categories(report, content.categories)
-        report.empty = len(images)
-        report.add(
-            "warning",
-            [f"all {len(images)} images"],
-            "no annotations, as in a test set",
-            "detections are written, nothing is evaluated",
-        )
-    else:
+    if not unlabeled or content.annotations:
         _check_categories(report, content.categories)
-        good = _check_annotations(report, content.annotations, images, invalid_boxes)
-        count_objects(report, good, images, limits)
-    return list(images.values())
+        return images, _check_annotations(report, content.annotations, images)
+    if content.categories:
+        _check_categories(report, content.categories)
+    report.empty = len(images)
+    report.add(
+        "warning",
+        [f"all {len(images)} images"],
+        "no annotations, as in a test set",
+        "detections are written, nothing is evaluated",
+    )
+    return images, None
 
 
 def _check_images(report: SplitReport, entries: list[Entry]) -> dict[int | str, Entry]:
@@ -125,12 +241,7 @@ def _check_categories(report: SplitReport, entries: list[Entry]) -> None:
     )
 
 
-def _check_annotations(
-    report: SplitReport,
-    entries: list[Entry],
-    images: Images,
-    invalid_boxes: str,
-) -> list[Entry]:
+def _check_annotations(report: SplitReport, entries: list[Entry], images: Images) -> list[Entry]:
     complete = _complete(report, "annotations", entries, ("image_id", "category_id", "bbox"))
     _check_references(report, complete, images)
     ids = [repr(each["id"]) if is_id(each.get("id")) else "missing" for each in complete]
@@ -149,12 +260,11 @@ def _check_annotations(
     ]
     report.add("error", bad_crowds, "annotations whose iscrowd is not 0 or 1", "write 0 or 1")
     names = dict(report.categories)
-    known = [
+    return [
         each
         for each in complete
         if _known(each["image_id"], images) and _known(each["category_id"], names)
     ]
-    return check_boxes(report, known, images, invalid_boxes)
 
 
 def _check_references(report: SplitReport, entries: list[Entry], images: Images) -> None:
@@ -237,3 +347,13 @@ def _is_utf8(text: Any) -> bool:
 
 def _is_length(*values: Any) -> bool:
     return all(is_number(each) and each > 0 for each in values)
+
+
+def name_of(entry: Entry) -> str:
+    """What a report calls an entry of the file."""
+    return str(entry.get("file_name") or entry.get("name") or f"id {entry.get('id')!r}")
+
+
+def repeated(values: Iterable[Any]) -> list[str]:
+    """Those that occur more than once."""
+    return [str(value) for value, count in Counter(values).items() if count > 1]

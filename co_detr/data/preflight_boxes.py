@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from co_detr.data.coco import ROUNDING_PIXELS, BoxChecker, is_typed_box
 from co_detr.data.coco_file import Entry, is_box
-from co_detr.data.preflight_report import SplitReport
-
-Images = Mapping[int | str, Entry]
+from co_detr.data.preflight_annotations import Images, SplitReport, name_of, repeated
 
 # A box whose numbers all are at most this is in no pixels: it would be smaller than one.
 _LARGEST_PART = 1.1
@@ -374,16 +371,6 @@ def _tell_sizes(
         f"dataloader.train.mapper.{key}.max_size={long} (about {factor**2:.0f} times the time and "
         "memory of a step), or cut the images into parts",
     )
-
-
-def name_of(entry: Entry) -> str:
-    """What a report calls an entry of the file."""
-    return str(entry.get("file_name") or entry.get("name") or f"id {entry.get('id')!r}")
-
-
-def repeated(values: Iterable[Any]) -> list[str]:
-    """Those that occur more than once."""
-    return [str(value) for value, count in Counter(values).items() if count > 1]
 
 
 def _cases(entries: list[Entry], chosen: np.ndarray) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from co_detr.data.preflight import SplitFiles, preflight
-from co_detr.data.preflight_report import Finding, printable
+from co_detr.data.preflight_annotations import Finding, printable
 from co_detr.errors import ConfigError, DataError
 from co_detr.tools.convert.dataset import (
     ConvertedSplit,
