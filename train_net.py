@@ -56,8 +56,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-if __name__ == "__main__":
+def command_line() -> int:
     arguments = parse_arguments()
     from co_detr.engine.train import run  # takes seconds, which --help does not need
 
-    sys.exit(run(arguments))
+    return run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())

@@ -99,7 +99,7 @@ def _start_server() -> None:
     before = dict(os.environ)
     os.environ.update(PYTHONPATH=python_path(HERE), OMP_NUM_THREADS="1")
     try:
-        _SERVER.set_forkserver_preload(["train_net", __name__])
+        _SERVER.set_forkserver_preload(["train_net", "co_detr.engine.train", __name__])
         forkserver.ensure_running()
     finally:
         os.environ.clear()

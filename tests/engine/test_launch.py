@@ -21,14 +21,14 @@ def _errors(processes):
 
 def tell_the_timeout():
     """Instead of training."""
-    import train_net
+    from co_detr.engine import train
 
     def tell(cfg, args):
         backend = comm._get_global_gloo_group()._get_backend(torch.device("cpu"))
         print(f"waits {backend.options._timeout}", flush=True)
         comm.synchronize()  # the first process to end takes the others' meeting point with it
 
-    train_net.main = tell
+    train.main = tell
 
 
 def test_processes_wait_for_objects_as_long_as_they_are_told(two):
