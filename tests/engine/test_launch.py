@@ -96,12 +96,12 @@ def forbid_the_history():
 
 
 def forbid_the_writers():
-    from co_detr.engine import run
+    from co_detr.engine import train
 
     def refuse(*arguments, **settings):
         raise ConfigError("MLflow cannot be used: check train.mlflow.tracking_uri.")
 
-    run.build_trackers = refuse
+    train.build_trackers = refuse
 
 
 @pytest.mark.parametrize("prepare", [forbid_the_history, forbid_the_writers])

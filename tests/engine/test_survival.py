@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_detector import TinyDetector
 
-from co_detr.engine import run
+from co_detr.engine import train
 from co_detr.engine.hooks import CheckpointHook
 from co_detr.engine.launch import guarded
 from co_detr.engine.train import run_evaluation_only, run_training
@@ -205,7 +205,7 @@ def test_an_early_stop_that_was_interrupted(tiny_cfg, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert torch.load(whole / "model_final.pth")["iteration"] == 1
     for moment in ("evaluate", "_save_final"):
-        owner = run if moment == "evaluate" else CheckpointHook
+        owner = train if moment == "evaluate" else CheckpointHook
         torch.manual_seed(0)
         with monkeypatch.context() as patch:
             _fail_in(patch, owner, moment, 2 if moment == "evaluate" else 1, KeyboardInterrupt())

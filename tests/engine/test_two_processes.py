@@ -85,9 +85,9 @@ def test_no_room_at_the_writing_process_ends_both(two, tmp_path):
 
 def keep_what_is_incomplete():
     """So that a folder stays where a checkpoint would be written."""
-    from co_detr.engine import run
+    from co_detr.engine import train
 
-    run.remove_incomplete = lambda folder: []
+    train.remove_incomplete = lambda folder: []
 
 
 @pytest.mark.parametrize("number_of_images", [1, 3])

@@ -45,7 +45,7 @@ MUTATIONS = (
     ),
     _mutation(
         "average-without-warm-up",
-        "engine/averaging.py",
+        "engine/hooks.py",
         "if warmup else 1.0",
         "if not warmup else 1.0",
         "engine/test_averaging",

@@ -305,7 +305,7 @@ MUTATIONS = (
     ),
     _mutation(
         "always-the-first-source",
-        "prediction/loading.py",
+        "checkpoint/loading.py",
         "source = f\"queries.{getattr(model, 'inference_place', 0)}.\"",
         'source = "queries.0."',
         "strip",
