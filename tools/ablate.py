@@ -11,8 +11,8 @@ silence_dependencies()
 
 from collections.abc import Sequence
 
-from co_detr.ablation.command_line import parse_arguments, run
 from co_detr.errors import exit_code
+from co_detr.tools.ablate.command_line import parse_arguments, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,13 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from co_detr.ablation import process
-from co_detr.ablation.grid import Grid, Variant
-from co_detr.ablation.lock import exclusive
-from co_detr.ablation.plan import RunSpec, plan_runs
-from co_detr.ablation.record import Attempt, AttemptEnd, RunRecord
-from co_detr.ablation.run import RunState
-from co_detr.ablation.runner import Pace, Report, Runner
+from co_detr.tools.ablate import run
+from co_detr.tools.ablate.grid import Grid, RunSpec, Variant, plan_runs
+from co_detr.tools.ablate.run import Attempt, AttemptEnd, RunRecord, RunState
+from co_detr.tools.ablate.runner import Pace, Report, Runner, exclusive
 
 ENVIRONMENT = "torch 9, abacus"
 
@@ -54,7 +51,7 @@ class FakeGrid:
 @pytest.fixture
 def fake_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeGrid:
     """Two variants with two seeds and one."""
-    monkeypatch.setattr(process, "TRAIN_NET", Path(__file__).parent / "fake_train_net.py")
+    monkeypatch.setattr(run, "TRAIN_NET", Path(__file__).parent / "fake_train_net.py")
     return FakeGrid(tmp_path / "grid", {"A": ([], [0, 1]), "B": ([], [0])})
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from co_detr.ablation.cross_product import Axes, combine
 from co_detr.engine.config import load_config
 from co_detr.errors import ConfigError
+from co_detr.tools.ablate.grid import Axes, combine
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SMALL = str(CONFIGS / "co_detr_small.py")

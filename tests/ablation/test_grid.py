@@ -4,10 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from co_detr.ablation.grid import Grid, Variant
-from co_detr.ablation.grid_file import read_grid_file
-from co_detr.ablation.plan import check_configs, plan_runs
 from co_detr.errors import ConfigError
+from co_detr.tools.ablate.grid import Grid, Variant, check_configs, plan_runs, read_grid_file
 
 ROOT = Path(__file__).resolve().parents[2]
 EVIDENCE = ROOT / "configs/ablation/evidence.yaml"

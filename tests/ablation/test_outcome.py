@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from co_detr.ablation.outcome import Outcome, read_outcome
+from co_detr.tools.ablate.run import Outcome, read_outcome
 from tests.ablation.conftest import write_log
 
 

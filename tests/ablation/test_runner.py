@@ -10,10 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from co_detr.ablation import runner
-from co_detr.ablation.record import RECORD_FILE
-from co_detr.ablation.run import RunState
 from co_detr.errors import CheckpointError, ConfigError
+from co_detr.tools.ablate import runner
+from co_detr.tools.ablate.run import RECORD_FILE, RunState
 
 
 def kill_this_process_when(happened) -> threading.Thread:

@@ -6,12 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from co_detr.ablation.grid import Grid, Variant
-from co_detr.ablation.plan import plan_runs
-from co_detr.ablation.record import Attempt, RunRecord
-from co_detr.ablation.run import RunState
-from co_detr.ablation.summary import Spread
-from co_detr.ablation.table import write_results
+from co_detr.tools.ablate.grid import Grid, Variant, plan_runs
+from co_detr.tools.ablate.run import Attempt, RunRecord, RunState
+from co_detr.tools.ablate.table import Spread, write_results
 from tests.ablation.conftest import ENVIRONMENT
 
 

@@ -11,9 +11,9 @@ from omegaconf import OmegaConf
 from torch.nn import LazyLinear
 
 import co_detr
-from co_detr.ablation.grid_file import read_grid_file
 from co_detr.engine.config import PACKAGES_VARIABLE, load_config, save_config
 from co_detr.errors import ConfigError
+from co_detr.tools.ablate.grid import read_grid_file
 from co_detr.tools.analyze.subjects import load_models, parse_model
 from co_detr.tools.demo import command_line as demo
 from co_detr.tools.predict import command_line as predict

@@ -8,10 +8,10 @@ import time
 import pytest
 import torch
 
-from co_detr.ablation.outcome import read_outcome
 from co_detr.engine.run_folder import evaluation_folder, exclusive, read_identity
 from co_detr.engine.train import run_evaluation_only, run_training
 from co_detr.errors import CheckpointError, ConfigError, WriteError
+from co_detr.tools.ablate.run import read_outcome
 from tests.engine.processes import free_port
 from tests.engine.test_survival import _assert_equal_runs, _losses, wait_for_ever_in_the_step
 

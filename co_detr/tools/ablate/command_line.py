@@ -8,15 +8,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from co_detr.ablation.cross_product import NO_HEADS, OFF, ON, Axes, combine
-from co_detr.ablation.grid import Grid, check_seeds
-from co_detr.ablation.grid_file import read_grid_file
-from co_detr.ablation.lock import exclusive
-from co_detr.ablation.plan import RunSpec, check_configs, plan_runs
-from co_detr.ablation.run import RunState
-from co_detr.ablation.runner import Pace, Report, Runner
-from co_detr.ablation.table import TABLE_FILE, write_results
 from co_detr.errors import ConfigError, WriteError
+from co_detr.tools.ablate.grid import (
+    NO_HEADS,
+    OFF,
+    ON,
+    Axes,
+    Grid,
+    RunSpec,
+    check_configs,
+    check_seeds,
+    combine,
+    plan_runs,
+    read_grid_file,
+)
+from co_detr.tools.ablate.run import RunState
+from co_detr.tools.ablate.runner import Pace, Report, Runner, exclusive
+from co_detr.tools.ablate.table import TABLE_FILE, write_results
 
 DESCRIPTION = """Trains the variants of a grid with their seeds, and compares them in one table.
 
