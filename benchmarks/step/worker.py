@@ -147,7 +147,7 @@ def subject_class(contestant: Contestant) -> Callable[[Contestant, Case], Subjec
 
         return TransformersSubject
     sys.path.insert(0, contestant.root)
-    from co_detr.noise import silence_dependencies
+    from co_detr.silence import silence_dependencies
 
     silence_dependencies()
     from benchmarks.step.co_detr_subject import CoDETRSubject
