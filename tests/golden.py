@@ -3,7 +3,7 @@
 import functools
 from pathlib import Path
 
-from co_detr.parity.golden_file import load_golden
+from tests.parity.oracle.golden import load_golden
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "tests" / "data"

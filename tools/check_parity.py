@@ -20,9 +20,12 @@ from co_detr.silence import silence_dependencies
 
 silence_dependencies()
 
-from co_detr.parity.check import check_file
-from co_detr.parity.golden_file import golden_files, of_instance_segmentation
-from co_detr.parity.printing import format_file, format_summary
+# The comparisons are part of the tests of this checkout.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.parity.oracle.check import check_file
+from tests.parity.oracle.golden import golden_files, of_instance_segmentation
+from tests.parity.oracle.report import format_file, format_summary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,13 +11,17 @@ become the unit ``co_dino_decoder``, which starts at the recorded output of the 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from co_detr.parity.golden_file import load_golden, save_golden
+# The comparisons are part of the tests of this checkout.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.parity.oracle.golden import load_golden, save_golden
 
 # Kept elements of the units that have many alike; of all other units all elements are kept.
 ATSS_CASES = ("tiny", "no gt", "duplicate gts", "anchors restricted")

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from co_detr.parity.check import check_file
-from co_detr.parity.differences import REFERENCE_NAN, RPN_LOW_QUALITY, RPN_PADDING
-from co_detr.parity.golden_file import (
+from tests.golden import COMPLETE, SHIPPED
+from tests.parity.oracle.check import check_file
+from tests.parity.oracle.golden import (
     golden_files,
     load_golden,
     of_instance_segmentation,
     save_golden,
 )
-from tests.golden import COMPLETE, SHIPPED
+from tests.parity.oracle.tolerances import REFERENCE_NAN, RPN_LOW_QUALITY, RPN_PADDING
 
 CASES = [path for path in golden_files(SHIPPED) if path.name.startswith("case_")]
 COMPLETE_FILES = [

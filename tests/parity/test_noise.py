@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from co_detr.modeling.queries import DenoisingQueries
-from co_detr.parity.noise import flat_slots, recorded_noise
 from co_detr.structures import GroundTruth
 from tests.golden import load_units
 from tests.modeling.builders import random_memory
+from tests.parity.oracle.training import flat_slots, recorded_noise
 
 
 @pytest.mark.parametrize("num_gts", [[3, 5], [0, 2], [1], [2, 0, 3], [0, 0]])

@@ -6,14 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from co_detr.parity.compare import deviation, equality, match_rows
-from co_detr.parity.differences import RPN_PADDING
-from co_detr.parity.feed import RecordedPermutations
-from co_detr.parity.golden_file import flatten, load_golden, save_golden
-from co_detr.parity.printing import format_summary
-from co_detr.parity.report import Report
-from co_detr.parity.rpn_rule import RPNAssignment, reference_rule, rpn_matcher
 from tests.golden import load_units
+from tests.parity.oracle.golden import flatten, load_golden, save_golden
+from tests.parity.oracle.head_checks import RPNAssignment, reference_rule, rpn_matcher
+from tests.parity.oracle.report import Report, deviation, equality, format_summary, match_rows
+from tests.parity.oracle.tolerances import RPN_PADDING
+from tests.parity.oracle.training import RecordedPermutations
 
 NAN, INF = float("nan"), float("inf")
 TOOL = Path(__file__).parents[2] / "tools" / "check_parity.py"

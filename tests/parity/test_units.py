@@ -4,10 +4,10 @@ import copy
 
 import pytest
 
-from co_detr.parity.differences import RPN_LOW_QUALITY
-from co_detr.parity.report import Report
-from co_detr.parity.units import CHECKS, check_units
 from tests.golden import load_units
+from tests.parity.oracle.check import CHECKS, check_units
+from tests.parity.oracle.report import Report
+from tests.parity.oracle.tolerances import RPN_LOW_QUALITY
 
 
 def check(entries: dict) -> Report:

@@ -1,4 +1,8 @@
-"""Compares the ``eval`` entries of a case: features, memory, proposals, decoder, detections."""
+"""Compares the ``eval`` entries of a case: features, memory, proposals, decoder, detections.
+
+Lists of detections and denoising queries have the same entries elsewhere, and are compared there by
+the functions here.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,15 @@ from co_detr.modeling.boxes import inverse_sigmoid
 from co_detr.modeling.encoder import reference_points
 from co_detr.modeling.postprocess import TopKPostprocessor, padding_mask
 from co_detr.modeling.queries.two_stage import propose_grid
-from co_detr.parity import tolerances as tol
-from co_detr.parity.capture import Capture, decoder_states
-from co_detr.parity.case import Case
-from co_detr.parity.detections import compare_detections, compare_proposals
-from co_detr.parity.report import Report
-from co_detr.structures import EncoderMemory, QuerySet
+from co_detr.structures import EncoderMemory, QueryGroup, QuerySet
+from tests.parity.oracle import tolerances as tol
+from tests.parity.oracle.golden import Case
+from tests.parity.oracle.model import Capture, decoder_states
+from tests.parity.oracle.report import Deviation, Report, deviation, match_rows
+from tests.parity.oracle.training import flat_slots
+
+SAME_CLASS = 0.5
+EMPTY = -1  # the reference's mark of a slot without a ground truth
 
 
 @torch.no_grad()
@@ -176,3 +183,81 @@ def check_input(report: Report, case: Case, model: CoDETR) -> None:
     report.given("images_uint8_rgb", "input")
     report.close("batch", images.tensor, tol.GEOMETRY)
     report.exact("image_sizes_hw", [list(size) for size in images.image_sizes])
+
+
+def compare_detections(report: Report, name: str, found: list[Instances]) -> None:
+    """``pred_boxes``, ``scores`` and ``pred_classes`` of all images."""
+    for image, each in enumerate(found):
+        boxes, scores, classes = each.pred_boxes.tensor, each.scores, each.pred_classes
+        _compare_one(report, f"{name}[{image}]", boxes, scores, classes)
+
+
+def compare_proposals(report: Report, name: str, boxes: Tensor, scores: Tensor) -> None:
+    """One entry ``(N, 5)`` of boxes and scores, row to row one to one, in any order."""
+    rows = torch.cat([boxes, scores[:, None]], dim=1)
+    expected = report.entries.get(name, rows)
+    order = match_rows(expected, rows, tol.BOX_AND_SCORE)
+    report.close(name, rows[order], tol.BOX_AND_SCORE, note=_moved(order))
+
+
+def _compare_one(report: Report, name: str, boxes: Tensor, scores: Tensor, classes: Tensor) -> None:
+    """Rows are matched by box, score and class; both lists being sorted, only rows of near-equal
+    score can have changed places."""
+    rows = torch.cat([boxes, scores[:, None], classes[:, None].float()], dim=1)
+    expected = rows
+    if f"{name}.boxes_scores" in report.entries and f"{name}.labels" in report.entries:
+        labels = report.entries[f"{name}.labels"]
+        expected = torch.cat([report.entries[f"{name}.boxes_scores"], labels[:, None].float()], 1)
+    order = match_rows(expected, rows, (*tol.BOX_AND_SCORE, SAME_CLASS))
+    note = _moved(order)
+    report.close(f"{name}.boxes_scores", rows[order, :5], tol.BOX_AND_SCORE, note=note)
+    report.exact(f"{name}.labels", classes[order])
+    if report.has(f"{name}.boxes_scores") and not bool((scores[:-1] >= scores[1:]).all()):
+        report.record(f"{name}.boxes_scores", Deviation(False), "sorted", "not sorted by score")
+
+
+def _moved(order: Tensor) -> str:
+    moved = int((order != torch.arange(len(order))).sum())
+    return f"{moved} rows of near-equal score in other places" if moved else ""
+
+
+def check_denoising(
+    report: Report, name: str, groups: list[QueryGroup], labels: Tensor, num_gts: list[int]
+) -> None:
+    """``noised_labels_*``, ``input_query_*`` and ``attn_mask`` below ``name``.
+
+    Args:
+        groups: all that are decoded together; the denoising ones and the matched ones are found
+            by what the former see.
+        labels: that were embedded, of any shape that flattens to ``(B * pad,)``.
+        num_gts: ground truths per image.
+    """
+    group = next(each for each in groups if each.sees)
+    labels = labels.flatten()
+    places = flat_slots(num_gts, group.num_blocks)
+    report.exact(f"{name}.noised_labels_flat", labels[places])
+    if report.has(f"{name}.noised_labels_padded"):  # units lack it
+        padded = torch.full_like(labels, EMPTY)
+        padded[places] = labels[places]
+        report.exact(f"{name}.noised_labels_padded", padded.view(group.content.shape[:2]))
+    report.exact(f"{name}.input_query_label", group.content)
+    # Our decoder gets the boxes; their logits, in float64, are the reference's again.
+    report.close(f"{name}.input_query_bbox_unact", group.reference.double().logit(), tol.LOGIT)
+    _check_mask(report, f"{name}.attn_mask", groups, group)
+
+
+def _check_mask(report: Report, name: str, groups: list[QueryGroup], denoising: QueryGroup) -> None:
+    """The reference blocks where its mask is True, and puts denoising queries first."""
+    queries = QuerySet.concat(groups)
+    start, slots = 0, {}
+    for group, size in zip(groups, queries.sizes, strict=True):
+        slots[group.name] = torch.arange(start, start + size)
+        start += size
+    order = torch.cat([slots[denoising.name], *(slots[seen] for seen in denoising.sees)])
+    blocked = ~queries.attend_mask[..., order[:, None], order]
+    expected = report.entries.get(name)
+    if blocked.ndim > 2 and expected is not None:  # one per image where some queries are padded
+        expected = expected.expand_as(blocked)
+        report.record(name, deviation(expected, blocked), "equal", "of every image")
+        return
+    report.exact(name, blocked)

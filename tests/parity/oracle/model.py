@@ -1,9 +1,10 @@
-"""Builds the model of ours that a golden case describes."""
+"""The model of ours that a golden case describes, and what its modules give while it runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import Backbone
@@ -13,9 +14,9 @@ from torch import Tensor
 from co_detr.checkpoint.official import convert_official, rename_official
 from co_detr.modeling import CoDETR
 from co_detr.modeling.resnet import BLOCKS_PER_STAGE, resnet_stages
-from co_detr.parity.case import Case
+from tests.parity.oracle.golden import Case
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "models"
+CONFIGS = Path(__file__).parents[3] / "configs" / "models"
 NUM_HEADS = 8  # of attention, in all official configs; the shapes of weights do not tell
 RATIOS = 3  # aspect ratios of RPN anchors
 RPN_SCALE = 4  # side of the smallest RPN anchor in strides
@@ -133,3 +134,28 @@ def _size_resnet(resnet: DictConfig, weights: dict[str, Tensor]) -> None:
 
 def _count(weights: dict[str, Tensor], prefix: str, suffix: str) -> int:
     return sum(key.startswith(prefix) and key.endswith(suffix) for key in weights)
+
+
+class Capture:
+    """Keeps the outputs of modules, in call order, while its ``with`` block runs."""
+
+    def __init__(self, *modules: torch.nn.Module):
+        self.modules = modules
+        self.outputs: list[Tensor] = []
+
+    def __enter__(self) -> Capture:
+        self._hooks = [
+            module.register_forward_hook(lambda _m, _i, output: self.outputs.append(output))
+            for module in self.modules
+        ]
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def decoder_states(model: CoDETR) -> Capture:
+    """Captures what classes and boxes are read from: one ``(B, Q, C)`` per decoder layer."""
+    norm = model.decoder.output_norm
+    return Capture(*model.decoder.layers) if norm is None else Capture(norm)

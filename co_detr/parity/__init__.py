@@ -1,1 +1,0 @@
-"""Number-for-number comparison with tensors dumped from the reference implementation."""
