@@ -145,7 +145,7 @@ def _differences(whole: Path, parts: Path) -> list[str]:
     for name in (HISTORY_FILE, "metrics.json", "coco_instances_results.json"):
         if (whole / name).read_text() != (parts / name).read_text():
             problems.append(f"{name} differs")
-    if _events(whole) != _events(parts):
+    if tensorboard_events(whole) != tensorboard_events(parts):
         problems.append("the TensorBoard events differ")
     if left := _incomplete(parts):
         problems.append(f"still there: {left}")
@@ -171,7 +171,7 @@ def _log(folder: Path) -> list[dict]:
     ]
 
 
-def _events(folder: Path) -> list[tuple[str, int, float]]:
+def tensorboard_events(folder: Path) -> list[tuple[str, int, float]]:
     """All scalars in the event files, as they lie there, without times."""
     found = []
     for path in sorted(folder.glob("events.out.tfevents.*")):

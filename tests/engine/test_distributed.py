@@ -23,7 +23,7 @@ COMMON = [
 ]
 
 
-def _run(output_dir):
+def read_run(output_dir):
     checkpoint = torch.load(output_dir / "model_final.pth")
     state = checkpoint["model"] | checkpoint["ema"]
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
@@ -46,8 +46,8 @@ def test_two_gloo_processes_equal_one(train_net, tiny_cfg, tiny_data, tmp_path, 
         double = train_net("--num-gpus", "2", *arguments)
     assert double.returncode == 0, double.stderr
 
-    expected, expected_losses, expected_metrics = _run(tmp_path / "one")
-    actual, losses, metrics = _run(tmp_path / "two")
+    expected, expected_losses, expected_metrics = read_run(tmp_path / "one")
+    actual, losses, metrics = read_run(tmp_path / "two")
     assert len(losses) == 6
     assert losses == pytest.approx(expected_losses, rel=1e-5)
     for key, value in expected.items():

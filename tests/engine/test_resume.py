@@ -12,7 +12,7 @@ from co_detr.engine.config import read_yaml
 from co_detr.engine.train import run_training
 from co_detr.engine.writers import purge_events
 from co_detr.errors import CheckpointError
-from tests.engine.kill_and_resume import _events
+from tests.engine.kill_and_resume import tensorboard_events
 
 
 def _losses(output_dir):
@@ -44,7 +44,7 @@ def test_resume_equals_uninterrupted(tiny_cfg, tmp_path, workers):
     run_training(tiny_cfg(*common, workers_too, output="parts"), resume=True)
 
     # The interrupted run had logged two iterations more than it had saved.
-    assert _events(tmp_path / "whole") == _events(tmp_path / "parts")
+    assert tensorboard_events(tmp_path / "whole") == tensorboard_events(tmp_path / "parts")
     whole, parts = _losses(tmp_path / "whole"), _losses(tmp_path / "parts")
     assert sorted(whole) == list(range(6))
     assert whole == parts
@@ -247,10 +247,10 @@ def test_an_unchanged_resume_tells_no_changes(tiny_cfg, caplog):
 def test_event_files_are_purged_and_stay_readable(tiny_cfg, tmp_path):
     run_training(tiny_cfg("train.max_iter=4"), resume=False)
     (file,) = (tmp_path / "out").glob("events.out.tfevents.*")
-    whole = _events(tmp_path / "out")
+    whole = tensorboard_events(tmp_path / "out")
     file.write_bytes(file.read_bytes()[:-5])  # as a run that is killed leaves it
     purge_events(str(tmp_path / "out"), lambda name, iteration: iteration < 2 and name != "lr")
-    kept = _events(tmp_path / "out")
+    kept = tensorboard_events(tmp_path / "out")
     assert kept == [each for each in whole if each[1] < 2 and each[0] != "lr"] != []
     reader = EventAccumulator(str(tmp_path / "out")).Reload()
     assert [each.step for each in reader.Scalars("total_loss")] == [0, 1]

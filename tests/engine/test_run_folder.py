@@ -13,7 +13,7 @@ from co_detr.engine.train import run_evaluation_only, run_training
 from co_detr.errors import CheckpointError, ConfigError, WriteError
 from co_detr.tools.ablate.run import read_outcome
 from tests.engine.processes import free_port
-from tests.engine.test_survival import _assert_equal_runs, _losses, wait_for_ever_in_the_step
+from tests.engine.test_survival import assert_equal_runs, logged_losses, wait_for_ever_in_the_step
 
 SHORT = "train.max_iter=3"
 
@@ -90,7 +90,7 @@ def test_a_run_of_an_earlier_version_goes_on(tiny_cfg, tmp_path):
         run_training(interrupted, resume=True)
     assert read_identity(str(folder)).adopts_unnamed
     run_training(tiny_cfg(output="parts"), resume=True)
-    _assert_equal_runs(tmp_path / "whole", folder)
+    assert_equal_runs(tmp_path / "whole", folder)
     run_id = torch.load(folder / "model_final.pth")["run_id"]
     assert run_id == read_identity(str(folder)).run_id
 
@@ -299,7 +299,7 @@ def test_a_new_run_replaces_what_the_earlier_one_has_logged(tiny_cfg, tmp_path):
     run_training(tiny_cfg(SHORT, "train.eval_period=1"), resume=False)
     run_training(tiny_cfg("train.max_iter=2", "optimizer.lr=1e-3"), resume=False)
     folder = tmp_path / "out"
-    assert [iteration for iteration, _ in _losses(folder)] == [0, 1]
+    assert [iteration for iteration, _ in logged_losses(folder)] == [0, 1]
     assert set(json.loads((folder / "evaluations.json").read_text())) == {"2"}
     assert "lr: 0.001" in (folder / "config.yaml").read_text()
     assert read_outcome(folder).is_finished

@@ -19,7 +19,7 @@ from co_detr.engine.launch import guarded
 from co_detr.engine.train import run_evaluation_only, run_training
 from co_detr.errors import CheckpointError, ConfigError
 from co_detr.files import INCOMPLETE
-from tests.engine.kill_and_resume import _events, kill_and_resume
+from tests.engine.kill_and_resume import kill_and_resume, tensorboard_events
 
 EVERY_ITERATION = "train.checkpointer.period=1"
 
@@ -29,7 +29,7 @@ def _values(output_dir, key):
     return [(line["iteration"], line[key]) for line in lines if key in line]
 
 
-def _losses(output_dir):
+def logged_losses(output_dir):
     return _values(output_dir, "total_loss")
 
 
@@ -37,8 +37,8 @@ def _weights(output_dir):
     return torch.load(output_dir / "model_final.pth")["model"]
 
 
-def _assert_equal_runs(one, other):
-    assert _losses(one) == _losses(other)
+def assert_equal_runs(one, other):
+    assert logged_losses(one) == logged_losses(other)
     expected, actual = _weights(one), _weights(other)
     assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
@@ -94,7 +94,7 @@ def test_a_signal_stops_behind_its_iteration(tiny_cfg, tmp_path, whole, caplog, 
     assert "model_0000001.pth: the same command with --resume continues" in caplog.text
     assert signal.getsignal(number) == signal.SIG_DFL
     run_training(tiny_cfg(output="parts"), resume=True)
-    _assert_equal_runs(whole, tmp_path / "parts")
+    assert_equal_runs(whole, tmp_path / "parts")
 
 
 def test_a_signal_in_the_last_iteration_leaves_the_evaluation(tiny_cfg, tmp_path, whole):
@@ -104,7 +104,7 @@ def test_a_signal_in_the_last_iteration_leaves_the_evaluation(tiny_cfg, tmp_path
     assert not (tmp_path / "parts" / "metrics.json").exists()
     for _ in range(2):
         run_training(tiny_cfg(output="parts"), resume=True)
-        _assert_equal_runs(whole, tmp_path / "parts")
+        assert_equal_runs(whole, tmp_path / "parts")
         for name in ("metrics.json", "coco_instances_results.json"):
             assert (tmp_path / "parts" / name).read_text() == (whole / name).read_text()
         found = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").open()]
@@ -135,7 +135,7 @@ def test_an_evaluation_that_is_cut_short_is_made_again(tiny_cfg, tmp_path, monke
     assert (tmp_path / "parts" / "last_checkpoint").read_text() == "model_0000003.pth"
     run_training(tiny_cfg(*often, output="parts"), resume=True)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    _assert_equal_runs(whole, parts)
+    assert_equal_runs(whole, parts)
     assert _values(whole, "bbox/AP50") == _values(parts, "bbox/AP50")
     assert [iteration for iteration, _ in _values(parts, "bbox/AP50")] == [1, 3, 6]
 
@@ -188,13 +188,13 @@ def test_an_error_in_an_evaluation_costs_no_training(
     last = torch.load(parts / (parts / "last_checkpoint").read_text())
     assert last["iteration"] == {"evaluate": 2 * call - 1, "_save": 1}.get(name, 3)
     run_training(tiny_cfg(*EVALUATING, output="parts"), resume=True)
-    _assert_equal_runs(whole, parts)
+    assert_equal_runs(whole, parts)
     for file in ("evaluations.json", "metrics.json", "coco_instances_results.json"):
         assert (whole / file).read_text() == (parts / file).read_text()
     best = [torch.load(folder / "model_best.pth")["iteration"] for folder in (whole, parts)]
     assert best[0] == best[1]
     assert _values(whole, "bbox/AP50") == _values(parts, "bbox/AP50")
-    assert _events(whole) == _events(parts)
+    assert tensorboard_events(whole) == tensorboard_events(parts)
 
 
 def test_an_early_stop_that_was_interrupted(tiny_cfg, tmp_path, monkeypatch):
@@ -214,7 +214,7 @@ def test_an_early_stop_that_was_interrupted(tiny_cfg, tmp_path, monkeypatch):
         assert (parts / "last_checkpoint").read_text() == "model_0000001.pth"
         run_training(tiny_cfg(*stopping, output="parts"), resume=True)
         assert (parts / "last_checkpoint").read_text() == "model_final.pth"
-        _assert_equal_runs(whole, parts)
+        assert_equal_runs(whole, parts)
         final = torch.load(parts / "model_final.pth")
         assert final["iteration"] == final["trainer"]["iteration"] == 1
         assert _values(whole, "bbox/AP50") == _values(parts, "bbox/AP50")
@@ -356,7 +356,7 @@ def test_a_damaged_checkpoint_is_passed_over(tiny_cfg, tmp_path, whole, caplog, 
     (warning,) = [each.getMessage() for each in caplog.records if "instead" in each.getMessage()]
     for name in ("model_final.pth", "model_0000003.pth", "model_0000002.pth"):
         assert str(folder / name) in warning
-    _assert_equal_runs(whole, folder)
+    assert_equal_runs(whole, folder)
 
 
 def test_no_readable_checkpoint_is_an_error(tiny_cfg, tmp_path):
@@ -380,7 +380,7 @@ def test_checkpoints_without_a_marker_are_not_overlooked(tiny_cfg, tmp_path, con
         (tmp_path / "out" / "last_checkpoint").write_text(content)
     run_training(tiny_cfg(), resume=True)
     assert "does not name a checkpoint" in caplog.text
-    assert [iteration for iteration, _ in _losses(tmp_path / "out")] == list(range(6))
+    assert [iteration for iteration, _ in logged_losses(tmp_path / "out")] == list(range(6))
 
 
 def test_weights_alone_cannot_be_resumed(tiny_cfg, tmp_path):
@@ -430,7 +430,7 @@ def test_no_room_for_a_checkpoint(train_process, tiny_cfg, tmp_path):
     assert not list(path.glob(f"*{INCOMPLETE}"))
     again = train_process("--resume", "model.channels=100")
     assert again.wait() == 0, again.output
-    assert [iteration for iteration, _ in _losses(path)] == list(range(6))
+    assert [iteration for iteration, _ in logged_losses(path)] == list(range(6))
 
 
 def test_a_full_disk_that_something_else_notices(capsys):

@@ -11,7 +11,7 @@ from detectron2.utils.env import seed_all_rng
 
 from co_detr.engine.launch import _forwarded_signals
 from co_detr.engine.train import run_evaluation_only, run_training
-from tests.engine.test_distributed import COMMON, _run
+from tests.engine.test_distributed import COMMON, read_run
 
 pytestmark = pytest.mark.cpu_only("two processes: NCCL wants a card for each, see tests/gpu")
 
@@ -134,8 +134,8 @@ def test_a_process_without_ground_truth_learns_the_same(two, tiny_data, tiny_cfg
     run_training(tiny_cfg(*COMMON, output="one"), resume=False)
     ranks = two(*COMMON)
     assert [each.wait() for each in ranks] == [0, 0], [each.output for each in ranks]
-    expected, expected_losses, _ = _run(tmp_path / "one")
-    actual, losses, _ = _run(tmp_path / "out")
+    expected, expected_losses, _ = read_run(tmp_path / "one")
+    actual, losses, _ = read_run(tmp_path / "out")
     assert losses == pytest.approx(expected_losses, rel=1e-5)
     for key, value in expected.items():
         torch.testing.assert_close(actual[key], value, rtol=1e-4, atol=1e-6)
