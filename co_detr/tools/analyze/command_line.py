@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import platform
 import shlex
 import sys
@@ -46,7 +45,7 @@ from co_detr.tools.analyze.subjects import (
     load_samples,
     parse_model,
 )
-from co_detr.tools.predict.command_line import add_device_argument
+from co_detr.tools.predict.command_line import add_debug_argument, add_device_argument
 from co_detr.tools.predict.predictor import choose_device
 
 DESCRIPTION = """Measures what trained models do, and writes a report as one HTML file.
@@ -125,12 +124,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of what is drawn at random (default: 0)")
     add_device_argument(parser)
     add("--unsafe", action="store_true", help="let checkpoints run code; only if you trust them")
-    add(
-        "--debug",
-        action="store_true",
-        default=os.environ.get("CO_DETR_DEBUG") == "1",
-        help="show the traceback of errors that are otherwise one sentence (CO_DETR_DEBUG=1)",
-    )
+    add_debug_argument(parser)
     options = parser.parse_args(argv)
     options.command = shlex.join(
         ["python", "tools/analyze.py", *(sys.argv[1:] if argv is None else argv)]

@@ -63,7 +63,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="override of a config key; can be repeated",
     )
     add("--unsafe", action="store_true", help="let the checkpoint run code; only if you trust it")
-    add(
+    add_debug_argument(parser)
+
+
+def add_debug_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--debug`."""
+    parser.add_argument(
         "--debug",
         action="store_true",
         default=os.environ.get("CO_DETR_DEBUG") == "1",
