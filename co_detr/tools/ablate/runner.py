@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import platform
@@ -92,18 +91,23 @@ class Runner:
         end = None
         if self.pace.budget_seconds is not None:
             end = time.monotonic() + self.pace.budget_seconds
-        with self._noted_signals(), self._no_orphans(), ProgressBar(self.states.values()) as bar:
-            while True:
-                over = end is not None and time.monotonic() >= end
-                # Each further signal is passed on: the second one ends trainings at once.
-                self._stop_running(max(len(self._signals), int(over)))
-                if not self._stops_sent and not over and not self._signals:
-                    self._fill_places()
-                if not self._running:
-                    break
-                self._collect(bar)
-                time.sleep(_INTERVAL)
-                bar.show(len(self._running))
+        with self._noted_signals(), ProgressBar(self.states.values()) as bar:
+            try:
+                while True:
+                    over = end is not None and time.monotonic() >= end
+                    # Each further signal is passed on: the second one ends trainings at once.
+                    self._stop_running(max(len(self._signals), int(over)))
+                    if not self._stops_sent and not over and not self._signals:
+                        self._fill_places()
+                    if not self._running:
+                        break
+                    self._collect(bar)
+                    time.sleep(_INTERVAL)
+                    bar.show(len(self._running))
+            finally:
+                # If this process fails, as on a full disk, trainings save and stop, too.
+                for process in self._running.values():
+                    process.stop()
         left = sum(not state.is_finished for state in self.states.values())
         return Report(self._failed, left, self._signals[0] if self._signals else None)
 
@@ -136,16 +140,7 @@ class Runner:
             bar.ended(state)
             self.after_run()
 
-    @contextlib.contextmanager
-    def _no_orphans(self) -> Iterator[None]:
-        """If this process fails, as on a full disk, trainings save and stop, too."""
-        try:
-            yield
-        finally:
-            for process in self._running.values():
-                process.stop()
-
-    @contextlib.contextmanager
+    @contextmanager
     def _noted_signals(self) -> Iterator[None]:
         last = -_ONE_SIGNAL
 
