@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw
 
@@ -45,6 +46,15 @@ class Box:
     xywh: tuple[float, float, float, float]
     class_name: str
     score: float | None = None
+
+    @classmethod
+    def of_corners(cls, xyxy: Sequence[float], class_name: str, score: float | None = None) -> Box:
+        x0, y0, x1, y1 = xyxy
+        return cls((x0, y0, x1 - x0, y1 - y0), class_name, score)
+
+    @property
+    def label(self) -> str:
+        return self.class_name if self.score is None else f"{self.class_name} {self.score:.2f}"
 
 
 def choose_colours(count: int) -> list[Any]:
@@ -115,14 +125,13 @@ def _label(
     size: tuple[int, int],
 ) -> None:
     """Writes above the box, or inside at its top where there is no room above."""
-    text = box.class_name if box.score is None else f"{box.class_name} {box.score:.2f}"
     left, top, _, _ = _corners(box)
     height = font.height
-    width = round(font.length(text)) + 4
+    width = round(font.length(box.label)) + 4
     x = max(0, min(left, size[0] - width))
     y = top - height if top >= height else max(0, top)
     draw.rectangle((x, y, x + width - 1, y + height - 1), fill=colour)
-    font.draw(draw, (x + 2, y), text, text_colour(colour))
+    font.draw(draw, (x + 2, y), box.label, text_colour(colour))
 
 
 def _corners(box: Box) -> tuple[int, int, int, int]:
@@ -226,26 +235,12 @@ def plot_predictions(
     boxes = [box for image in images for box in image.truth + image.predictions]
     names = sorted({box.class_name for box in boxes})
     colours = dict(zip(names, choose_colours(len(names)), strict=True))
-    columns = min(_PER_ROW, len(images))
-    rows = -(-len(images) // columns)
-    figure, grid = plt.subplots(
-        rows,
-        2 * columns,
-        figsize=(5.2 * columns, 2.75 * rows),
-        squeeze=False,
-        layout="constrained",
-    )
-    for axes in grid.flat:
-        axes.axis("off")
-    for index, image in enumerate(images):
-        row, column = divmod(index, columns)
+    figure, grid = _new_grid(len(images), (5.2, 2.75), axes_per_image=2)
+    for image, (left, right) in zip(images, grid.reshape(-1, 2), strict=False):
         pixels = reader.read_rgb(image.path)
-        left, right = grid[row, 2 * column], grid[row, 2 * column + 1]
         draw_boxes(left, pixels, image.truth, colours, f"{image.path.name}: ground truth")
         draw_boxes(right, pixels, image.predictions, colours, "predictions")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_figure(figure, path, dpi=110)
-    plt.close(figure)
+    _write(figure, path)
 
 
 @dataclass(frozen=True)
@@ -275,8 +270,8 @@ def sample_of(mapped: dict[str, Any], class_names: Sequence[str], image_format: 
         pixels = pixels[:, :, ::-1]
     instances = mapped["instances"]
     boxes = [
-        Box((x1, y1, x2 - x1, y2 - y1), class_names[number])
-        for (x1, y1, x2, y2), number in zip(
+        Box.of_corners(corners, class_names[number])
+        for corners, number in zip(
             instances.gt_boxes.tensor.tolist(), instances.gt_classes.tolist(), strict=True
         )
     ]
@@ -293,15 +288,31 @@ def plot_samples(samples: list[Sample], class_names: Sequence[str], path: Path) 
         raise ValueError("plot_samples needs at least one sample, got none.")
     names = list(dict.fromkeys(class_names))
     colours = dict(zip(names, choose_colours(len(names)), strict=True))
-    columns = min(_PER_ROW, len(samples))
-    rows = -(-len(samples) // columns)
+    figure, grid = _new_grid(len(samples), (4.6, 3.8))
+    for axes, sample in zip(grid.flat, samples, strict=False):
+        draw_boxes(axes, sample.pixels, sample.boxes, colours, sample.title)
+    _write(figure, path)
+
+
+def _new_grid(
+    number: int, inches: tuple[float, float], axes_per_image: int = 1
+) -> tuple[Figure, np.ndarray]:
+    """A figure for so many images of this (width, height), three in a row; the axes are off."""
+    columns = min(_PER_ROW, number)
+    rows = -(-number // columns)
     figure, grid = plt.subplots(
-        rows, columns, figsize=(4.6 * columns, 3.8 * rows), squeeze=False, layout="constrained"
+        rows,
+        axes_per_image * columns,
+        figsize=(inches[0] * columns, inches[1] * rows),
+        squeeze=False,
+        layout="constrained",
     )
     for axes in grid.flat:
         axes.axis("off")
-    for axes, sample in zip(grid.flat, samples, strict=False):
-        draw_boxes(axes, sample.pixels, sample.boxes, colours, sample.title)
+    return figure, grid
+
+
+def _write(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path, dpi=110)
     plt.close(figure)
@@ -323,11 +334,10 @@ def draw_boxes(
         axes.add_patch(
             Rectangle(corner, box_width, box_height, fill=False, edgecolor=colour, linewidth=1.5)
         )
-        label = box.class_name if box.score is None else f"{box.class_name} {box.score:.2f}"
         axes.text(  # names are no formulas, though they may hold dollars
             min(max(x, 0), width - 1),
             max(y - 1, 0.06 * height),
-            label,
+            box.label,
             fontsize=6.5,
             parse_math=False,
             color="white",

@@ -211,8 +211,8 @@ class OutputFolder:
     def draw(self, rgb: np.ndarray, found: Instances) -> Image.Image:
         """The picture of an image ``(H, W, 3)`` uint8 RGB with detections in its pixels."""
         boxes = [
-            Box((x0, y0, x1 - x0, y1 - y0), self._names[label], score)
-            for (x0, y0, x1, y1), label, score in zip(
+            Box.of_corners(corners, self._names[label], score)
+            for corners, label, score in zip(
                 found.pred_boxes.tensor.tolist(),
                 found.pred_classes.tolist(),
                 found.scores.tolist(),
