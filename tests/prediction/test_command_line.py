@@ -166,6 +166,17 @@ def test_inputs(photos, tmp_path):
     ]
 
 
+def test_the_files_of_a_folder_are_not_compared_with_each_other(tmp_path, monkeypatch):
+    for number in range(60):
+        (tmp_path / f"{number}.jpg").touch()
+        (tmp_path / f"{number}.txt").touch()
+    equal, compared = Path.__eq__, []
+    monkeypatch.setattr(Path, "__eq__", lambda *paths: compared.append(1) or equal(*paths))
+    found = find_inputs([str(tmp_path)], image_suffixes(), tmp_path / "drawn")
+    assert len(found.files) == len(found.passed_over) == 60
+    assert len(compared) < 20 * 120
+
+
 def test_files_that_are_passed_over_are_listed(predict, photos, tmp_path, capsys):
     pixels = np.zeros((60, 80, 3), np.uint8)
     for name in ("d.JP2", "e.Mpo", "f.JFIF", "g.TIF", "h.webp"):

@@ -68,10 +68,10 @@ def find_inputs(arguments: Sequence[str], suffixes: Collection[str], output: Pat
     others: dict[Path, None] = {}
     problems: list[str] = []
     for argument in arguments:
-        candidates = _resolve(argument, output)
         is_named = os.path.isfile(argument)
-        found = [each for each in candidates if is_named or each.suffix.lower() in suffixes]
-        rest = [each for each in candidates if each not in found]
+        found, rest = [], []
+        for each in _resolve(argument, output):
+            (found if is_named or each.suffix.lower() in suffixes else rest).append(each)
         if not found:
             problems.append(_explain(argument, rest))
         files.update(dict.fromkeys(found))
