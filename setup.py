@@ -190,6 +190,7 @@ setup(
         "hydra-core",
         "jinja2",
         "pycocotools",
+        "faster-coco-eval",
         "scipy",
         "tabulate",
         "tqdm",

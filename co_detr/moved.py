@@ -11,6 +11,8 @@ MOVED: dict[str, str] = {
     "co_detr.data.augmentation": "co_detr.data.mapper",
     "co_detr.data.lvis": "co_detr.data.lvis_objects365",
     "co_detr.data.objects365": "co_detr.data.lvis_objects365",
+    "co_detr.engine.evaluation.CocoBoxEvaluator": "co_detr.engine.evaluators.CocoBoxEvaluator",
+    "co_detr.engine.lvis_evaluation": "co_detr.engine.evaluators",
 }
 
 

@@ -38,8 +38,7 @@ PACKAGES_VARIABLE = "CO_DETR_CONFIG_PACKAGES"
 # have functions that download, compile or unpickle.
 _BUILDING_BLOCKS = (
     "co_detr.data",
-    "co_detr.engine.evaluation",
-    "co_detr.engine.lvis_evaluation",
+    "co_detr.engine.evaluators",
     "co_detr.engine.optim",
     "co_detr.layers",
     "co_detr.modeling",

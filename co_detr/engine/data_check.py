@@ -18,7 +18,7 @@ from co_detr.data.coco_file import read_coco, shortened
 from co_detr.data.images import ImageReader
 from co_detr.data.preflight import PreflightSettings, SplitFiles, preflight
 from co_detr.data.preflight_boxes import InputSize, Limit, Limits
-from co_detr.engine.evaluation import COCO_LIMIT
+from co_detr.engine.evaluators import COCO_LIMIT
 from co_detr.engine.launch import raise_jointly
 from co_detr.errors import DataError, UserError
 

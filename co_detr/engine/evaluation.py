@@ -1,10 +1,9 @@
-"""Evaluation of box detections: files, metrics, tables by class and by detector."""
+"""Evaluation of box detections: the pass over the images, files, and which detector is best."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import csv
 import io
 import json
 import logging
@@ -12,19 +11,14 @@ import math
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
-from detectron2.evaluation.coco_evaluation import COCOevalMaxDets, instances_to_coco_json
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils import comm
-from detectron2.utils.logger import create_small_table
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 from torch import nn
 from torch.utils.data import DataLoader
@@ -37,9 +31,6 @@ from co_detr.modeling.detectors import DECODER, TOP_K
 
 logger = logging.getLogger(__name__)
 
-COCO_LIMIT = 100  # detections per image and class that COCO's AP looks at
-CLASS_FILE = "per_class_ap.csv"
-_CLASS_COLUMNS = ("class", "AP", "AP50", "ground_truths")
 Metrics = Mapping[str, float]  # from 0 to 100; what is undefined is left out
 
 
@@ -259,154 +250,6 @@ def usable_dataset(content: CocoFile) -> dict[str, list[Entry]]:
         "annotations": [each | {"id": number} for number, each in enumerate(annotations, start=1)],
         "categories": content.categories,
     }
-
-
-class CocoDataset(COCO):
-    """The COCO API on a data set in memory, where its own constructor wants a file."""
-
-    def __init__(self, dataset: dict[str, list[Entry]]) -> None:
-        super().__init__()
-        self.dataset = dataset
-        with contextlib.redirect_stdout(io.StringIO()):  # it says "creating index..."
-            self.createIndex()
-
-
-class CocoBoxEvaluator(BoxEvaluator):
-    """The official COCO API (no compiled code) for box detections.
-
-    Writes `coco_instances_results.json` and `per_class_ap.csv` to `output_dir`. The file may have
-    fewer classes than the model (`align_classes`): detections of others are left out.
-
-    Args:
-        max_detections: best detections of each image and class that count; 100 is COCO's own limit,
-            with which numbers can be compared with those of others. Images with more objects need
-            more.
-    """
-
-    results_name = "coco_instances_results.json"
-
-    def __init__(
-        self,
-        annotation_file: str,
-        output_dir: str | None = None,
-        max_detections: int = COCO_LIMIT,
-    ) -> None:
-        super().__init__(annotation_file, output_dir, max_detections)
-        self.truth = CocoDataset(self.dataset)
-
-    def judge(self, detections: list[Entry]) -> dict[str, float]:
-        result = self._accumulated(detections)
-        metrics = {
-            name: 100 * float(value) if value >= 0 else math.nan
-            for name, value in zip(
-                ("AP", "AP50", "AP75", "APs", "APm", "APl"), result.stats, strict=False
-            )
-        }
-        self.log_table("Evaluation results for boxes", create_small_table(metrics))
-        order = self.metadata.thing_dataset_id_to_contiguous_id
-        classes = class_results(result, self.truth, order, self.metadata.thing_classes)
-        self.log_table("Results by class", format_classes(classes))
-        if self.output_dir:
-            write_classes(classes, self.output_dir)
-        return metrics | {f"AP-{each.name}": each.ap for each in classes}
-
-    def _accumulated(self, detections: list[Entry]) -> COCOeval:
-        limit = self.max_detections
-        if limit == COCO_LIMIT:
-            evaluation = COCOeval(self.truth, self._results(detections), "bbox")
-        else:
-            logger.info("Up to %d detections of each class count in an image.", limit)
-            # The summary of the COCO API knows its own limit only.
-            evaluation = COCOevalMaxDets(self.truth, self._results(detections), "bbox")
-            # In rising order, as the last one is the limit of AP.
-            evaluation.params.maxDets = [min(1, limit), min(10, limit), limit]
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-        return evaluation
-
-    def _results(self, detections: list[Entry]) -> COCO:
-        with contextlib.redirect_stdout(io.StringIO()):
-            # The API wants at least one.
-            return (
-                self.truth.loadRes(detections)
-                if detections
-                else CocoDataset(self.dataset | {"annotations": []})
-            )
-
-
-@dataclass(frozen=True)
-class ClassResult:
-    """Numbers of one class.
-
-    Attributes:
-        name: of the class.
-        ap, ap50: from 0 to 100; NaN without ground truth.
-        ground_truths: boxes that could be found (crowd regions are not).
-    """
-
-    name: str
-    ap: float
-    ap50: float
-    ground_truths: int
-
-
-def class_results(
-    coco_eval: Any, coco: COCO, order: Mapping[int | str, int], names: Sequence[str]
-) -> list[ClassResult]:
-    """What an accumulated `COCOeval` found.
-
-    Args:
-        coco_eval: of boxes, with its precisions.
-        coco: the ground truth.
-        order: category id of the file -> position of the class, which the result is sorted by.
-        names: of the classes, by their position.
-    """
-    parameters = coco_eval.params
-    # (thresholds, recalls, classes) over all sizes, with the largest number of detections
-    precisions = coco_eval.eval["precision"][:, :, :, 0, -1]
-    at_50 = int(np.flatnonzero(np.isclose(parameters.iouThrs, 0.5))[0])
-    results = {}
-    for index, category in enumerate(parameters.catIds):
-        boxes = coco.getAnnIds(parameters.imgIds, [category], iscrowd=False)
-        results[category] = ClassResult(
-            names[order[category]],
-            _mean(precisions[:, :, index]),
-            _mean(precisions[at_50, :, index]),
-            len(boxes),
-        )
-    return [results[category] for category in sorted(results, key=order.__getitem__)]
-
-
-def format_classes(results: Sequence[ClassResult]) -> str:
-    """A table with one line per class."""
-    rows = [
-        (each.name, _text(each.ap, ".1f"), _text(each.ap50, ".1f"), each.ground_truths)
-        for each in results
-    ]
-    align = ("left", "right", "right", "right")
-    return tabulate(rows, _CLASS_COLUMNS, tablefmt="github", colalign=align, disable_numparse=True)
-
-
-def write_classes(results: Sequence[ClassResult], folder: str) -> str:
-    """Writes `per_class_ap.csv`, where undefined numbers are empty; returns its path."""
-    path = os.path.join(folder, CLASS_FILE)
-    with written_whole(path) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(_CLASS_COLUMNS)
-        for each in results:
-            numbers = (_text(each.ap, ".3f"), _text(each.ap50, ".3f"), each.ground_truths)
-            writer.writerow((each.name, *numbers))
-    return path
-
-
-def _mean(precisions: np.ndarray) -> float:
-    defined = precisions[precisions > -1]
-    return 100 * float(np.mean(defined)) if defined.size else math.nan
-
-
-def _text(value: float, form: str) -> str:
-    return "" if math.isnan(value) else format(value, form)
 
 
 def metrics_of(metrics: Metrics, kind: str) -> dict[str, float]:

@@ -13,7 +13,7 @@ from co_detr.data.mapper import (
     detr_test_augmentation,
     detr_train_augmentation,
 )
-from co_detr.engine.evaluation import CocoBoxEvaluator
+from co_detr.engine.evaluators import CocoBoxEvaluator
 
 data = dict(
     train="datasets/coco/annotations/instances_train2017.json",

@@ -11,7 +11,7 @@ from PIL import Image
 
 from co_detr.data.coco import align_classes, class_names, load_coco
 from co_detr.data.preflight import PreflightSettings, SplitFiles, preflight
-from co_detr.engine.evaluation import CocoBoxEvaluator
+from co_detr.engine.evaluators import CocoBoxEvaluator
 from co_detr.errors import DataError
 
 WIDTH, HEIGHT = 48, 40

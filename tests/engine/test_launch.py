@@ -62,7 +62,7 @@ def fail_in_the_second_process():
 
 
 def fail_in_the_evaluation_of_the_main_process():
-    from co_detr.engine.evaluation import CocoBoxEvaluator
+    from co_detr.engine.evaluators import CocoBoxEvaluator
 
     def fail(self, *arguments, **others):
         raise TypeError("a bug in the evaluation")

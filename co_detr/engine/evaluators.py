@@ -1,0 +1,312 @@
+"""COCO's and LVIS's judgement of box detections.
+
+Both are computed by the package faster-coco-eval, which gives the numbers of pycocotools and of
+lvis in a fraction of the time. Environments from before it was required have pycocotools alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import logging
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
+from detectron2.utils.logger import create_small_table
+from tabulate import tabulate
+
+from co_detr.data.coco_file import Entry
+from co_detr.engine.evaluation import BoxEvaluator
+from co_detr.errors import ConfigError
+from co_detr.files import written_whole
+
+try:
+    from faster_coco_eval import COCO, COCOeval_faster
+except ImportError:
+    from pycocotools.coco import COCO
+
+    COCOeval_faster = None
+
+logger = logging.getLogger(__name__)
+
+COCO_LIMIT = 100  # detections per image and class that COCO's AP looks at
+CLASS_FILE = "per_class_ap.csv"
+_CLASS_COLUMNS = ("class", "AP", "AP50", "ground_truths")
+_SIZES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_FREQUENCIES = {"APr": "r", "APc": "c", "APf": "f"}  # LVIS: rare, common, frequent
+_OF_IMAGES = ("neg_category_ids", "not_exhaustive_category_ids")  # LVIS: categories of an image
+
+
+class CocoBoxEvaluator(BoxEvaluator):
+    """The evaluation of the COCO API for box detections.
+
+    Writes `coco_instances_results.json` and `per_class_ap.csv` to `output_dir`. The file may have
+    fewer classes than the model (`align_classes`): detections of others are left out.
+
+    Args:
+        max_detections: best detections of each image and class that count; 100 is COCO's own limit,
+            with which numbers can be compared with those of others. Images with more objects need
+            more.
+    """
+
+    results_name = "coco_instances_results.json"
+
+    def __init__(
+        self,
+        annotation_file: str,
+        output_dir: str | None = None,
+        max_detections: int = COCO_LIMIT,
+    ) -> None:
+        super().__init__(annotation_file, output_dir, max_detections)
+        self.numbered = NumberedDataset(self.dataset)
+
+    def judge(self, detections: list[Entry]) -> dict[str, float]:
+        evaluation = self._accumulated(self.numbered.load(detections))
+        metrics = {
+            name: _percent(value) for name, value in zip(_SIZES, evaluation.stats, strict=False)
+        }
+        self.log_table("Evaluation results for boxes", create_small_table(metrics))
+        classes = class_results(
+            evaluation,
+            self.dataset["annotations"],
+            list(self.numbered.categories),
+            self.metadata.thing_dataset_id_to_contiguous_id,
+            self.metadata.thing_classes,
+        )
+        self.log_table("Results by class", format_classes(classes))
+        if self.output_dir:
+            write_classes(classes, self.output_dir)
+        return metrics | {f"AP-{each.name}": each.ap for each in classes}
+
+    def _accumulated(self, found: COCO) -> Any:
+        limit = self.max_detections
+        if COCOeval_faster is not None:
+            evaluation = COCOeval_faster(self.numbered.coco, found, "bbox", print_function=print)
+        else:
+            logger.info("pycocotools evaluates; pip install faster-coco-eval takes less time.")
+            # Its own summary knows COCO's limit only.
+            evaluation = COCOevalMaxDets(self.numbered.coco, found, "bbox")
+        if limit != COCO_LIMIT:
+            logger.info("Up to %d detections of each class count in an image.", limit)
+        # In rising order, as the last one is the limit of AP.
+        evaluation.params.maxDets = [min(1, limit), min(10, limit), limit]
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        return evaluation
+
+
+class LvisBoxEvaluator(BoxEvaluator):
+    """LVIS's own evaluation of box detections on a file that `load_lvis` has read.
+
+    Reports AP, AP50, AP75, by size (APs, APm, APl) and by frequency of the class in the training
+    set (APr, APc, APf: rare, common, frequent). A class counts only in images that were searched
+    for it. Writes `lvis_instances_results.json` to `output_dir`.
+
+    Args:
+        max_detections: best detections of each image that count; 300 is LVIS's own limit.
+
+    Raises:
+        ConfigError: if `faster-coco-eval` is not installed.
+    """
+
+    results_name = "lvis_instances_results.json"
+
+    def __init__(
+        self, annotation_file: str, output_dir: str | None = None, max_detections: int = 300
+    ) -> None:
+        if COCOeval_faster is None:
+            raise ConfigError(
+                "evaluation on LVIS needs the package faster-coco-eval, which cannot be imported "
+                "here: run pip install faster-coco-eval."
+            )
+        super().__init__(annotation_file, output_dir, max_detections)
+
+    def judge(self, detections: list[Entry]) -> dict[str, float]:
+        if not detections:
+            logger.warning("The model has not detected anything.")
+            return dict.fromkeys((*_SIZES, *_FREQUENCIES), math.nan)
+        logger.info("Up to %d detections count in an image.", self.max_detections)
+        numbered = NumberedDataset(self.dataset)
+        found = numbered.load(best_of_each_image(detections, self.max_detections))
+        evaluation = COCOeval_faster(
+            numbered.coco, found, "bbox", print_function=print, lvis_style=True
+        )
+        evaluation.params.maxDets = [self.max_detections]
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        metrics = {
+            name: _percent(value) for name, value in zip(_SIZES, evaluation.stats, strict=False)
+        }
+        # (thresholds, recalls, classes) over all sizes
+        precisions = evaluation.eval["precision"][:, :, :, 0, 0]
+        frequencies = {each["id"]: each.get("frequency") for each in self.dataset["categories"]}
+        for name, frequency in _FREQUENCIES.items():
+            those = [frequencies[key] == frequency for key in numbered.categories]
+            metrics[name] = _mean(precisions[:, :, those])
+        self.log_table("Evaluation results for boxes", create_small_table(metrics))
+        return metrics
+
+
+class NumberedDataset:
+    """A data set whose images and categories are numbered from 1 on, in the order of their ids.
+
+    faster-coco-eval takes whole numbers only, where files may have text.
+
+    Attributes:
+        coco: the COCO API's object.
+        images, categories: id in the file -> number.
+    """
+
+    def __init__(self, dataset: Mapping[str, list[Entry]]) -> None:
+        self.images = _numbers(each["id"] for each in dataset["images"])
+        self.categories = _numbers(each["id"] for each in dataset["categories"])
+        self._lists = {
+            "info": {},
+            "images": [self._image(each) for each in dataset["images"]],
+            "annotations": list(map(self._annotation, dataset["annotations"])),
+            "categories": [
+                each | {"id": self.categories[each["id"]]} for each in dataset["categories"]
+            ],
+        }
+        self.coco = _indexed(self._lists)
+
+    def load(self, detections: Iterable[Entry]) -> COCO:
+        """Detections with the file's ids, for the COCO API."""
+        numbered = list(map(self._annotation, detections))
+        with contextlib.redirect_stdout(io.StringIO()):
+            # The API wants at least one.
+            return (
+                self.coco.loadRes(numbered)
+                if numbered
+                else _indexed(self._lists | {"annotations": []})
+            )
+
+    def _annotation(self, entry: Entry) -> Entry:
+        image, category = self.images[entry["image_id"]], self.categories[entry["category_id"]]
+        return entry | {"image_id": image, "category_id": category}
+
+    def _image(self, entry: Entry) -> Entry:
+        lists = {
+            key: [self.categories[each] for each in entry[key] if each in self.categories]
+            for key in _OF_IMAGES
+            if key in entry
+        }
+        return entry | {"id": self.images[entry["id"]]} | lists
+
+
+def best_of_each_image(detections: Iterable[Entry], number: int) -> list[Entry]:
+    """The detections with the highest scores; of equal scores those that come first."""
+    by_image: dict[int | str, list[Entry]] = defaultdict(list)
+    for each in detections:
+        by_image[each["image_id"]].append(each)
+    return [
+        each
+        for found in by_image.values()
+        for each in sorted(found, key=lambda entry: entry["score"], reverse=True)[:number]
+    ]
+
+
+def _numbers(ids: Iterable[Any]) -> dict[Any, int]:
+    return {key: number for number, key in enumerate(sorted(ids), start=1)}
+
+
+def _indexed(dataset: dict[str, Any]) -> COCO:
+    """The COCO API on a data set in memory, where its own constructor wants a file."""
+    coco = COCO()
+    coco.dataset = dataset
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools says "creating index..."
+        coco.createIndex()
+    return coco
+
+
+def _percent(value: float) -> float:
+    """-1 stands for undefined."""
+    return 100 * float(value) if value >= 0 else math.nan
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """Numbers of one class.
+
+    Attributes:
+        name: of the class.
+        ap, ap50: from 0 to 100; NaN without ground truth.
+        ground_truths: boxes that could be found (crowd regions are not).
+    """
+
+    name: str
+    ap: float
+    ap50: float
+    ground_truths: int
+
+
+def class_results(
+    evaluation: Any,
+    annotations: Sequence[Entry],
+    categories: Sequence[int | str],
+    order: Mapping[int | str, int],
+    names: Sequence[str],
+) -> list[ClassResult]:
+    """What an accumulated `COCOeval` found.
+
+    Args:
+        evaluation: of boxes, with its precisions.
+        annotations: the ground truth.
+        categories: ids of the file, in the order of the evaluation's.
+        order: category id of the file -> position of the class, which the result is sorted by.
+        names: of the classes, by their position.
+    """
+    # (thresholds, recalls, classes) over all sizes, with the largest number of detections
+    precisions = evaluation.eval["precision"][:, :, :, 0, -1]
+    at_50 = int(np.flatnonzero(np.isclose(evaluation.params.iouThrs, 0.5))[0])
+    boxes = Counter(each["category_id"] for each in annotations if not each["iscrowd"])
+    results = {
+        category: ClassResult(
+            names[order[category]],
+            _mean(precisions[:, :, index]),
+            _mean(precisions[at_50, :, index]),
+            boxes[category],
+        )
+        for index, category in enumerate(categories)
+    }
+    return [results[category] for category in sorted(results, key=order.__getitem__)]
+
+
+def format_classes(results: Sequence[ClassResult]) -> str:
+    """A table with one line per class."""
+    rows = [
+        (each.name, _text(each.ap, ".1f"), _text(each.ap50, ".1f"), each.ground_truths)
+        for each in results
+    ]
+    align = ("left", "right", "right", "right")
+    return tabulate(rows, _CLASS_COLUMNS, tablefmt="github", colalign=align, disable_numparse=True)
+
+
+def write_classes(results: Sequence[ClassResult], folder: str) -> str:
+    """Writes `per_class_ap.csv`, where undefined numbers are empty; returns its path."""
+    path = os.path.join(folder, CLASS_FILE)
+    with written_whole(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(_CLASS_COLUMNS)
+        for each in results:
+            numbers = (_text(each.ap, ".3f"), _text(each.ap50, ".3f"), each.ground_truths)
+            writer.writerow((each.name, *numbers))
+    return path
+
+
+def _mean(precisions: np.ndarray) -> float:
+    defined = precisions[precisions > -1]
+    return 100 * float(np.mean(defined)) if defined.size else math.nan
+
+
+def _text(value: float, form: str) -> str:
+    return "" if math.isnan(value) else format(value, form)
