@@ -12,7 +12,7 @@ data.image_format = "BGR"
 model.backbone = mapped_thin_resnet50
 model.pixel_mean = pixel_mean
 model.pixel_std = pixel_std
-model.encoder.update(embed_dim=128, num_layers=3, feedforward_dim=512)
+model.encoder.update(embed_dim=128, num_layers=3, feedforward_dim=512, strides=[8, 16, 32, 64])
 model.decoder.num_layers = 3
 model.queries[0].num_queries = 100
 model.compare_detectors = True  # every evaluation reports all detectors of the model

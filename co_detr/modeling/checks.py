@@ -16,11 +16,12 @@ def check_parts(model: nn.Module) -> None:
     """Looks over a complete ``CoDETR``.
 
     Raises:
-        ConfigError: if parts disagree on ``num_classes``, no single inference source exists,
-            ``evaluate_with`` cannot be done, ``merged`` or ``cascade`` need what is not there, or
-            the decoder is left out by half.
+        ConfigError: if parts disagree on ``num_classes`` or strides, no single inference source
+            exists, ``evaluate_with`` cannot be done, ``merged`` or ``cascade`` need what is not
+            there, or the decoder is left out by half.
     """
     _check_class_counts(model)
+    _check_strides(model)
     check_detectors(model)
     if model.decoder is None:
         _check_without_decoder(model)
@@ -63,6 +64,18 @@ def _check_class_counts(model: nn.Module) -> None:
                 f"model.{path} is built for {found} classes but model.num_classes is "
                 f"{model.num_classes}; let it interpolate ${{model.num_classes}}."
             )
+
+
+def _check_strides(model: nn.Module) -> None:
+    strides = getattr(model.encoder, "strides", None)
+    if strides is None:
+        return
+    given = [shape.stride for shape in model.backbone.output_shape().values()]
+    if list(strides) != given:
+        raise ConfigError(
+            f"model.encoder measures images in cells of {list(strides)} pixels, but the maps of "
+            f"model.backbone have the strides {given}: give it these, or null."
+        )
 
 
 def _check_without_decoder(model: nn.Module) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -51,10 +53,16 @@ class DeformableEncoder(nn.Module):
     """Stack of deformable layers over the flattened levels (Deformable-DETR section 4.1).
 
     Args:
-        position_encoding: module ``(B, H, W) bool -> (B, C, H, W)``.
+        position_encoding: `SinePosition`.
         num_layers: layers; the arguments that follow describe one of them.
         activation_checkpointing: in training, keep only the input of every layer and compute the
             layer again in the backward pass: less memory, about a quarter more time.
+        strides: of the maps in pixels, finest first. With them, the size of an image is measured in
+            fractions of a cell; None: in the cells that hold a part of it, as in the reference. See
+            `valid_ratios`.
+
+    Raises:
+        ConfigError: if there are not as many ``strides`` as levels.
     """
 
     def __init__(
@@ -69,10 +77,17 @@ class DeformableEncoder(nn.Module):
         feedforward_dim: int = 2048,
         dropout: float = 0.0,
         activation_checkpointing: bool = False,
+        strides: Sequence[int] | None = None,
     ):
         super().__init__()
+        if strides is not None and len(strides) != num_levels:
+            raise ConfigError(
+                f"model.encoder.strides={list(strides)} must name one stride for each of the "
+                f"{num_levels} levels, or be null."
+            )
         self.position_encoding = position_encoding
         self.activation_checkpointing = activation_checkpointing
+        self.strides = strides
         self.level_embed = nn.Parameter(torch.empty(num_levels, embed_dim))
         nn.init.normal_(self.level_embed)
         self.layers = nn.ModuleList(
@@ -117,15 +132,16 @@ class DeformableEncoder(nn.Module):
         tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
         # Half precision could not number the cells of a large map.
         dtype = torch.promote_types(tokens.dtype, torch.float32)
+        ratios = valid_ratios(padding_mask, masks, self.strides, dtype)
+        exact = [None] * len(maps) if self.strides is None else ratios.unbind(1)
         position = torch.cat(
             [
-                self.position_encoding(mask, dtype).flatten(2).transpose(1, 2) + embed
-                for mask, embed in zip(masks, self.level_embed, strict=True)
+                self.position_encoding(mask, dtype, ratio).flatten(2).transpose(1, 2) + embed
+                for mask, ratio, embed in zip(masks, exact, self.level_embed, strict=True)
             ],
             dim=1,
         )
         flat_mask = torch.cat([mask.flatten(1) for mask in masks], dim=1)
-        ratios = torch.stack([valid_ratio(mask, dtype) for mask in masks], dim=1)
         reference = reference_points(level_shapes, ratios)
         constants = (position, reference, level_shapes, flat_mask)
         for layer in self.layers:
@@ -148,8 +164,40 @@ def shrink_mask(mask: Tensor, height: int, width: int) -> Tensor:
     return mask
 
 
+def valid_ratios(
+    padding_mask: Tensor,
+    level_masks: list[Tensor],
+    strides: Sequence[int] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Un-padded share (width, height) of every level, ``(B, L, 2)``.
+
+    A map has a cell for every ``stride`` pixels that were begun: an image of 235 pixels has 8 cells
+    of stride 32 and covers 7.34 of them. The reference takes it to cover all 8. That moves what is
+    at its far end by 21 pixels on this level and by 5 on that of stride 8; where the stride divides
+    the size, nothing moves. On images of 1000 pixels it hardly matters. On small ones the decoder
+    learns the mean error over its training sizes and then makes up for one that is not there.
+
+    Args:
+        padding_mask: ``(B, H, W)`` bool at input resolution, True = padding.
+        level_masks: the same in the cells of each level.
+        strides: of the levels: exact shares; None: of the cells that hold a part of the image.
+    """
+    if strides is None:
+        return torch.stack([valid_ratio(mask, dtype) for mask in level_masks], dim=1)
+    inside = ~padding_mask
+    pixels = [inside[:, 0, :].sum(1).to(dtype), inside[:, :, 0].sum(1).to(dtype)]
+    shares = [
+        torch.stack(
+            [pixels[0] / (stride * mask.shape[2]), pixels[1] / (stride * mask.shape[1])], -1
+        )
+        for stride, mask in zip(strides, level_masks, strict=True)
+    ]
+    return torch.stack(shares, dim=1)
+
+
 def valid_ratio(padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Un-padded share of a level, ``(B, H, W) bool -> (B, 2)`` in the order width, height."""
+    """Share of a level's cells that are un-padded, ``(B, H, W) bool -> (B, 2)``, width first."""
     _, height, width = padding_mask.shape
     inside = (~padding_mask).to(dtype)
     return torch.stack([inside[:, 0, :].sum(1) / width, inside[:, :, 0].sum(1) / height], dim=-1)

@@ -13,7 +13,7 @@ from co_detr.errors import ConfigError
 class SinePosition(nn.Module):
     """Encodes the position of every cell of a padded map.
 
-    Coordinates count un-padded cells, are divided by the un-padded extent and scaled to 2 pi.
+    Coordinates count un-padded cells, are divided by the extent of the image and scaled to 2 pi.
 
     Args:
         embed_dim: channels C of the encoding: the first half codes y, the second x.
@@ -32,13 +32,26 @@ class SinePosition(nn.Module):
         self.temperature = temperature
         self.offset = offset
 
-    def forward(self, padding_mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """``(B, H, W)`` bool (True = padding) -> ``(B, C, H, W)``."""
+    def forward(
+        self,
+        padding_mask: Tensor,
+        dtype: torch.dtype = torch.float32,
+        valid_ratio: Tensor | None = None,
+    ) -> Tensor:
+        """``(B, H, W)`` bool (True = padding) -> ``(B, C, H, W)``.
+
+        Args:
+            valid_ratio: ``(B, 2)``, the image's exact share of the map's width and height, of which
+                it may cover the last cell in part; None: it covers all cells that it touches.
+        """
         inside = (~padding_mask).to(dtype)
         encodings = []
         for axis in (1, 2):
             cells = inside.cumsum(axis)
-            extent = cells.narrow(axis, cells.shape[axis] - 1, 1)
+            if valid_ratio is None:
+                extent = cells.narrow(axis, cells.shape[axis] - 1, 1)
+            else:
+                extent = valid_ratio[:, 2 - axis, None, None] * cells.shape[axis]
             angle = (cells + self.offset) / (extent + 1e-6) * (2 * math.pi)
             encodings.append(sine_features(angle, self.num_features, self.temperature))
         return torch.cat(encodings, dim=3).permute(0, 3, 1, 2)

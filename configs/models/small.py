@@ -24,7 +24,7 @@ def make_small(model):
     model.backbone.bottom_up.out_features = model.backbone.in_features = ["res3", "res4", "res5"]
     model.backbone.num_extra_levels = 0
     model.backbone.num_groups = 16
-    model.encoder.num_levels = 3
+    model.encoder.update(num_levels=3, strides=STRIDES[:3])
     model.auxiliary.pyramid.finest = 3
     _make_small_heads(model.auxiliary)
 
@@ -46,6 +46,7 @@ def make_quick_to_learn(model):
 def make_small_single_scale(model):
     """The same for a model that encodes the last map of its backbone alone."""
     _make_small_transformer(model)
+    model.encoder.stride = 32
     _make_small_heads(model.auxiliary)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
-from co_detr.modeling.encoder import shrink_mask, valid_ratio
+from co_detr.modeling.encoder import shrink_mask, valid_ratios
 from co_detr.modeling.single_scale.attention import perceptron
 from co_detr.modeling.transformer_layers import FeedForward, SelfAttention
 from co_detr.structures import EncoderMemory
@@ -44,11 +44,14 @@ class TransformerEncoder(nn.Module):
     Queries and keys get the sine code of their position added; tokens in the padding are no keys.
 
     Args:
-        position_encoding: module ``(B, H, W) bool -> (B, C, H, W)``.
+        position_encoding: `SinePosition`.
         num_layers: layers; the arguments that follow describe one of them.
         activation: class of the feed-forward's activation; ``nn.PReLU`` in DAB-DETR.
         scale_position: multiply the code, in every layer, by a perceptron of the tokens, the same
             for all layers (``query_scale`` in the encoder of DAB-DETR's code).
+        stride: of the map in pixels. With it, the size of an image is measured in fractions of a
+            cell; None: in the cells that hold a part of it, as in the papers' code. See
+            `valid_ratios`.
     """
 
     num_levels = 1
@@ -64,9 +67,11 @@ class TransformerEncoder(nn.Module):
         dropout: float = 0.0,
         activation: type[nn.Module] = nn.ReLU,
         scale_position: bool = False,
+        stride: int | None = None,
     ):
         super().__init__()
         self.position_encoding = position_encoding
+        self.strides = None if stride is None else [stride]
         self.layers = nn.ModuleList(
             [
                 TransformerEncoderLayer(
@@ -104,7 +109,9 @@ class TransformerEncoder(nn.Module):
         tokens = maps[0].flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, H*W, C)
         # Half precision could not number the cells of a large map.
         dtype = torch.promote_types(tokens.dtype, torch.float32)
-        position = self.position_encoding(mask, dtype).flatten(2).transpose(1, 2)
+        ratios = valid_ratios(padding_mask, [mask], self.strides, dtype)
+        exact = None if self.strides is None else ratios[:, 0]
+        position = self.position_encoding(mask, dtype, exact).flatten(2).transpose(1, 2)
         attend_mask = ~mask.flatten(1)[:, None, None]
         for layer in self.layers:
             scaled = position
@@ -115,7 +122,7 @@ class TransformerEncoder(nn.Module):
             tokens=tokens,
             padding_mask=mask.flatten(1),
             level_shapes=[(height, width)],
-            valid_ratios=valid_ratio(mask, dtype)[:, None],
+            valid_ratios=ratios,
             image_sizes=image_sizes,
             position=position,
         )

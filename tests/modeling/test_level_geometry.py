@@ -1,0 +1,139 @@
+"""Where the cells of a padded batch's levels lie in the images."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.config import instantiate
+
+from co_detr.engine.config import apply_overrides, load_config
+from co_detr.errors import ConfigError
+from co_detr.modeling import SinePosition
+from co_detr.modeling.encoder import (
+    DeformableEncoder,
+    reference_points,
+    shrink_mask,
+    valid_ratios,
+)
+from co_detr.modeling.position import cell_centres, sine_features
+from co_detr.modeling.postprocess import padding_mask
+from co_detr.modeling.queries.two_stage import propose_grid
+from co_detr.structures import EncoderMemory
+from tests.modeling.builders import CONFIGS, shrink
+
+STRIDES = (8, 16, 32)
+SIZES = [(176, 235), (192, 256), (101, 213)]  # height, width
+PADDED = (3, 3, 192, 277)  # no multiple of a stride in width
+
+
+def geometry(strides):
+    mask = padding_mask(SIZES, torch.Size(PADDED), torch.device("cpu"))
+    shapes = [(-(-PADDED[2] // stride), -(-PADDED[3] // stride)) for stride in STRIDES]
+    masks = [shrink_mask(mask, *shape) for shape in shapes]
+    return shapes, masks, valid_ratios(mask, masks, strides, torch.float64)
+
+
+def centres_in_pixels(shapes):
+    """``(S, 2)`` xy of all cells, which are ``stride`` pixels wide wherever they are."""
+    return torch.cat(
+        [
+            cell_centres(*shape, torch.zeros((), dtype=torch.float64)) * stride
+            for shape, stride in zip(shapes, STRIDES, strict=True)
+        ]
+    )
+
+
+def test_a_mask_shrinks_like_nearest_interpolation():
+    for height, width in ((100, 120), (97, 31), (333, 810), (800, 1333), (64, 64)):
+        rows = torch.arange(height)[:, None] % 7 < 3
+        columns = torch.arange(width)[None] % 5 < 2
+        mask = (rows ^ columns)[None]
+        for stride in (4, 8, 16, 32, 64):
+            size = (-(-height // stride), -(-width // stride))
+            expected = F.interpolate(mask[:, None].float(), size=size)[:, 0].bool()
+            assert shrink_mask(mask, *size).equal(expected)
+
+
+def test_with_strides_a_token_is_at_its_pixels_on_every_level():
+    shapes, _, ratios = geometry(STRIDES)
+    points = reference_points(shapes, ratios)  # (B, S, L, 2), 1 is the end of the padded level
+    expected = centres_in_pixels(shapes)
+    for level, ((height, width), stride) in enumerate(zip(shapes, STRIDES, strict=True)):
+        pixels = points[:, :, level] * torch.tensor([width, height]) * stride
+        torch.testing.assert_close(pixels, expected.expand_as(pixels))
+
+
+def test_without_strides_the_last_cell_counts_as_whole():
+    shapes, masks, ratios = geometry(None)
+    # 235 pixels are 7.3 cells of 32, 101 are 3.2.
+    assert ratios[0, 2].tolist() == [8 / 9, 6 / 6]
+    assert ratios[2, 2].tolist() == [7 / 9, 4 / 6]
+    # So a token of the coarsest level is up to a cell away from where it is on the finest one.
+    points = reference_points(shapes, ratios)
+    pixels = points[0, :, 0] * torch.tensor([shapes[0][1], shapes[0][0]]) * STRIDES[0]
+    error = (pixels - centres_in_pixels(shapes))[:, 0][~torch.cat([m[0].flatten() for m in masks])]
+    assert error.abs().max() > 10
+
+
+def test_with_strides_grid_priors_are_centred_on_their_cells():
+    shapes, masks, ratios = geometry(STRIDES)
+    flat_mask = torch.cat([mask.flatten(1) for mask in masks], dim=1)
+    tokens = torch.zeros(*flat_mask.shape, 4, dtype=torch.float64)
+    _, logits = propose_grid(EncoderMemory(tokens, flat_mask, shapes, ratios, SIZES))
+    expected = centres_in_pixels(shapes)
+    for image, (height, width) in enumerate(SIZES):
+        usable = logits[image].isfinite().all(-1)
+        assert usable.sum() > 200
+        pixels = logits[image].sigmoid()[:, :2] * torch.tensor([width, height])
+        torch.testing.assert_close(pixels[usable], expected[usable])
+
+
+def test_with_strides_a_position_code_is_that_of_the_pixels():
+    shapes, masks, ratios = geometry(STRIDES)
+    for level, (mask, (height, width), stride) in enumerate(
+        zip(masks, shapes, STRIDES, strict=True)
+    ):
+        code = SinePosition(8)(mask, torch.float64, ratios[:, level])
+        for image, size in enumerate(SIZES):
+            inside = ~mask[image]
+            for half, index, extent in ((0, 0, size[0]), (1, 1, size[1])):
+                cells = torch.arange((height, width)[index], dtype=torch.float64) + 0.5
+                features = sine_features(cells * stride / extent * (2 * math.pi), 4, 10000.0)
+                shape = (height, 1, 4) if index == 0 else (1, width, 4)
+                expected = features.view(shape).expand(height, width, 4)[inside]
+                found = code[image, 4 * half : 4 * half + 4].permute(1, 2, 0)[inside]
+                torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_sizes_that_all_strides_divide_give_the_same_either_way():
+    sizes = [(64, 96), (128, 32)]
+    mask = padding_mask(sizes, torch.Size((2, 3, 128, 96)), torch.device("cpu"))
+    masks = [shrink_mask(mask, 128 // stride, 96 // stride) for stride in STRIDES]
+    exact, counted = (valid_ratios(mask, masks, each, torch.float64) for each in (STRIDES, None))
+    assert exact.equal(counted)
+
+
+def test_one_stride_for_each_level():
+    with pytest.raises(ConfigError, match=r"encoder.strides=\[8, 16\] .* each of the 3 levels"):
+        DeformableEncoder(
+            position_encoding=SinePosition(8),
+            embed_dim=8,
+            num_heads=2,
+            num_levels=3,
+            strides=[8, 16],
+        )
+
+
+@pytest.mark.parametrize(
+    "config, override, maps",
+    [
+        ("co_detr_r50", "model.encoder.strides=[4,8,16,32]", r"\[8, 16, 32, 64\]"),
+        ("co_dab_detr_r50", "model.encoder.stride=16", r"\[32\]"),
+    ],
+)
+def test_strides_have_to_be_those_of_the_backbone(config, override, maps):
+    cfg = shrink(load_config(str(CONFIGS / f"{config}.py")))
+    apply_overrides(cfg, [override])
+    with pytest.raises(ConfigError, match=rf"maps of model.backbone have the strides {maps}"):
+        instantiate(cfg.model)
