@@ -1,17 +1,21 @@
 """The checkpoints of a run: written whole or not at all, resumed from the last one that is whole.
 
 `Checkpointer` saves and loads; below it are the names of a run's checkpoints, which of them can be
-read and which are too many.
+read, which are of another run, and which are too many.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
+import uuid
 import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -28,7 +32,6 @@ from co_detr.checkpoint.reading import (
     stored_class_names,
 )
 from co_detr.engine.launch import raise_jointly
-from co_detr.engine.run_folder import RUN_FILE, RunIdentity, read_identity
 from co_detr.errors import CheckpointError, ConfigError
 from co_detr.files import write_error_of, written_whole
 
@@ -36,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 MARKER = "last_checkpoint"  # holds the name of the newest checkpoint, as in Detectron2
 FINAL = "model_final.pth"
+RUN_FILE = "run.json"  # says whose the folder is
 RUN_ID = "run_id"  # the key in a checkpoint
 
 _NUMBERED = re.compile(r"model_(\d{7,})\.pth")
@@ -218,6 +222,62 @@ def _local(path: str) -> str:
             f"checkpoint {path} cannot be fetched ({error}): fetch it by other means and set "
             'train.init_checkpoint to the file, or to "" to start from random weights.'
         ) from error
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What tells a run from others that have used its folder.
+
+    It is in `run.json` and, by its id, in each of the run's checkpoints. A training that starts in
+    the folder of another one puts its own there with its first step; what the other has left is
+    then not continued as if it were this one's.
+
+    Attributes:
+        run_id: random.
+        started: date and time.
+        adopts_unnamed: whether checkpoints without an id, of earlier versions, are this run's, too.
+    """
+
+    run_id: str
+    started: str
+    adopts_unnamed: bool = False
+
+    @classmethod
+    def new(cls, adopts_unnamed: bool = False, run_id: str | None = None) -> RunIdentity:
+        return cls(run_id or uuid.uuid4().hex[:12], now(), adopts_unnamed)
+
+    def owns(self, run_id: str | None) -> bool:
+        """Whether a checkpoint with this id belongs to the run."""
+        return run_id == self.run_id or (run_id is None and self.adopts_unnamed)
+
+    def write(self, folder: str) -> None:
+        with written_whole(os.path.join(folder, RUN_FILE)) as file:
+            json.dump(asdict(self), file, indent=1)
+            file.write("\n")
+
+
+def read_identity(folder: str) -> RunIdentity | None:
+    """The run that was last started in `folder`; None: none, or by an earlier version.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    path = os.path.join(folder, RUN_FILE)
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            return RunIdentity(**json.load(file))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}): remove it to continue from the checkpoints that are "
+            "there, whichever run they are of."
+        ) from error
+
+
+def now() -> str:
+    """Date and time, to the second."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def numbered_name(iteration: int) -> str:

@@ -22,10 +22,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from co_detr.checkpoint.saving import FINAL, Checkpointer, numbered_name, remove_old
 from co_detr.engine.evaluation import EvaluationStopped
 from co_detr.engine.launch import jointly, raise_jointly
-from co_detr.engine.selection import ModelSelection
 from co_detr.engine.setup import RunLog
 from co_detr.engine.trainer import Trainer
-from co_detr.engine.validation_loss import ValidationLoss
+from co_detr.engine.validation import ModelSelection, ValidationLoss
 from co_detr.engine.writers import WriterHook
 from co_detr.errors import CheckpointError, ConfigError, UserError
 

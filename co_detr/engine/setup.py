@@ -1,29 +1,47 @@
-"""What happens in every process before a run: messages, seeds, switches of PyTorch, the model."""
+"""What happens before a run: messages, seeds, switches of PyTorch, the model, the output folder.
+
+A training keeps others out of its folder, and an evaluation keeps out of a training's. What
+describes a run in its folder is written when the run has something to put there.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import json
 import logging
 import logging.handlers
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from detectron2.config import instantiate
 from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 from torch import nn
 from torch.utils.data import DataLoader
 
+from co_detr.checkpoint.saving import RUN_FILE, now
 from co_detr.engine.allocator import keep_freed_memory
-from co_detr.errors import ConfigError
+from co_detr.engine.config import config_content, leaves, read_yaml, to_text
+from co_detr.engine.launch import raise_jointly
+from co_detr.errors import ConfigError, UserError, WriteError
+from co_detr.files import written_whole
 
 logger = logging.getLogger(__name__)
 
 _LOGGERS = ("detectron2", "fvcore", "co_detr")
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+_LOCK_FILE = ".lock"
+_NOT_SET = object()
+_EVALUATION = "evaluation"  # the subfolder of evaluations beside a training
 
 
 class RunLog:
@@ -186,3 +204,127 @@ def _settings(train: DictConfig, device: str | torch.device) -> CudaSettings | N
     if "cuda" not in train or torch.device(device).type != "cuda":
         return None
     return CudaSettings(**train.cuda)
+
+
+@contextmanager
+def exclusive(folder: str) -> Iterator[None]:
+    """Keeps other trainings out of `folder` inside of the block; every process has to enter it.
+
+    The main process holds a lock of the operating system, which ends with the process however it
+    ends, and is not inherited by its loading workers. Network file systems have it as well unless
+    they are mounted without locks; then only trainings of the same machine see each other.
+
+    Raises:
+        ConfigError: in all processes, if another training has the lock.
+        WriteError: in all processes, if the folder cannot be written.
+    """
+    problem: UserError | None = None
+    descriptor = None
+    if comm.is_main_process():
+        try:
+            descriptor = _locked(folder)
+        except UserError as error:
+            problem = error
+    raise_jointly(problem)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.ftruncate(descriptor, 0)
+            os.close(descriptor)
+
+
+def _locked(folder: str) -> int | None:
+    try:
+        os.makedirs(folder, exist_ok=True)
+        descriptor = os.open(os.path.join(folder, _LOCK_FILE), os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise WriteError(
+            f"train.output_dir={folder} cannot be written ({error.strerror}): choose another one."
+        ) from error
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        holder = _holder(descriptor)
+        os.close(descriptor)
+        raise ConfigError(
+            f"another run{holder} is writing to {folder}: wait until it ends or stop it, or choose "
+            "another train.output_dir."
+        ) from None
+    except OSError as error:
+        os.close(descriptor)
+        logger.warning(
+            "%s cannot be locked (%s): see to it that no other run writes to it.",
+            *(folder, error.strerror),
+        )
+        return None
+    holder = {"process": os.getpid(), "host": socket.gethostname(), "since": now()}
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+    return descriptor
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        found: dict[str, Any] = json.loads(os.pread(descriptor, 1000, 0))
+        return f" (process {found['process']} on {found['host']}, since {found['since']})"
+    except (ValueError, TypeError, KeyError):  # it is just being written
+        return ""
+
+
+def holds_training(folder: str) -> bool:
+    """Whether a training has left something in `folder`."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return any(
+        name in (RUN_FILE, METRICS_FILE, "last_checkpoint")
+        or (name.startswith("model_") and name.endswith(".pth"))
+        for name in names
+    )
+
+
+def evaluation_folder(output_dir: str) -> str:
+    """Where an evaluation without training writes: in a training's folder, to a subfolder.
+
+    Every process has to call this; all get what the main process sees.
+    """
+    inside = comm.all_gather(holds_training(output_dir))[0]
+    return os.path.join(output_dir, _EVALUATION) if inside else output_dir
+
+
+def write_description(folder: str, config: str) -> None:
+    """Writes ``config.yaml`` (from `config_text`) and ``environment.txt``; in the main process."""
+    os.makedirs(folder, exist_ok=True)
+    for name, text in ((CONFIG_FILE, config), ("environment.txt", collect_env_info() + "\n")):
+        with written_whole(os.path.join(folder, name)) as file:
+            file.write(text)
+
+
+def description_of_resumed(cfg: DictConfig, folder: str) -> str:
+    """What ``config.yaml`` is to say of a run that goes on; logs what differs from the one there.
+
+    The settings are the new ones, but a run that goes on does not start from
+    ``train.init_checkpoint``: that one stays.
+    """
+    content = config_content(cfg)
+    path = os.path.join(folder, CONFIG_FILE)
+    if not os.path.isfile(path):
+        return to_text(content)
+    try:
+        earlier = read_yaml(path)
+    except ConfigError as error:
+        logger.warning("What has changed since this run began is not known: %s", error)
+        return to_text(content)
+    before, now = dict(leaves(earlier)), dict(leaves(content))
+    init = "train.init_checkpoint"
+    if now.get(init) and before.get(init) != now[init]:
+        logger.warning("%s=%s has no effect: the run goes on from its own.", init, now[init])
+    if init in before:
+        content["train"]["init_checkpoint"] = now[init] = before[init]
+    changed = [
+        f"{key}: {before.get(key, 'not set')} -> {now.get(key, 'not set')}"
+        for key in dict.fromkeys((*now, *before))
+        if before.get(key, _NOT_SET) != now.get(key, _NOT_SET)
+    ]
+    if changed:
+        logger.info("Settings that differ from those in %s: %s", path, "; ".join(changed))
+    return to_text(content)

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from co_detr.checkpoint.reading import AVERAGED
-from co_detr.checkpoint.saving import RUN_ID, Checkpointer
+from co_detr.checkpoint.saving import RUN_ID, Checkpointer, RunIdentity, read_identity
 from co_detr.data.coco import align_classes, class_names
 from co_detr.engine.config import config_text, load_config
 from co_detr.engine.data_check import adopt_class_count, align_with_checkpoint, check_data
@@ -37,21 +37,21 @@ from co_detr.engine.memory_use import (
     explain_out_of_memory,
     training_advice,
 )
-from co_detr.engine.run_folder import (
+from co_detr.engine.setup import (
     CONFIG_FILE,
-    RunIdentity,
+    RunLog,
+    build_model,
     description_of_resumed,
     evaluation_folder,
     exclusive,
     holds_training,
-    read_identity,
+    pin_for,
+    setup_run,
     write_description,
 )
-from co_detr.engine.selection import build_selection
-from co_detr.engine.setup import RunLog, build_model, pin_for, setup_run
 from co_detr.engine.tracking import build_trackers, require_trackers
 from co_detr.engine.trainer import Trainer, build_trainer
-from co_detr.engine.validation_loss import load_validation_set
+from co_detr.engine.validation import build_selection, load_validation_set
 from co_detr.engine.writers import WriterHook, build_writers
 from co_detr.errors import CheckpointError, ConfigError, UserError
 from co_detr.files import remove_incomplete

@@ -16,7 +16,7 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils.events import EventWriter, get_event_storage
 
-from co_detr.engine.run_folder import METRICS_FILE
+from co_detr.engine.setup import METRICS_FILE
 from co_detr.files import INCOMPLETE, written_whole
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_file_loader import RawEventFileL
 from tensorboard.compat.proto.event_pb2 import Event
 
 from co_detr.checkpoint.saving import MARKER, problem_of
-from co_detr.engine.selection import HISTORY_FILE
+from co_detr.engine.validation import HISTORY_FILE
 from co_detr.files import INCOMPLETE
 from tests.engine.processes import TrainNet
 from tests.engine.tiny_data import make_tiny_data

@@ -78,7 +78,7 @@ def test_loaders_pin_memory_for_a_gpu(tiny_cfg, monkeypatch):
         pinned.append((loader, device))
         return pin_for(loader, device)
 
-    for module in ("train", "validation_loss"):
+    for module in ("train", "validation"):
         monkeypatch.setattr(f"co_detr.engine.{module}.pin_for", note)
     run_training(tiny_cfg("train.max_iter=1", "train.val_loss.enabled=true"), resume=False)
     assert [device for _, device in pinned] == ["cpu"] * 3  # training, evaluation, its losses

@@ -87,7 +87,7 @@ def test_an_unexpected_error_of_one_process_ends_the_others(two, prepare, guilty
 
 
 def forbid_the_history():
-    from co_detr.engine.selection import EvaluationHistory
+    from co_detr.engine.validation import EvaluationHistory
 
     def refuse(self, until):
         raise CheckpointError("evaluations.json is no history: remove it.")

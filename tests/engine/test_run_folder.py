@@ -8,7 +8,8 @@ import time
 import pytest
 import torch
 
-from co_detr.engine.run_folder import evaluation_folder, exclusive, read_identity
+from co_detr.checkpoint.saving import read_identity
+from co_detr.engine.setup import evaluation_folder, exclusive
 from co_detr.engine.train import run_evaluation_only, run_training
 from co_detr.errors import CheckpointError, ConfigError, WriteError
 from co_detr.tools.ablate.run import read_outcome

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from co_detr.engine.selection import evaluations_without_gain
 from co_detr.engine.train import run_training
+from co_detr.engine.validation import evaluations_without_gain
 from co_detr.errors import CheckpointError, ConfigError
 
 EVERY_STEP = ["train.eval_period=1", "train.checkpointer.period=1"]

@@ -166,8 +166,8 @@ def _fail_in(monkeypatch, owner, name, call, error, after=False):
         ("co_detr.engine.train", "evaluate", 2, False),
         ("co_detr.engine.train", "evaluate", 2, True),
         ("co_detr.engine.train", "evaluate", 3, False),  # behind the last iteration
-        ("co_detr.engine.selection.EvaluationHistory", "add", 2, True),
-        ("co_detr.engine.selection.ModelSelection", "after_evaluation", 2, True),
+        ("co_detr.engine.validation.EvaluationHistory", "add", 2, True),
+        ("co_detr.engine.validation.ModelSelection", "after_evaluation", 2, True),
         ("co_detr.engine.writers.WriterHook", "write", 6, True),
         ("co_detr.engine.hooks.CheckpointHook", "_save", 1, True),
     ],

@@ -9,7 +9,7 @@ from torch import nn
 
 from co_detr.engine.train import run_training
 from co_detr.engine.trainer import StepSettings
-from co_detr.engine.validation_loss import ValidationLoss
+from co_detr.engine.validation import ValidationLoss
 from co_detr.errors import ConfigError
 from tests.device import DEVICE, NAME
 

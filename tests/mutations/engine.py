@@ -66,7 +66,7 @@ MUTATIONS = (
     ),
     _mutation(
         "dropout-in-validation-losses",
-        "engine/validation_loss.py",
+        "engine/validation.py",
         "_KEPT_IN_EVAL = (_BatchNorm, _DropoutNd, StochasticDepth)",
         "_KEPT_IN_EVAL = (_BatchNorm, StochasticDepth)",
         "modeling/test_validation_loss",
@@ -80,7 +80,7 @@ MUTATIONS = (
     ),
     _mutation(
         "limit-of-the-coco-api",
-        "engine/evaluation.py",
+        "engine/evaluators.py",
         "evaluation.params.maxDets = [min(1, limit), min(10, limit), limit]",
         "evaluation.params.maxDets = [1, 10, 100]",
         "engine/test_evaluation",

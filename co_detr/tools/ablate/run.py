@@ -24,8 +24,8 @@ from statistics import median
 from typing import Any
 
 from co_detr.checkpoint.saving import FINAL, MARKER, has_checkpoints
-from co_detr.engine.selection import HISTORY_FILE
 from co_detr.engine.trainer import GPU_PEAK
+from co_detr.engine.validation import HISTORY_FILE
 from co_detr.errors import CheckpointError, ConfigError
 from co_detr.files import written_whole
 from co_detr.tools.ablate.grid import RunSpec

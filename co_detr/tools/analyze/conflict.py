@@ -17,7 +17,7 @@ from detectron2.utils.events import EventStorage
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from co_detr.engine.validation_loss import training_without_trace
+from co_detr.engine.validation import training_without_trace
 from co_detr.modeling import CoDETR
 from co_detr.seeding import seed_everything
 from co_detr.structures import EncoderMemory, TrainingOutput

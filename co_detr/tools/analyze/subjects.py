@@ -20,12 +20,11 @@ from detectron2.data import DatasetMapper
 from omegaconf import DictConfig
 
 from co_detr.checkpoint.detector import load_detector
-from co_detr.checkpoint.saving import FINAL, belongs_to, kept_checkpoints
+from co_detr.checkpoint.saving import FINAL, belongs_to, kept_checkpoints, read_identity
 from co_detr.data.coco import class_names, load_coco
 from co_detr.data.coco_file import shortened
 from co_detr.data.images import ImageReader
-from co_detr.engine.run_folder import read_identity
-from co_detr.engine.selection import BEST
+from co_detr.engine.validation import BEST
 from co_detr.errors import ConfigError, DataError
 from co_detr.modeling import CoDETR
 
