@@ -22,7 +22,7 @@ from co_detr.tools.analyze.discriminability import (
     FUSED,
     NOTHING_TO_MEASURE,
     area_table,
-    chart_of_models,
+    curve_chart,
     curve_numbers,
     examine,
     fold,
@@ -126,11 +126,10 @@ def measure_attention(
             for name in (ALL, MATCHED)
         ),
         charts=tuple(
-            chart_of_models(
+            curve_chart(
                 f"{name.split()[0]}-{layers.split()[0]}",
                 f"IoF-IoB curves of the attention of {name}, {layers}.",
-                examined,
-                _key(name, layers),
+                {each.name: each.curves[_key(name, layers)] for each in examined},
             )
             for name in (ALL, MATCHED)
             for layers in (LAST, MEAN)

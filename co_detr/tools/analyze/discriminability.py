@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.structures import ImageList
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from co_detr.modeling import CoDETR
@@ -40,7 +39,7 @@ NUM_PICTURES = 4
 _POINT_STRIDE = 40
 
 # Okabe and Ito's colours without the yellow, which is faint on white.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 _LINE_STYLES = ("-", "--", ":", "-.")
 
@@ -220,26 +219,24 @@ def has_curve(foreground: Tensor) -> bool:
     return bool(foreground.any()) and not bool(foreground.all())
 
 
-def line_style(index: int) -> dict[str, object]:
-    """Colour and dash of the line of this index; dashes also tell lines apart in grey."""
-    return {
-        "color": COLOURS[index % len(COLOURS)],
-        "linestyle": _LINE_STYLES[index % len(_LINE_STYLES)],
-        "linewidth": 1.8,
-    }
-
-
-def iof_iob_figure(curves: Mapping[str, Curve]) -> Figure:
+def curve_chart(name: str, caption: str, curves: Mapping[str, MeanCurve]) -> Chart:
     """IoF over IoB by label, with the area under each in the legend, and chance as a thin line."""
     figure, axes = new_axes()
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8)
-    for index, (label, curve) in enumerate(curves.items()):
-        axes.plot(curve.iob, curve.iof, label=f"{label} (AUC {curve.auc:.3f})", **line_style(index))
+    for index, (label, mean) in enumerate(curves.items()):
+        axes.plot(
+            mean.curve.iob,
+            mean.curve.iof,
+            label=f"{label} (AUC {mean.curve.auc:.3f})",
+            color=_COLOURS[index % len(_COLOURS)],
+            linestyle=_LINE_STYLES[index % len(_LINE_STYLES)],  # tells lines apart in grey, too
+            linewidth=1.8,
+        )
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     axes.set_xlabel("IoB: share of background above threshold", fontsize=FONT_SIZE)
     axes.set_ylabel("IoF: share of objects above threshold", fontsize=FONT_SIZE)
     axes.legend(fontsize=FONT_SIZE - 2, loc="lower right", frameon=False)
-    return figure
+    return Chart(name, caption, figure)
 
 
 @dataclass(frozen=True)
@@ -290,18 +287,6 @@ def examine(
             examined.heat_maps.append(maps[pictured].cpu().numpy())
             examined.pictured.append(sample)
     return examined
-
-
-def chart_of_models(name: str, caption: str, examined: Iterable[Examined], key: str) -> Chart:
-    """The curve of one map, a line per model."""
-    curves = {each.name: each.curves[key].curve for each in examined}
-    return Chart(name, caption, iof_iob_figure(curves))
-
-
-def chart_of_maps(name: str, caption: str, examined: Examined, keys: Iterable[str]) -> Chart:
-    """The curves of one model, a line per map."""
-    curves = {key: examined.curves[key].curve for key in keys}
-    return Chart(name, caption, iof_iob_figure(curves))
 
 
 def area_table(name: str, caption: str, examined: Sequence[Examined], prefix: str = "") -> Table:
@@ -404,13 +389,13 @@ def measure_discriminability(
     if not examined[0].num_images:
         return Section(key, title, NOTHING_TO_MEASURE, {})
     by_level = tuple(
-        chart_of_maps(
-            f"levels-{number}", f"{each.name}: the levels and their mean.", each, each.curves
-        )
+        curve_chart(f"levels-{number}", f"{each.name}: the levels and their mean.", each.curves)
         for number, each in enumerate(examined, start=1)
     )
-    across = chart_of_models(
-        "models", "IoF-IoB curves of the encoder's features, fused over levels.", examined, FUSED
+    across = curve_chart(
+        "models",
+        "IoF-IoB curves of the encoder's features, fused over levels.",
+        {each.name: each.curves[FUSED] for each in examined},
     )
     return Section(
         key=key,

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from detectron2.config import instantiate
@@ -184,7 +184,7 @@ def load_models(
     if twice:
         raise ConfigError(f'two models are called "{twice[0]}": give each --model its own name.')
     subjects: list[Subject] = []
-    class_names: list[str] = []
+    classes: list[str] = []
     for each in arguments:
         detector = load_detector(each.config, each.weights, unsafe=unsafe, training_parts=True)
         if not isinstance(detector.model, CoDETR):
@@ -196,29 +196,22 @@ def load_models(
             detector.model.auxiliary.ignore_masks()  # no measure looks at masks
         subject = Subject(each.name, detector.model.to(device), detector.cfg, each.checkpoints)
         if subjects:
-            _require_same_classes(subjects[0].name, class_names, each.name, detector.class_names)
-            _require_same_input(subjects[0], subject)
+            first = subjects[0]
+            if classes != detector.class_names:
+                raise ConfigError(
+                    f'"{first.name}" has the classes ({shortened(classes)}) but "{each.name}" has '
+                    f"({shortened(detector.class_names)}): compare models that were trained on the "
+                    "same classes."
+                )
+            if _input_of(first) != _input_of(subject):
+                raise ConfigError(
+                    f'"{first.name}" and "{each.name}" read or resize images differently in the '
+                    "evaluation (dataloader.test.mapper, data.value_range): analyse them one by "
+                    "one."
+                )
         subjects.append(subject)
-        class_names = detector.class_names
-    return Models(tuple(subjects), class_names)
-
-
-def _require_same_classes(
-    first: str, first_names: Sequence[str], other: str, other_names: Sequence[str]
-) -> None:
-    if list(first_names) != list(other_names):
-        raise ConfigError(
-            f'"{first}" has the classes ({shortened(first_names)}) but "{other}" has '
-            f"({shortened(other_names)}): compare models that were trained on the same classes."
-        )
-
-
-def _require_same_input(first: Subject, other: Subject) -> None:
-    if _input_of(first) != _input_of(other):
-        raise ConfigError(
-            f'"{first.name}" and "{other.name}" read or resize images differently in the '
-            "evaluation (dataloader.test.mapper, data.value_range): analyse them one by one."
-        )
+        classes = detector.class_names
+    return Models(tuple(subjects), classes)
 
 
 def _input_of(subject: Subject) -> tuple[Any, ...]:
@@ -243,11 +236,7 @@ class MappedSamples(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self.records)
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> MappedSamples: ...
-    def __getitem__(self, index):
+    def __getitem__(self, index: int | slice) -> Sample | MappedSamples:
         if isinstance(index, slice):
             return MappedSamples(self.records[index], self.mapper)
         record = self.records[index]
