@@ -13,6 +13,20 @@ MOVED: dict[str, str] = {
     "co_detr.data.objects365": "co_detr.data.lvis_objects365",
     "co_detr.engine.evaluation.CocoBoxEvaluator": "co_detr.engine.evaluators.CocoBoxEvaluator",
     "co_detr.engine.lvis_evaluation": "co_detr.engine.evaluators",
+    "co_detr.modeling.auxiliary.assigners.atss": "co_detr.modeling.auxiliary.assigners",
+    "co_detr.modeling.auxiliary.assigners.centre_sampling": "co_detr.modeling.auxiliary.assigners",
+    "co_detr.modeling.auxiliary.assigners.gaussian_mixture": "co_detr.modeling.auxiliary.assigners",
+    "co_detr.modeling.auxiliary.assigners.labels": "co_detr.modeling.auxiliary.assigners",
+    "co_detr.modeling.auxiliary.assigners.max_iou": "co_detr.modeling.auxiliary.assigners",
+    "co_detr.modeling.auxiliary.assigners.paa": "co_detr.modeling.auxiliary.assigners",
+    "co_detr.modeling.auxiliary.atss": "co_detr.modeling.auxiliary.dense_networks",
+    "co_detr.modeling.auxiliary.box_codes": "co_detr.modeling.auxiliary.dense_losses",
+    "co_detr.modeling.auxiliary.dense": "co_detr.modeling.auxiliary.dense_head",
+    "co_detr.modeling.auxiliary.dense_criteria": "co_detr.modeling.auxiliary.dense_losses",
+    "co_detr.modeling.auxiliary.fcos": "co_detr.modeling.auxiliary.dense_networks",
+    "co_detr.modeling.auxiliary.paa": "co_detr.modeling.auxiliary.dense_networks",
+    "co_detr.modeling.auxiliary.retinanet": "co_detr.modeling.auxiliary.dense_networks",
+    "co_detr.modeling.auxiliary.towers": "co_detr.modeling.auxiliary.dense_networks",
 }
 
 

@@ -8,12 +8,12 @@ from torchvision.ops import generalized_box_iou
 
 from co_detr.errors import ConfigError
 from co_detr.modeling.auxiliary import ATSSAssigner, ATSSHead
-from co_detr.modeling.auxiliary.box_codes import decode_deltas
-from co_detr.modeling.auxiliary.dense import (
+from co_detr.modeling.auxiliary.dense_head import InsideCells
+from co_detr.modeling.auxiliary.dense_losses import (
     DensePredictions,
     DenseTargets,
-    InsideCells,
     centreness_target,
+    decode_deltas,
 )
 from tests.device import DEVICE
 from tests.modeling.builders import make_instances

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from co_detr.modeling.auxiliary import DeltaCode, DistanceCode, DistributionCode
-from co_detr.modeling.auxiliary.dense_criteria import distribution_focal_loss
+from co_detr.modeling.auxiliary.dense_losses import distribution_focal_loss
 from tests.modeling.builders import random_boxes
 
 

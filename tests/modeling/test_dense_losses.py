@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import box_iou, generalized_box_iou
 
-from co_detr.modeling.auxiliary.dense import DensePredictions, DenseTargets
+from co_detr.modeling.auxiliary.dense_losses import DensePredictions, DenseTargets
 from tests.modeling.builders import NUM_CLASSES
 from tests.modeling.dense_cases import GTS, SIZES, make_maps, run_dense_head
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from co_detr.modeling.auxiliary import PAAAssigner
-from co_detr.modeling.auxiliary.assigners.gaussian_mixture import fit_mixtures
+from co_detr.modeling.auxiliary.assigners import fit_mixtures
 from tests.modeling.dense_cases import grid_anchors, make_gts
 
 LEVELS = grid_anchors()

@@ -6,27 +6,31 @@ from co_detr.modeling.auxiliary.assigners import (
     MaxIoUAssigner,
     PAAAssigner,
 )
-from co_detr.modeling.auxiliary.atss import ATSSHead
-from co_detr.modeling.auxiliary.box_codes import DeltaCode, DistanceCode, DistributionCode
-from co_detr.modeling.auxiliary.dense_criteria import (
+from co_detr.modeling.auxiliary.dense_head import DenseHead
+from co_detr.modeling.auxiliary.dense_losses import (
     CentrenessCriterion,
+    DeltaCode,
+    DistanceCode,
+    DistributionCode,
     DistributionCriterion,
     IoUCriterion,
     SmoothL1Criterion,
 )
-from co_detr.modeling.auxiliary.dense_head import DenseHead
+from co_detr.modeling.auxiliary.dense_networks import (
+    ATSSHead,
+    FCOSHead,
+    PAAHead,
+    RetinaNetHead,
+    TowerHead,
+)
 from co_detr.modeling.auxiliary.faster_rcnn import (
     CollaborativeROIHeads,
     CollaborativeRPN,
     FasterRCNNHead,
 )
-from co_detr.modeling.auxiliary.fcos import FCOSHead
 from co_detr.modeling.auxiliary.hybrid import AuxiliaryBranch, HybridAssignmentHeads
-from co_detr.modeling.auxiliary.paa import PAAHead
 from co_detr.modeling.auxiliary.pyramid import ExtraLevel
-from co_detr.modeling.auxiliary.retinanet import RetinaNetHead
 from co_detr.modeling.auxiliary.simple_pyramid import SimplePyramid
-from co_detr.modeling.auxiliary.towers import TowerHead
 
 __all__ = [
     "ATSSAssigner",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +14,11 @@ from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
 from co_detr.modeling.auxiliary.assigners import BACKGROUND, IGNORED
-from co_detr.modeling.auxiliary.box_codes import BoxCode
-from co_detr.modeling.auxiliary.dense import (
+from co_detr.modeling.auxiliary.dense_losses import (
+    BoxCode,
     DensePredictions,
     DenseTargets,
-    InsideCells,
     Positives,
-    gather_cells,
 )
 from co_detr.modeling.step_counts import HeadCounts
 from co_detr.structures import AuxiliaryOutput, Candidates, HeadDetections
@@ -32,9 +31,9 @@ class DenseHead(nn.Module):
         in_features: names of the maps, finest first; strides: their strides in pixels.
         anchor_generator: gives every cell the same number A of anchors.
         assigner: see `co_detr.modeling.auxiliary.assigners`.
-        box_code: see `co_detr.modeling.auxiliary.box_codes`.
+        box_code: see `co_detr.modeling.auxiliary.dense_losses`.
         criterion: predictions, anchors, targets, box code and totals -> losses by name; see
-            `co_detr.modeling.auxiliary.dense_criteria`.
+            `co_detr.modeling.auxiliary.dense_losses`.
         test_topk, test_nms, max_detections: used by ``detect`` only.
     """
 
@@ -279,3 +278,66 @@ class DenseHead(nn.Module):
             kept.append(best + start * self.num_classes)
             start += len(level)
         return torch.cat(kept)
+
+
+def flatten_map(x: Tensor, num_anchors: int = 1) -> Tensor:
+    """Map ``(B, A*X, H, W)`` of A anchors per cell -> rows ``(B, H*W*A, X)``."""
+    return x.unflatten(1, (num_anchors, -1)).permute(0, 3, 4, 1, 2).flatten(1, 3)
+
+
+@dataclass(frozen=True)
+class InsideCells:
+    """The cells of a level that begin inside the un-padded image: a corner of its map.
+
+    Being a corner, they are cut out by slices, whose sizes the host knows. A mask would have to
+    tell it how many there are, for which it would wait for the device.
+
+    Attributes:
+        height, width: of the map, in cells.
+        rows, columns: of the corner, in cells.
+        num_anchors: A of every cell.
+    """
+
+    height: int
+    width: int
+    rows: int
+    columns: int
+    num_anchors: int
+
+    @classmethod
+    def of(
+        cls, feature: Tensor, stride: int, image_size: tuple[int, int], num_anchors: int = 1
+    ) -> InsideCells:
+        """Of a map ``(..., H, W)`` of a stride in pixels; ``image_size`` is (height, width)."""
+        height, width = feature.shape[-2:]
+        rows, columns = (-(-side // stride) for side in image_size)
+        return cls(height, width, min(rows, height), min(columns, width), num_anchors)
+
+    def cut(self, values: Tensor) -> Tensor:
+        """``(H*W*A, ...)`` values of all anchors -> those of the corner, ``(n, ...)``."""
+        grid = values.unflatten(0, (self.height, self.width, self.num_anchors))
+        return grid[: self.rows, : self.columns].flatten(0, 2)
+
+    def pad(self, values: Tensor, padding: int) -> Tensor:
+        """``(n,)`` values of the corner -> ``(H*W*A,)``, the others with ``padding``."""
+        grid = values.view(self.rows, self.columns, self.num_anchors)
+        outside = (0, 0, 0, self.width - self.columns, 0, self.height - self.rows)
+        return F.pad(grid, outside, value=padding).flatten()
+
+    def mask(self, device: torch.device | None = None) -> Tensor:
+        """``(H*W*A,)`` bool, True in the corner."""
+        number = self.rows * self.columns * self.num_anchors
+        return self.pad(torch.ones(number, dtype=torch.bool, device=device), 0)
+
+
+def gather_cells(maps: list[Tensor], image: int, indices: Tensor) -> Tensor:
+    """Features ``(n, C)`` of cells, indexed over all levels; no level is copied or synced on."""
+    gathered, start = None, 0
+    for feature in maps:
+        cells = feature[image].flatten(1)  # (C, H*W)
+        local = (indices - start).clamp(0, cells.shape[1] - 1)
+        rows = cells[:, local].transpose(0, 1)
+        here = (indices >= start) & (indices < start + cells.shape[1])
+        gathered = rows if gathered is None else torch.where(here[:, None], rows, gathered)
+        start += cells.shape[1]
+    return gathered

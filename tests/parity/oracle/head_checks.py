@@ -16,7 +16,8 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor
 
 from co_detr.modeling.auxiliary import ATSSHead
-from co_detr.modeling.auxiliary.dense import DenseTargets, InsideCells, centreness_target
+from co_detr.modeling.auxiliary.dense_head import InsideCells
+from co_detr.modeling.auxiliary.dense_losses import DenseTargets, centreness_target
 from tests.parity.oracle import tolerances as tol
 from tests.parity.oracle.eval_mode import compare_proposals
 from tests.parity.oracle.report import Deviation, Report

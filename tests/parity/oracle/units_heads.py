@@ -12,8 +12,8 @@ from detectron2.structures import Boxes, pairwise_iou
 from detectron2.structures.boxes import matched_pairwise_iou
 
 from co_detr.modeling.auxiliary import ATSSAssigner, ATSSHead
-from co_detr.modeling.auxiliary.box_codes import decode_deltas
-from co_detr.modeling.auxiliary.dense import InsideCells, centreness_target
+from co_detr.modeling.auxiliary.dense_head import InsideCells
+from co_detr.modeling.auxiliary.dense_losses import centreness_target, decode_deltas
 from co_detr.modeling.boxes import generalised_iou, normalise_boxes, xyxy_to_cxcywh
 from co_detr.modeling.criterion import FocalLoss, SetCriterion
 from co_detr.modeling.matching import HungarianAssigner, MatchingProblem, solve_assignment

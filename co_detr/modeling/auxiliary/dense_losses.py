@@ -1,27 +1,201 @@
-"""Losses of dense heads, each with the weights and normalisers of its paper.
+"""What dense heads learn: targets and predictions of anchors, codes of boxes, and losses.
 
 The number of positives that losses are divided by counts at least one for each image. All
-normalisers are averaged over processes. ``counts`` gives what they are made of, and ``totals`` of a
-loss is the sum of these over all micro-batches of an optimiser step (None: this batch is all of
+normalizers are averaged over processes. ``counts`` gives what they are made of, and ``totals`` of a
+loss is the sum of these over all micro-batches of an optimizer step (None: this batch is all of
 it). ``counts_predictions`` says whether ``counts`` reads predictions, which may else be None.
 ``has_quality`` says whether the head has to predict the quality of its boxes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
+from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 from torch import Tensor, nn
 
-from co_detr.modeling.auxiliary.box_codes import BoxCode
-from co_detr.modeling.auxiliary.dense import (
-    DensePredictions,
-    DenseTargets,
-    Positives,
-    centreness_target,
-)
 from co_detr.modeling.boxes import generalised_iou, iou
 from co_detr.modeling.criterion import EPS, FocalLoss, QualityFocalLoss, average_over_processes
+
+
+@dataclass(frozen=True)
+class DenseTargets:
+    """Assignment of all R anchors of B images.
+
+    Attributes:
+        labels: ``(B, R)`` in [0, K]; K is background, also for anchors in the padding; -1 for
+            anchors that are ignored.
+        boxes: ``(B, R, 4)`` absolute xyxy ground truth; zeros where there is none.
+        inside: ``(B, R)`` bool, False for anchors whose cell lies in the batch padding.
+        truths: ``(B, R)`` index of the ground truth in its image, negative where there is none.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    inside: Tensor
+    truths: Tensor
+
+    @classmethod
+    def stack(cls, images: Sequence[DenseTargets]) -> DenseTargets:
+        """A batch of images, whose tensors are without B."""
+        names = [each.name for each in fields(cls)]
+        return cls(*(torch.stack([getattr(one, name) for one in images]) for name in names))
+
+    @property
+    def counted(self) -> Tensor:
+        """``(B, R)`` bool: anchors that are trained, as foreground or as background."""
+        return self.inside & (self.labels >= 0)
+
+    def positive(self, num_classes: int) -> Tensor:
+        """``(B, R)`` bool: anchors with a ground truth."""
+        return (self.labels >= 0) & (self.labels < num_classes)
+
+
+@dataclass(frozen=True)
+class DensePredictions:
+    """Outputs per anchor.
+
+    Attributes:
+        logits: ``(B, R, K)`` of the classes.
+        deltas: ``(B, R, X)``, boxes in the head's box code.
+        quality: ``(B, R)`` logit of how good the box is (centreness, IoU); None where the head
+            predicts no such thing.
+    """
+
+    logits: Tensor
+    deltas: Tensor
+    quality: Tensor | None = None
+
+    @property
+    def num_classes(self) -> int:
+        return self.logits.shape[-1]
+
+    @classmethod
+    def of_levels(
+        cls, logits: list[Tensor], deltas: list[Tensor], quality: list[Tensor] = ()
+    ) -> DensePredictions:
+        """Joins rows ``(B, R_l, ...)`` of levels, in float32 at least."""
+        dtype = torch.promote_types(logits[0].dtype, torch.float32)
+        joined = torch.cat(quality, 1).squeeze(-1).to(dtype) if quality else None
+        return cls(torch.cat(logits, 1).to(dtype), torch.cat(deltas, 1).to(dtype), joined)
+
+
+@dataclass(frozen=True)
+class Positives:
+    """The P anchors of a batch that have a ground truth.
+
+    Attributes:
+        image, index: ``(P,)`` where they are in the ``(B, R)`` of predictions.
+        anchors, boxes: ``(P, 4)`` absolute xyxy, the anchors and their ground truths.
+        number: how many they are, each image counting at least one.
+    """
+
+    image: Tensor
+    index: Tensor
+    anchors: Tensor
+    boxes: Tensor
+    number: Tensor
+
+    def pick(self, values: Tensor) -> Tensor:
+        """The P rows of ``(B, R, ...)``."""
+        return values[self.image, self.index]
+
+    @classmethod
+    def of(cls, targets: DenseTargets, anchors: Tensor, num_classes: int) -> Positives:
+        """Finds them; ``anchors`` are the ``(R, 4)`` of all levels."""
+        mask = targets.positive(num_classes)
+        image, index = mask.nonzero(as_tuple=True)
+        number = mask.sum(1).clamp(min=1).sum()
+        return cls(image, index, anchors[index], targets.boxes[image, index], number)
+
+
+class BoxCode(Protocol):
+    """A code of ``num_outputs`` (X) network outputs per anchor; boxes are absolute xyxy."""
+
+    num_outputs: int
+
+    def decode(self, outputs: Tensor, anchors: Tensor) -> Tensor:
+        """Outputs ``(N, X)`` at anchors ``(N, 4)`` -> boxes ``(N, 4)``."""
+
+    def encode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
+        """Boxes ``(N, 4)`` at anchors ``(N, 4)`` -> what is regressed, ``(N, 4)``."""
+
+
+class DeltaCode:
+    """Shift of the centre and log ratio of the sides (R-CNN): Detectron2's ``Box2BoxTransform``."""
+
+    num_outputs = 4
+
+    def __init__(self, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)):
+        self.transform = Box2BoxTransform(weights=tuple(weights))
+
+    def decode(self, outputs: Tensor, anchors: Tensor) -> Tensor:
+        return decode_deltas(self.transform, outputs, anchors)
+
+    def encode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
+        return self.transform.get_deltas(anchors, boxes)
+
+
+class DistanceCode:
+    """Distances from the anchor's centre to the four sides, in sides of the (square) anchor.
+
+    Detectron2's ``Box2BoxTransformLinear``: negative distances count as 0. Source: FCOS.
+    """
+
+    num_outputs = 4
+
+    def __init__(self):
+        self.transform = Box2BoxTransformLinear(normalize_by_size=True)
+
+    def decode(self, outputs: Tensor, anchors: Tensor) -> Tensor:
+        return self.transform.apply_deltas(outputs, anchors)
+
+    def encode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
+        return self.transform.get_deltas(anchors, boxes)
+
+
+class DistributionCode:
+    """A distribution over the distance to each side: logits of 0, 1, ... ``max_distance`` strides.
+
+    The distance is the mean of the distribution. Source: Li et al., "Generalized Focal Loss",
+    NeurIPS 2020, section 3.3.
+
+    Args:
+        anchor_scale: side of the anchors in strides.
+    """
+
+    def __init__(self, max_distance: int = 16, anchor_scale: float = 8.0):
+        self.max_distance = max_distance
+        self.anchor_scale = anchor_scale
+        self.num_outputs = 4 * (max_distance + 1)
+        self.distances = DistanceCode()
+
+    def decode(self, outputs: Tensor, anchors: Tensor) -> Tensor:
+        shares = outputs.unflatten(1, (4, -1)).softmax(-1)  # (N, 4, max_distance + 1)
+        strides = torch.arange(shares.shape[-1], device=shares.device, dtype=shares.dtype)
+        # A product with a vector would run in half precision under autocast.
+        return self.distances.decode((shares * strides).sum(-1) / self.anchor_scale, anchors)
+
+    def encode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
+        """In strides, not bounded."""
+        return self.distances.encode(boxes, anchors) * self.anchor_scale
+
+
+def decode_deltas(transform: Box2BoxTransform, deltas: Tensor, anchors: Tensor) -> Tensor:
+    """Deltas ``(N, 4)`` of ``(N, 4)`` xyxy anchors -> absolute xyxy ``(N, 4)``.
+
+    Log sizes are clamped on both sides as in mmdet; Detectron2's transform clamps above only.
+    """
+    width, height = (
+        deltas[:, axis, None].clamp(min=-transform.scale_clamp * transform.weights[axis])
+        for axis in (2, 3)
+    )
+    deltas = torch.cat([deltas[:, :2], width, height], dim=1)
+    return transform.apply_deltas(deltas, anchors)
 
 
 class CentrenessCriterion(nn.Module):
@@ -80,6 +254,17 @@ class CentrenessCriterion(nn.Module):
             "loss_bbox": self.box_weight * _weighted_mean(1 - overlap, quality, quality_sum),
             self.quality_name: self.quality_weight * quality_loss / (num_positives + EPS),
         }
+
+
+def centreness_target(anchors: Tensor, boxes: Tensor) -> Tensor:
+    """Centreness of anchor centres in their boxes, ``(N, 4), (N, 4)`` xyxy -> ``(N,)`` in (0, 1].
+
+    Source: FCOS equation 3.
+    """
+    centre = (anchors[:, :2] + anchors[:, 2:]) / 2
+    low, high = centre - boxes[:, :2], boxes[:, 2:] - centre
+    ratio = torch.minimum(low, high) / torch.maximum(low, high)
+    return (ratio[:, 0] * ratio[:, 1]).sqrt()
 
 
 class IoUCriterion(CentrenessCriterion):
