@@ -24,9 +24,14 @@ MOVED: dict[str, str] = {
     "co_detr.modeling.auxiliary.dense": "co_detr.modeling.auxiliary.dense_head",
     "co_detr.modeling.auxiliary.dense_criteria": "co_detr.modeling.auxiliary.dense_losses",
     "co_detr.modeling.auxiliary.fcos": "co_detr.modeling.auxiliary.dense_networks",
+    "co_detr.modeling.auxiliary.hybrid": "co_detr.modeling.auxiliary.branch",
     "co_detr.modeling.auxiliary.paa": "co_detr.modeling.auxiliary.dense_networks",
+    "co_detr.modeling.auxiliary.pyramid": "co_detr.modeling.auxiliary.branch",
     "co_detr.modeling.auxiliary.retinanet": "co_detr.modeling.auxiliary.dense_networks",
+    "co_detr.modeling.auxiliary.simple_pyramid": "co_detr.modeling.auxiliary.branch",
     "co_detr.modeling.auxiliary.towers": "co_detr.modeling.auxiliary.dense_networks",
+    "co_detr.modeling.neck": "co_detr.modeling.backbones.resnet",
+    "co_detr.modeling.resnet": "co_detr.modeling.backbones.resnet",
 }
 
 

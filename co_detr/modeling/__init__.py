@@ -1,11 +1,11 @@
 """The model and its parts."""
 
+from co_detr.modeling.backbones.resnet import ChannelMapper
 from co_detr.modeling.co_detr import CoDETR
 from co_detr.modeling.criterion import FocalLoss, QualityFocalLoss, SetCriterion
 from co_detr.modeling.decoder import DeformableDecoder, ReferencePosition
 from co_detr.modeling.encoder import DeformableEncoder
 from co_detr.modeling.matching import HungarianAssigner
-from co_detr.modeling.neck import ChannelMapper
 from co_detr.modeling.padding import BatchPadding
 from co_detr.modeling.position import SinePosition
 from co_detr.modeling.postprocess import SoftNMSPostprocessor, TopKPostprocessor

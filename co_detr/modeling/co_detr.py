@@ -11,7 +11,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
-from co_detr.modeling.auxiliary.hybrid import AuxiliaryBranch, HybridAssignmentHeads
+from co_detr.modeling.auxiliary.branch import AuxiliaryBranch, HybridAssignmentHeads
 from co_detr.modeling.boxes import normalise_boxes
 from co_detr.modeling.checks import check_parts
 from co_detr.modeling.criterion import SetCriterion

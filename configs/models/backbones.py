@@ -6,7 +6,7 @@ from detectron2.modeling.backbone import BasicStem
 
 from co_detr.modeling import ChannelMapper
 from co_detr.modeling.backbones import SwinTransformer, VisionTransformer, ViTPyramid
-from co_detr.modeling.resnet import ResNet
+from co_detr.modeling.backbones.resnet import ResNet
 
 # torchvision's variant of ResNet-50 (stride in the 3x3 convolution, RGB); stem and res2 frozen.
 resnet50 = L(ResNet)(

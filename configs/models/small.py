@@ -3,7 +3,7 @@
 from detectron2.config import LazyCall as L
 
 from co_detr.modeling import ReferencePosition
-from co_detr.modeling.resnet import resnet_stages
+from co_detr.modeling.backbones.resnet import resnet_stages
 
 LEVELS = ["p3", "p4", "p5", "p6"]  # three of the encoder and the extra one of the heads
 STRIDES = [8, 16, 32, 64]

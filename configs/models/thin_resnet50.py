@@ -8,7 +8,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling.backbone import BasicStem
 
 from co_detr.modeling import ChannelMapper
-from co_detr.modeling.resnet import ResNet, resnet_stages
+from co_detr.modeling.backbones.resnet import ResNet, resnet_stages
 
 mapped_thin_resnet50 = L(ChannelMapper)(
     bottom_up=L(ResNet)(

@@ -17,7 +17,7 @@ from torch import Tensor
 from co_detr.engine.config import apply_overrides, load_config
 from co_detr.modeling import CoDETR
 from co_detr.modeling.backbones import SwinTransformer, VisionTransformer
-from co_detr.modeling.resnet import resnet_stages
+from co_detr.modeling.backbones.resnet import resnet_stages
 from co_detr.structures import Candidates, EncoderMemory
 from tests.device import DEVICE, NAME, on_host
 

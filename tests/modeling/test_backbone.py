@@ -10,8 +10,8 @@ from detectron2.modeling.backbone import BasicStem, ResNet
 
 from co_detr.errors import ConfigError
 from co_detr.modeling import ChannelMapper
-from co_detr.modeling.resnet import ResNet as CheckpointedResNet
-from co_detr.modeling.resnet import resnet_stages
+from co_detr.modeling.backbones.resnet import ResNet as CheckpointedResNet
+from co_detr.modeling.backbones.resnet import resnet_stages
 from tests.modeling.backbone_builders import outputs_and_gradients
 
 pytestmark = pytest.mark.cpu_only("parts by hand; models with them run on the device")

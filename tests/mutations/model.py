@@ -19,7 +19,7 @@ MUTATIONS = (
     # Queries and who sees whom
     _mutation(
         "heads-share-their-first-queries",
-        "modeling/auxiliary/hybrid.py",
+        "modeling/auxiliary/branch.py",
         "                source.reset_parameters()",
         "                pass",
         "positive_queries",

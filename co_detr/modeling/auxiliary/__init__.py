@@ -6,6 +6,12 @@ from co_detr.modeling.auxiliary.assigners import (
     MaxIoUAssigner,
     PAAAssigner,
 )
+from co_detr.modeling.auxiliary.branch import (
+    AuxiliaryBranch,
+    ExtraLevel,
+    HybridAssignmentHeads,
+    SimplePyramid,
+)
 from co_detr.modeling.auxiliary.dense_head import DenseHead
 from co_detr.modeling.auxiliary.dense_losses import (
     CentrenessCriterion,
@@ -28,9 +34,6 @@ from co_detr.modeling.auxiliary.faster_rcnn import (
     CollaborativeRPN,
     FasterRCNNHead,
 )
-from co_detr.modeling.auxiliary.hybrid import AuxiliaryBranch, HybridAssignmentHeads
-from co_detr.modeling.auxiliary.pyramid import ExtraLevel
-from co_detr.modeling.auxiliary.simple_pyramid import SimplePyramid
 
 __all__ = [
     "ATSSAssigner",

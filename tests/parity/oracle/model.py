@@ -13,7 +13,7 @@ from torch import Tensor
 
 from co_detr.checkpoint.official import convert_official, rename_official
 from co_detr.modeling import CoDETR
-from co_detr.modeling.resnet import BLOCKS_PER_STAGE, resnet_stages
+from co_detr.modeling.backbones.resnet import BLOCKS_PER_STAGE, resnet_stages
 from tests.parity.oracle.golden import Case
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "models"
