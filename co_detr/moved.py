@@ -30,6 +30,10 @@ MOVED: dict[str, str] = {
     "co_detr.modeling.auxiliary.retinanet": "co_detr.modeling.auxiliary.dense_networks",
     "co_detr.modeling.auxiliary.simple_pyramid": "co_detr.modeling.auxiliary.branch",
     "co_detr.modeling.auxiliary.towers": "co_detr.modeling.auxiliary.dense_networks",
+    "co_detr.modeling.backbones.common": "co_detr.modeling.backbones.swin",
+    "co_detr.modeling.backbones.feature_pyramid": "co_detr.modeling.backbones.vit",
+    "co_detr.modeling.backbones.layer_decay": "co_detr.modeling.backbones.vit",
+    "co_detr.modeling.backbones.vit_layers": "co_detr.modeling.backbones.vit",
     "co_detr.modeling.neck": "co_detr.modeling.backbones.resnet",
     "co_detr.modeling.resnet": "co_detr.modeling.backbones.resnet",
 }

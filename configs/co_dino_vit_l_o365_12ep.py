@@ -7,7 +7,7 @@ not done here.
 
 from detectron2.config import LazyCall as L
 
-from co_detr.modeling.backbones.layer_decay import LayerDecay
+from co_detr.modeling.backbones.vit import LayerDecay
 
 from .co_dino_r50 import data, dataloader, lr_multiplier, model, optimizer, train
 from .common.high_resolution import use_high_resolution

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from co_detr.modeling.backbones import SwinTransformer, VisionTransformer
-from co_detr.modeling.backbones.vit_layers import RotaryTable
+from co_detr.modeling.backbones.vit import RotaryTable
 
 if TYPE_CHECKING:
     from co_detr.modeling import CoDETR

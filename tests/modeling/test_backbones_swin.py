@@ -10,8 +10,7 @@ from torchvision.models.swin_transformer import SwinTransformer as TorchvisionSw
 
 from co_detr.errors import ConfigError
 from co_detr.modeling.backbones import SwinTransformer
-from co_detr.modeling.backbones.common import drop_paths
-from co_detr.modeling.backbones.swin import SwinStage
+from co_detr.modeling.backbones.swin import SwinStage, drop_paths
 from tests.modeling.backbone_builders import (
     TINY_SWIN,
     backbone_node,

@@ -10,9 +10,8 @@ from detectron2.structures import ImageList
 
 from co_detr.errors import ConfigError
 from co_detr.modeling.backbones import ViTPyramid
-from co_detr.modeling.backbones.common import drop_paths
-from co_detr.modeling.backbones.layer_decay import LayerDecay
-from co_detr.modeling.backbones.vit_layers import RotaryTable, SwiGLU, ViTBlock
+from co_detr.modeling.backbones.swin import drop_paths
+from co_detr.modeling.backbones.vit import LayerDecay, RotaryTable, SwiGLU, ViTBlock
 from tests.modeling.backbone_builders import (
     on_meta,
     outputs_and_gradients,

@@ -1,7 +1,14 @@
-"""Transformer backbones of the reference's releases, on Detectron2's ``Backbone`` interface."""
+"""Backbones on Detectron2's ``Backbone`` interface, and what makes levels of their maps."""
 
-from co_detr.modeling.backbones.feature_pyramid import ViTPyramid
+from co_detr.modeling.backbones.resnet import ChannelMapper, ResNet
 from co_detr.modeling.backbones.swin import SwinTransformer
-from co_detr.modeling.backbones.vit import VisionTransformer
+from co_detr.modeling.backbones.vit import LayerDecay, VisionTransformer, ViTPyramid
 
-__all__ = ["SwinTransformer", "ViTPyramid", "VisionTransformer"]
+__all__ = [
+    "ChannelMapper",
+    "LayerDecay",
+    "ResNet",
+    "SwinTransformer",
+    "ViTPyramid",
+    "VisionTransformer",
+]

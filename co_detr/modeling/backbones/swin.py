@@ -23,88 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 from co_detr.errors import ConfigError
-from co_detr.modeling.backbones.common import drop_paths, init_transformer
 
 PATCH_SIZE = 4
-
-
-class SwinStage(BasicLayer):
-    """Blocks of one resolution, then (except in the last stage) the merging of 2x2 patches.
-
-    Every second block shifts its windows by half a window.
-
-    Args:
-        channels: width C.
-        num_heads: attention heads.
-        window_size: side of a window in tokens.
-        drop_path: one per block.
-        merge: whether the next stage halves the resolution.
-        activation_checkpointing: see `SwinTransformer`.
-    """
-
-    def __init__(
-        self,
-        *,
-        channels: int,
-        num_heads: int,
-        window_size: int,
-        drop_path: Sequence[StochasticDepth],
-        merge: bool,
-        activation_checkpointing: bool,
-    ):
-        super().__init__(
-            dim=channels,
-            depth=len(drop_path),
-            num_heads=num_heads,
-            window_size=window_size,
-            downsample=PatchMerging if merge else None,
-            use_checkpoint=activation_checkpointing,
-        )
-        for block, each in zip(self.blocks, drop_path, strict=True):
-            block.drop_path = each
-
-    def forward(self, tokens: Tensor, height: int, width: int) -> Tensor:
-        """``(B, height * width, C)`` -> the same shape; ``merge`` is a step of its own."""
-        mask = shift_mask(height, width, self.window_size, self.shift_size, tokens)
-        for block in self.blocks:
-            if self.use_checkpoint and torch.is_grad_enabled():
-                tokens = checkpoint(
-                    _run_block, block, tokens, mask, height, width, use_reentrant=False
-                )
-            else:
-                tokens = _run_block(block, tokens, mask, height, width)
-        return tokens
-
-
-def _run_block(
-    block: SwinTransformerBlock, tokens: Tensor, mask: Tensor, height: int, width: int
-) -> Tensor:
-    # Detectron2 passes the map's size in attributes. Setting them here, and not once per stage,
-    # keeps a checkpointed block right when the model has seen another size in between.
-    block.H, block.W = height, width
-    return block(tokens, mask)
-
-
-def shift_mask(height: int, width: int, window_size: int, shift: int, like: Tensor) -> Tensor:
-    """Keeps apart, in windows of the rolled map, tokens that were not neighbours before.
-
-    Args:
-        height, width: size of the map before padding to whole windows.
-        like: a tensor of the device and type that the mask shall have.
-
-    Returns:
-        ``(windows, T, T)`` to add to the attention scores, T = window_size squared: 0 or -100.
-    """
-
-    def part_of_axis(length: int) -> Tensor:
-        padded = -(-length // window_size) * window_size
-        index = torch.arange(padded, device=like.device)
-        return (index >= padded - window_size).long() + (index >= padded - shift).long()
-
-    parts = 3 * part_of_axis(height)[:, None] + part_of_axis(width)[None, :]
-    parts = window_partition(parts[None, :, :, None], window_size).flatten(1)  # (windows, T)
-    apart = parts[:, None, :] != parts[:, :, None]
-    return like.new_zeros(apart.shape).masked_fill_(apart, -100.0)
 
 
 class SwinTransformer(Backbone):
@@ -202,3 +122,101 @@ class SwinTransformer(Backbone):
                 tokens = stage.downsample(tokens, height, width)
                 height, width = -(-height // 2), -(-width // 2)
         return maps
+
+
+class SwinStage(BasicLayer):
+    """Blocks of one resolution, then (except in the last stage) the merging of 2x2 patches.
+
+    Every second block shifts its windows by half a window.
+
+    Args:
+        channels: width C.
+        num_heads: attention heads.
+        window_size: side of a window in tokens.
+        drop_path: one per block.
+        merge: whether the next stage halves the resolution.
+        activation_checkpointing: see `SwinTransformer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        num_heads: int,
+        window_size: int,
+        drop_path: Sequence[StochasticDepth],
+        merge: bool,
+        activation_checkpointing: bool,
+    ):
+        super().__init__(
+            dim=channels,
+            depth=len(drop_path),
+            num_heads=num_heads,
+            window_size=window_size,
+            downsample=PatchMerging if merge else None,
+            use_checkpoint=activation_checkpointing,
+        )
+        for block, each in zip(self.blocks, drop_path, strict=True):
+            block.drop_path = each
+
+    def forward(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        """``(B, height * width, C)`` -> the same shape; ``merge`` is a step of its own."""
+        mask = shift_mask(height, width, self.window_size, self.shift_size, tokens)
+        for block in self.blocks:
+            if self.use_checkpoint and torch.is_grad_enabled():
+                tokens = checkpoint(
+                    _run_block, block, tokens, mask, height, width, use_reentrant=False
+                )
+            else:
+                tokens = _run_block(block, tokens, mask, height, width)
+        return tokens
+
+
+def _run_block(
+    block: SwinTransformerBlock, tokens: Tensor, mask: Tensor, height: int, width: int
+) -> Tensor:
+    # Detectron2 passes the map's size in attributes. Setting them here, and not once per stage,
+    # keeps a checkpointed block right when the model has seen another size in between.
+    block.H, block.W = height, width
+    return block(tokens, mask)
+
+
+def shift_mask(height: int, width: int, window_size: int, shift: int, like: Tensor) -> Tensor:
+    """Keeps apart, in windows of the rolled map, tokens that were not neighbours before.
+
+    Args:
+        height, width: size of the map before padding to whole windows.
+        like: a tensor of the device and type that the mask shall have.
+
+    Returns:
+        ``(windows, T, T)`` to add to the attention scores, T = window_size squared: 0 or -100.
+    """
+
+    def part_of_axis(length: int) -> Tensor:
+        padded = -(-length // window_size) * window_size
+        index = torch.arange(padded, device=like.device)
+        return (index >= padded - window_size).long() + (index >= padded - shift).long()
+
+    parts = 3 * part_of_axis(height)[:, None] + part_of_axis(width)[None, :]
+    parts = window_partition(parts[None, :, :, None], window_size).flatten(1)  # (windows, T)
+    apart = parts[:, None, :] != parts[:, :, None]
+    return like.new_zeros(apart.shape).masked_fill_(apart, -100.0)
+
+
+def init_transformer(module: nn.Module) -> None:
+    """For ``Module.apply``: linear layers from a truncated normal of deviation 0.02, no bias."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def drop_paths(drop_path_rate: float, depth: int) -> list[StochasticDepth]:
+    """One drop path per block; the rate grows linearly from 0 to ``drop_path_rate``.
+
+    A drop path removes, in training, a residual branch of an image with its rate as probability,
+    and scales the branch up where it stays.
+    """
+    # On the CPU by name: values are read, which a model built on the meta device cannot do.
+    rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+    return [StochasticDepth(rate, "row") for rate in rates]
