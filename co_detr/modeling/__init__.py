@@ -5,9 +5,8 @@ from co_detr.modeling.co_detr import CoDETR
 from co_detr.modeling.criterion import FocalLoss, QualityFocalLoss, SetCriterion
 from co_detr.modeling.decoder import DeformableDecoder, ReferencePosition
 from co_detr.modeling.encoder import DeformableEncoder
+from co_detr.modeling.geometry import BatchPadding, SinePosition
 from co_detr.modeling.matching import HungarianAssigner
-from co_detr.modeling.padding import BatchPadding
-from co_detr.modeling.position import SinePosition
 from co_detr.modeling.postprocess import SoftNMSPostprocessor, TopKPostprocessor
 
 __all__ = [

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
 from co_detr.modeling.auxiliary.branch import AuxiliaryBranch, HybridAssignmentHeads
-from co_detr.modeling.boxes import normalise_boxes
 from co_detr.modeling.checks import check_parts
 from co_detr.modeling.criterion import SetCriterion
 from co_detr.modeling.decoder import DeformableDecoder
@@ -24,9 +23,9 @@ from co_detr.modeling.detectors import (
     detector_names,
 )
 from co_detr.modeling.encoder import DeformableEncoder
+from co_detr.modeling.geometry import BatchPadding, normalise_boxes, padding_mask
 from co_detr.modeling.matching import HungarianAssigner
-from co_detr.modeling.padding import BatchPadding
-from co_detr.modeling.postprocess import TopKPostprocessor, padding_mask
+from co_detr.modeling.postprocess import TopKPostprocessor
 from co_detr.modeling.queries.source import QuerySource
 from co_detr.modeling.step_counts import StepCounts
 from co_detr.modeling.supervision import Assignment, assign_targets, score_groups

@@ -11,7 +11,7 @@ from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from co_detr.modeling.boxes import cxcywh_to_xyxy, generalised_iou, iou, size_factors
+from co_detr.modeling.geometry import cxcywh_to_xyxy, generalised_iou, iou, size_factors
 from co_detr.structures import AssignedTargets, Predictions
 
 # The reference divides by (normaliser + eps) in all its losses.

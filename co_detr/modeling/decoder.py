@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
 from co_detr.layers import MultiScaleDeformableAttention
-from co_detr.modeling.boxes import inverse_sigmoid
-from co_detr.modeling.position import encode_boxes
+from co_detr.modeling.geometry import encode_boxes, inverse_sigmoid
 from co_detr.modeling.transformer_layers import BoxHead, FeedForward, SelfAttention, class_head
 from co_detr.structures import EncoderMemory, Predictions, QuerySet
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from co_detr.errors import ConfigError
 from co_detr.layers import MultiScaleDeformableAttention
-from co_detr.modeling.position import cell_centres
+from co_detr.modeling.geometry import reference_points, shrink_mask, valid_ratios
 from co_detr.modeling.transformer_layers import FeedForward
 from co_detr.structures import EncoderMemory
 
@@ -150,72 +150,3 @@ class DeformableEncoder(nn.Module):
             else:
                 tokens = layer(tokens, *constants)
         return EncoderMemory(tokens, flat_mask, level_shapes, ratios, image_sizes)
-
-
-def shrink_mask(mask: Tensor, height: int, width: int) -> Tensor:
-    """``(B, H, W)`` bool to a level's size, the values of ``F.interpolate``'s nearest neighbours.
-
-    In steps of its own, as ONNX divides by the inverse factor, which can round to the cell before.
-    """
-    for dim, size in ((1, height), (2, width)):
-        cells = torch.arange(size, dtype=torch.float32, device=mask.device)
-        source = cells * (torch.full_like(cells, mask.shape[dim]) / size)
-        mask = mask.index_select(dim, source.long().clamp(max=mask.shape[dim] - 1))
-    return mask
-
-
-def valid_ratios(
-    padding_mask: Tensor,
-    level_masks: list[Tensor],
-    strides: Sequence[int] | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Un-padded share (width, height) of every level, ``(B, L, 2)``.
-
-    A map has a cell for every ``stride`` pixels that were begun: an image of 235 pixels has 8 cells
-    of stride 32 and covers 7.34 of them. The reference takes it to cover all 8. That moves what is
-    at its far end by 21 pixels on this level and by 5 on that of stride 8; where the stride divides
-    the size, nothing moves. On images of 1000 pixels it hardly matters. On small ones the decoder
-    learns the mean error over its training sizes and then makes up for one that is not there.
-
-    Args:
-        padding_mask: ``(B, H, W)`` bool at input resolution, True = padding.
-        level_masks: the same in the cells of each level.
-        strides: of the levels: exact shares; None: of the cells that hold a part of the image.
-    """
-    if strides is None:
-        return torch.stack([valid_ratio(mask, dtype) for mask in level_masks], dim=1)
-    inside = ~padding_mask
-    pixels = [inside[:, 0, :].sum(1).to(dtype), inside[:, :, 0].sum(1).to(dtype)]
-    shares = [
-        torch.stack(
-            [pixels[0] / (stride * mask.shape[2]), pixels[1] / (stride * mask.shape[1])], -1
-        )
-        for stride, mask in zip(strides, level_masks, strict=True)
-    ]
-    return torch.stack(shares, dim=1)
-
-
-def valid_ratio(padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Share of a level's cells that are un-padded, ``(B, H, W) bool -> (B, 2)``, width first."""
-    _, height, width = padding_mask.shape
-    inside = (~padding_mask).to(dtype)
-    return torch.stack([inside[:, 0, :].sum(1) / width, inside[:, :, 0].sum(1) / height], dim=-1)
-
-
-def reference_points(level_shapes: list[tuple[int, int]], valid_ratios: Tensor) -> Tensor:
-    """Cell centres of all tokens, expressed in the coordinates of every level.
-
-    Args:
-        level_shapes: (H, W) per level; valid_ratios: ``(B, L, 2)``.
-
-    Returns:
-        ``(B, S, L, 2)`` xy; [0, 1] spans the padded level, so values stay below its valid ratio
-        for tokens inside the image.
-    """
-    points = []
-    for level, (height, width) in enumerate(level_shapes):
-        x, y = cell_centres(height, width, valid_ratios).unbind(-1)
-        grid = torch.stack([x / width, y / height], dim=-1)
-        points.append(grid / valid_ratios[:, level, None])  # (B, H*W, 2) of the un-padded image
-    return torch.cat(points, dim=1)[:, :, None] * valid_ratios[:, None]

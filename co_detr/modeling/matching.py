@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from co_detr.modeling.boxes import cxcywh_to_xyxy, generalised_iou, size_factor
+from co_detr.modeling.geometry import cxcywh_to_xyxy, generalised_iou, size_factor
 from co_detr.structures import AssignedTargets, GroundTruth, Predictions
 from co_detr.transfer import to_device
 

@@ -11,8 +11,8 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from co_detr.errors import NonFiniteError
-from co_detr.modeling.boxes import cxcywh_to_xyxy, iou, size_factor
-from co_detr.transfer import tensor_on, to_device
+from co_detr.modeling.geometry import cxcywh_to_xyxy, iou, size_factor
+from co_detr.transfer import to_device
 
 
 class TopKPostprocessor(nn.Module):
@@ -208,18 +208,3 @@ def absolute_boxes(boxes: Tensor, image_size: tuple[int, int]) -> Boxes:
     absolute = Boxes(cxcywh_to_xyxy(boxes) * size_factor(image_size, boxes))
     absolute.clip(image_size)
     return absolute
-
-
-def padding_mask(
-    image_sizes: list[tuple[int, int]], padded: torch.Size, device: torch.device
-) -> Tensor:
-    """``(B, H, W)`` bool, True where a batch of shape ``(B, C, H, W)`` holds padding."""
-    return outside(tensor_on(image_sizes, torch.long, device), padded)
-
-
-def outside(sizes: Tensor, padded: torch.Size) -> Tensor:
-    """`padding_mask` of image sizes ``(B, 2)`` (height, width) that are a tensor."""
-    heights, widths = sizes[:, :, None, None].unbind(1)
-    rows = torch.arange(padded[-2], device=sizes.device)[None, :, None]
-    columns = torch.arange(padded[-1], device=sizes.device)[None, None, :]
-    return (rows >= heights) | (columns >= widths)

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from co_detr.modeling.padding import BatchPadding
+from co_detr.modeling.geometry import BatchPadding
 from co_detr.tools.analyze.discriminability import feature_maps, measure_discriminability
 from tests.analysis.cases import encoder_only_subject, plain, tiny_samples, tiny_subject
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from co_detr.modeling.encoder import shrink_mask
-from co_detr.modeling.postprocess import padding_mask
+from co_detr.modeling.geometry import padding_mask, shrink_mask
 from co_detr.tools.analyze.discriminability import Geometry, fold, score_maps
 
 

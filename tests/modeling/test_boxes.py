@@ -8,14 +8,14 @@ from torchvision.ops import generalized_box_iou
 
 from co_detr.errors import ConfigError
 from co_detr.modeling import SinePosition
-from co_detr.modeling.boxes import (
+from co_detr.modeling.geometry import (
     cxcywh_to_xyxy,
+    encode_boxes,
     generalised_iou,
     inverse_sigmoid,
     normalise_boxes,
     xyxy_to_cxcywh,
 )
-from co_detr.modeling.position import encode_boxes
 from tests.modeling.builders import random_boxes
 
 

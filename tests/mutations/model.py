@@ -147,14 +147,14 @@ MUTATIONS = (
     ),
     _mutation(
         "hull-is-added",
-        "modeling/boxes.py",
+        "modeling/geometry.py",
         "overlap / union - (hull - union) / hull",
         "overlap / union + (hull - union) / hull",
         "boxes",
     ),
     _mutation(
         "gradient-that-waits",
-        "modeling/boxes.py",
+        "modeling/geometry.py",
         "return size[..., 0] * size[..., 1]",
         "return size.prod(-1)",
         "emulated_cuda",

@@ -11,8 +11,7 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
-from co_detr.modeling.boxes import inverse_sigmoid, normalise_boxes
-from co_detr.modeling.position import encode_boxes
+from co_detr.modeling.geometry import encode_boxes, inverse_sigmoid, normalise_boxes
 from co_detr.structures import AssignedTargets, Candidates, QueryGroup
 from co_detr.transfer import to_device
 

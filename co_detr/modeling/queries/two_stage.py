@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
-from co_detr.modeling.position import cell_centres, encode_boxes
+from co_detr.modeling.geometry import cell_centres, encode_boxes
 from co_detr.modeling.queries.source import QuerySource
 from co_detr.modeling.transformer_layers import BoxHead, class_head
 from co_detr.structures import (

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
-from co_detr.modeling.boxes import inverse_sigmoid
 from co_detr.modeling.decoder import ReferencePosition
-from co_detr.modeling.position import encode_boxes
+from co_detr.modeling.geometry import encode_boxes, inverse_sigmoid
 from co_detr.modeling.single_scale.attention import (
     ConditionalCrossAttention,
     ConditionalSelfAttention,

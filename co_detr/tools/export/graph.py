@@ -21,8 +21,8 @@ from co_detr.data.mapper import ResizeShortestEdge
 from co_detr.errors import ConfigError, ExportError
 from co_detr.layers.ms_deform_attn_op import KERNEL_DEVICES, standard_operators
 from co_detr.modeling import CoDETR
-from co_detr.modeling.boxes import cxcywh_to_xyxy
-from co_detr.modeling.postprocess import SoftNMSPostprocessor, choose_pairs, outside
+from co_detr.modeling.geometry import cxcywh_to_xyxy, outside
+from co_detr.modeling.postprocess import SoftNMSPostprocessor, choose_pairs
 
 INPUTS = ("images", "sizes")
 OUTPUTS = ("boxes", "scores", "labels")

@@ -22,7 +22,7 @@ from co_detr.data.images import MAX_PIXELS, ImageReader, ImageSource
 from co_detr.data.mapper import in_format
 from co_detr.errors import ConfigError, ExportError
 from co_detr.modeling import CoDETR
-from co_detr.modeling.boxes import cxcywh_to_xyxy, size_factor
+from co_detr.modeling.geometry import cxcywh_to_xyxy, size_factor
 from co_detr.modeling.postprocess import SoftNMSPostprocessor, choose_pairs
 from co_detr.tools.export.exporting import OnnxModel, TorchModel
 from co_detr.tools.export.graph import Description, Detections, num_pairs

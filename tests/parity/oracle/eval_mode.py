@@ -12,9 +12,8 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
 
 from co_detr.modeling import CoDETR
-from co_detr.modeling.boxes import inverse_sigmoid
-from co_detr.modeling.encoder import reference_points
-from co_detr.modeling.postprocess import TopKPostprocessor, padding_mask
+from co_detr.modeling.geometry import inverse_sigmoid, padding_mask, reference_points
+from co_detr.modeling.postprocess import TopKPostprocessor
 from co_detr.modeling.queries.two_stage import propose_grid
 from co_detr.structures import EncoderMemory, QueryGroup, QuerySet
 from tests.parity.oracle import tolerances as tol

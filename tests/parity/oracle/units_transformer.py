@@ -12,10 +12,16 @@ from co_detr.layers import (
     ms_deform_attn_reference,
 )
 from co_detr.modeling import QualityFocalLoss, ReferencePosition, SetCriterion, SoftNMSPostprocessor
-from co_detr.modeling.boxes import inverse_sigmoid, normalise_boxes
-from co_detr.modeling.encoder import DeformableEncoder, reference_points, valid_ratio
-from co_detr.modeling.position import SinePosition, encode_boxes
-from co_detr.modeling.postprocess import padding_mask
+from co_detr.modeling.encoder import DeformableEncoder
+from co_detr.modeling.geometry import (
+    SinePosition,
+    encode_boxes,
+    inverse_sigmoid,
+    normalise_boxes,
+    padding_mask,
+    reference_points,
+    valid_ratio,
+)
 from co_detr.modeling.queries import DenoisingQueries
 from co_detr.modeling.queries.two_stage import TwoStageQueries, propose_grid
 from co_detr.structures import (

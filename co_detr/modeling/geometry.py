@@ -1,0 +1,310 @@
+"""Boxes, grids and padding: how images become a batch, and where its cells and boxes lie.
+
+Units are in the names: xyxy absolute, cxcywh normalized.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from detectron2.modeling import Backbone
+from detectron2.structures import ImageList
+from torch import Tensor, nn
+
+from co_detr.errors import ConfigError
+from co_detr.transfer import tensor_on
+
+
+@dataclass(frozen=True)
+class BatchPadding:
+    """Pads images at the bottom and right to a common size.
+
+    Attributes:
+        square_size: side in pixels of the square to pad to; 0: the largest height and width in the
+            batch, as the backbone divides them.
+        value: of the padding, in the range of the un-normalised images; None: the mean colour.
+        masked: False makes the padding part of the images: attention sees it, and boxes are
+            normalised by the padded size, as in the reference's large-scale jitter.
+    """
+
+    square_size: int = 0
+    value: float | None = None
+    masked: bool = True
+
+    def __call__(
+        self, images: list[Tensor], mean: Tensor, std: Tensor, backbone: Backbone
+    ) -> ImageList:
+        """Normalises and pads.
+
+        Args:
+            images: ``(C, H, W)`` each.
+            mean, std: ``(C, 1, 1)``.
+            backbone: states what its input has to be divisible by.
+
+        Returns:
+            the batch with the un-padded sizes (height, width), or, if not ``masked``, with the
+            padded ones.
+
+        Raises:
+            ConfigError: if an image is larger than the square (of ``square_size`` or the backbone).
+        """
+        constraints = dict(backbone.padding_constraints)
+        if self.square_size:
+            constraints["square_size"] = self.square_size
+        square_size = constraints.get("square_size", 0)
+        largest = max(max(image.shape[-2:]) for image in images)
+        if square_size and largest > square_size:
+            source = "model.padding" if self.square_size else "the backbone"
+            raise ConfigError(
+                f"an image has a side of {largest} pixels, but {source}.square_size is "
+                f"{square_size}: let the augmentations of dataloader make it fit."
+            )
+        batch = ImageList.from_tensors(
+            [(image - mean) / std for image in images],
+            backbone.size_divisibility,
+            padding_constraints=constraints,
+        )
+        pixels, sizes = batch.tensor, batch.image_sizes
+        if self.value is not None:
+            padding = padding_mask(sizes, pixels.shape, pixels.device)
+            pixels = torch.where(padding[:, None], self.fill(mean, std), pixels)
+        if not self.masked:
+            sizes = [tuple(pixels.shape[-2:])] * len(images)
+        return ImageList(pixels, sizes)
+
+    def fill(self, mean: Tensor, std: Tensor) -> Tensor:
+        """What stands in the padding of normalised images, ``(C, 1, 1)``."""
+        return torch.zeros_like(mean) if self.value is None else (self.value - mean) / std
+
+
+def padding_mask(
+    image_sizes: list[tuple[int, int]], padded: torch.Size, device: torch.device
+) -> Tensor:
+    """``(B, H, W)`` bool, True where a batch of shape ``(B, C, H, W)`` holds padding."""
+    return outside(tensor_on(image_sizes, torch.long, device), padded)
+
+
+def outside(sizes: Tensor, padded: torch.Size) -> Tensor:
+    """`padding_mask` of image sizes ``(B, 2)`` (height, width) that are a tensor."""
+    heights, widths = sizes[:, :, None, None].unbind(1)
+    rows = torch.arange(padded[-2], device=sizes.device)[None, :, None]
+    columns = torch.arange(padded[-1], device=sizes.device)[None, None, :]
+    return (rows >= heights) | (columns >= widths)
+
+
+def shrink_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    """``(B, H, W)`` bool to a level's size, the values of ``F.interpolate``'s nearest neighbours.
+
+    In steps of its own, as ONNX divides by the inverse factor, which can round to the cell before.
+    """
+    for dim, size in ((1, height), (2, width)):
+        cells = torch.arange(size, dtype=torch.float32, device=mask.device)
+        source = cells * (torch.full_like(cells, mask.shape[dim]) / size)
+        mask = mask.index_select(dim, source.long().clamp(max=mask.shape[dim] - 1))
+    return mask
+
+
+def valid_ratios(
+    padding_mask: Tensor,
+    level_masks: list[Tensor],
+    strides: Sequence[int] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Un-padded share (width, height) of every level, ``(B, L, 2)``.
+
+    A map has a cell for every ``stride`` pixels that were begun: an image of 235 pixels has 8 cells
+    of stride 32 and covers 7.34 of them. The reference takes it to cover all 8. That moves what is
+    at its far end by 21 pixels on this level and by 5 on that of stride 8; where the stride divides
+    the size, nothing moves. On images of 1000 pixels it hardly matters. On small ones the decoder
+    learns the mean error over its training sizes and then makes up for one that is not there.
+
+    Args:
+        padding_mask: ``(B, H, W)`` bool at input resolution, True = padding.
+        level_masks: the same in the cells of each level.
+        strides: of the levels: exact shares; None: of the cells that hold a part of the image.
+    """
+    if strides is None:
+        return torch.stack([valid_ratio(mask, dtype) for mask in level_masks], dim=1)
+    inside = ~padding_mask
+    pixels = [inside[:, 0, :].sum(1).to(dtype), inside[:, :, 0].sum(1).to(dtype)]
+    shares = [
+        torch.stack(
+            [pixels[0] / (stride * mask.shape[2]), pixels[1] / (stride * mask.shape[1])], -1
+        )
+        for stride, mask in zip(strides, level_masks, strict=True)
+    ]
+    return torch.stack(shares, dim=1)
+
+
+def valid_ratio(padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Share of a level's cells that are un-padded, ``(B, H, W) bool -> (B, 2)``, width first."""
+    _, height, width = padding_mask.shape
+    inside = (~padding_mask).to(dtype)
+    return torch.stack([inside[:, 0, :].sum(1) / width, inside[:, :, 0].sum(1) / height], dim=-1)
+
+
+def reference_points(level_shapes: list[tuple[int, int]], valid_ratios: Tensor) -> Tensor:
+    """Cell centres of all tokens, expressed in the coordinates of every level.
+
+    Args:
+        level_shapes: (H, W) per level; valid_ratios: ``(B, L, 2)``.
+
+    Returns:
+        ``(B, S, L, 2)`` xy; [0, 1] spans the padded level, so values stay below its valid ratio
+        for tokens inside the image.
+    """
+    points = []
+    for level, (height, width) in enumerate(level_shapes):
+        x, y = cell_centres(height, width, valid_ratios).unbind(-1)
+        grid = torch.stack([x / width, y / height], dim=-1)
+        points.append(grid / valid_ratios[:, level, None])  # (B, H*W, 2) of the un-padded image
+    return torch.cat(points, dim=1)[:, :, None] * valid_ratios[:, None]
+
+
+def cell_centres(height: int, width: int, like: Tensor) -> Tensor:
+    """``(height * width, 2)`` xy of a map's cells in cells, row by row, as ``like`` in type."""
+    y = torch.arange(height, dtype=like.dtype, device=like.device) + 0.5
+    x = torch.arange(width, dtype=like.dtype, device=like.device) + 0.5
+    # Not repeat_interleave, whose translation to ONNX fails where the size is an input.
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
+
+
+class SinePosition(nn.Module):
+    """Encodes the position of every cell of a padded map.
+
+    Coordinates count un-padded cells, are divided by the extent of the image and scaled to 2 pi.
+
+    Args:
+        embed_dim: channels C of the encoding: the first half codes y, the second x.
+        temperature: 10000 in Deformable-DETR, 20 in DINO.
+        offset: added to the 1-based cell number; -0.5 (cell centres) in Deformable-DETR, 0 in DINO.
+
+    Raises:
+        ConfigError: if ``embed_dim`` is not a multiple of 4.
+    """
+
+    def __init__(self, embed_dim: int, temperature: float = 10000.0, offset: float = -0.5):
+        super().__init__()
+        if embed_dim % 4:
+            raise ConfigError(f"SinePosition needs embed_dim divisible by 4, got {embed_dim}.")
+        self.num_features = embed_dim // 2
+        self.temperature = temperature
+        self.offset = offset
+
+    def forward(
+        self,
+        padding_mask: Tensor,
+        dtype: torch.dtype = torch.float32,
+        valid_ratio: Tensor | None = None,
+    ) -> Tensor:
+        """``(B, H, W)`` bool (True = padding) -> ``(B, C, H, W)``.
+
+        Args:
+            valid_ratio: ``(B, 2)``, the image's exact share of the map's width and height, of which
+                it may cover the last cell in part; None: it covers all cells that it touches.
+        """
+        inside = (~padding_mask).to(dtype)
+        encodings = []
+        for axis in (1, 2):
+            cells = inside.cumsum(axis)
+            if valid_ratio is None:
+                extent = cells.narrow(axis, cells.shape[axis] - 1, 1)
+            else:
+                extent = valid_ratio[:, 2 - axis, None, None] * cells.shape[axis]
+            angle = (cells + self.offset) / (extent + 1e-6) * (2 * math.pi)
+            encodings.append(sine_features(angle, self.num_features, self.temperature))
+        return torch.cat(encodings, dim=3).permute(0, 3, 1, 2)
+
+
+def encode_boxes(boxes: Tensor, features_per_coordinate: int) -> Tensor:
+    """Codes normalised boxes ``(B, Q, 4)`` as ``(B, Q, 4 * features)``, order cx, cy, w, h."""
+    return sine_features(boxes * (2 * math.pi), features_per_coordinate, 10000.0).flatten(2)
+
+
+def sine_features(angle: Tensor, num_features: int, temperature: float) -> Tensor:
+    """``(...)`` angles -> ``(..., num_features)``, sine and cosine interleaved."""
+    exponent = torch.arange(num_features, dtype=angle.dtype, device=angle.device)
+    exponent = 2 * exponent.div(2, rounding_mode="floor") / num_features
+    phase = angle[..., None] / temperature**exponent
+    return torch.stack([phase[..., 0::2].sin(), phase[..., 1::2].cos()], dim=-1).flatten(-2)
+
+
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """``(..., 4)`` centre and size -> corners, in the unit of the input."""
+    centre, size = boxes.split(2, dim=-1)
+    return torch.cat([centre - 0.5 * size, centre + 0.5 * size], dim=-1)
+
+
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """``(..., 4)`` corners -> centre and size, in the unit of the input."""
+    low, high = boxes.split(2, dim=-1)
+    return torch.cat([(low + high) / 2, high - low], dim=-1)
+
+
+def size_factor(image_size: tuple[int, int], like: Tensor) -> Tensor:
+    """``(4,)`` = (w, h, w, h), the factor from normalised to absolute boxes."""
+    height, width = image_size
+    return tensor_on([width, height, width, height], like.dtype, like.device)
+
+
+def size_factors(image_sizes: list[tuple[int, int]], like: Tensor) -> Tensor:
+    """`size_factor` of a batch, ``(B, 4)``, in one copy."""
+    rows = [(width, height, width, height) for height, width in image_sizes]
+    return tensor_on(rows, like.dtype, like.device)
+
+
+def normalise_boxes(xyxy: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Absolute xyxy ``(N, 4)`` -> normalised cxcywh ``(N, 4)`` of an image (height, width)."""
+    return xyxy_to_cxcywh(xyxy / size_factor(image_size, xyxy))
+
+
+def generalised_iou(first: Tensor, second: Tensor) -> Tensor:
+    """GIoU of corner boxes, broadcast over leading dimensions: ``(..., 4), (..., 4) -> (...)``.
+
+    Areas are bounded below by 1e-6 as in the reference (mmdet ``bbox_overlaps``), so degenerate
+    boxes give a number. No assertion looks at the values: that would stall a GPU each step.
+    Source: Rezatofighi et al., "Generalized Intersection over Union", CVPR 2019.
+    """
+    overlap, union = _overlap_and_union(first, second)
+    hull = _area(
+        torch.minimum(first[..., :2], second[..., :2]),
+        torch.maximum(first[..., 2:], second[..., 2:]),
+    ).clamp(min=1e-6)
+    return overlap / union - (hull - union) / hull
+
+
+def iou(first: Tensor, second: Tensor) -> Tensor:
+    """IoU of corner boxes, broadcast: ``(..., 4), (..., 4) -> (...)``; see `generalised_iou`."""
+    overlap, union = _overlap_and_union(first, second)
+    return overlap / union
+
+
+def _overlap_and_union(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    overlap = _area(
+        torch.maximum(first[..., :2], second[..., :2]),
+        torch.minimum(first[..., 2:], second[..., 2:]),
+    )
+    areas = [_product(box[..., 2:] - box[..., :2]) for box in (first, second)]
+    return overlap, (areas[0] + areas[1] - overlap).clamp(min=1e-6)
+
+
+def _area(low: Tensor, high: Tensor) -> Tensor:
+    return _product((high - low).clamp(min=0))
+
+
+def _product(size: Tensor) -> Tensor:
+    """``(..., 2) -> (...)``. Not ``prod``, whose gradient asks the device for zeros and waits."""
+    return size[..., 0] * size[..., 1]
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Logit of ``x`` with both sides of the fraction bounded below by ``eps``.
+
+    ``x`` is clamped to [0, 1] first; this is Deformable-DETR's definition, not ``torch.logit``
+    (which would clamp ``x`` itself and so cut the gradient earlier).
+    """
+    x = x.clamp(min=0, max=1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
