@@ -35,10 +35,13 @@ MOVED: dict[str, str] = {
     "co_detr.modeling.backbones.layer_decay": "co_detr.modeling.backbones.vit",
     "co_detr.modeling.backbones.vit_layers": "co_detr.modeling.backbones.vit",
     "co_detr.modeling.boxes": "co_detr.modeling.geometry",
+    "co_detr.modeling.decoder": "co_detr.modeling.transformer",
+    "co_detr.modeling.encoder": "co_detr.modeling.transformer",
     "co_detr.modeling.neck": "co_detr.modeling.backbones.resnet",
     "co_detr.modeling.padding": "co_detr.modeling.geometry",
     "co_detr.modeling.position": "co_detr.modeling.geometry",
     "co_detr.modeling.resnet": "co_detr.modeling.backbones.resnet",
+    "co_detr.modeling.transformer_layers": "co_detr.modeling.transformer",
 }
 
 

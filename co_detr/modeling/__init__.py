@@ -3,11 +3,10 @@
 from co_detr.modeling.backbones.resnet import ChannelMapper
 from co_detr.modeling.co_detr import CoDETR
 from co_detr.modeling.criterion import FocalLoss, QualityFocalLoss, SetCriterion
-from co_detr.modeling.decoder import DeformableDecoder, ReferencePosition
-from co_detr.modeling.encoder import DeformableEncoder
 from co_detr.modeling.geometry import BatchPadding, SinePosition
 from co_detr.modeling.matching import HungarianAssigner
 from co_detr.modeling.postprocess import SoftNMSPostprocessor, TopKPostprocessor
+from co_detr.modeling.transformer import DeformableDecoder, DeformableEncoder, ReferencePosition
 
 __all__ = [
     "BatchPadding",

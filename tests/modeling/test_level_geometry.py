@@ -10,7 +10,6 @@ from detectron2.config import instantiate
 from co_detr.engine.config import apply_overrides, load_config
 from co_detr.errors import ConfigError
 from co_detr.modeling import SinePosition
-from co_detr.modeling.encoder import DeformableEncoder
 from co_detr.modeling.geometry import (
     cell_centres,
     padding_mask,
@@ -20,6 +19,7 @@ from co_detr.modeling.geometry import (
     valid_ratios,
 )
 from co_detr.modeling.queries.two_stage import propose_grid
+from co_detr.modeling.transformer import DeformableEncoder
 from co_detr.structures import EncoderMemory
 from tests.modeling.builders import CONFIGS, shrink
 

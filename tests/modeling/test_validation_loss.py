@@ -11,7 +11,7 @@ from co_detr.engine.train import run_training
 from co_detr.engine.validation import training_without_trace
 from co_detr.errors import DataError
 from co_detr.modeling.single_scale.attention import ConditionalSelfAttention
-from co_detr.modeling.transformer_layers import SelfAttention
+from co_detr.modeling.transformer import SelfAttention
 from tests.device import DEVICE
 from tests.modeling.builders import CONFIGS, shrink, tiny_config
 from tests.modeling.test_resume import losses_of

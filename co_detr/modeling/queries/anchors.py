@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from co_detr.modeling.queries.source import QuerySource
-from co_detr.modeling.single_scale.attention import perceptron
+from co_detr.modeling.transformer import perceptron
 from co_detr.structures import EncoderMemory, GroundTruth, QueryGroup
 
 

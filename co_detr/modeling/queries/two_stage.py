@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from co_detr.errors import ConfigError
 from co_detr.modeling.geometry import cell_centres, encode_boxes
 from co_detr.modeling.queries.source import QuerySource
-from co_detr.modeling.transformer_layers import BoxHead, class_head
+from co_detr.modeling.transformer import BoxHead, class_head
 from co_detr.structures import (
     EncoderMemory,
     EncoderProposals,

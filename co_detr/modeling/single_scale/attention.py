@@ -6,16 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from co_detr.modeling.transformer_layers import dropout_rate, split_heads
+from co_detr.modeling.transformer import dropout_rate, split_heads
 from co_detr.structures import EncoderMemory
-
-
-def perceptron(in_dim: int, out_dim: int) -> nn.Sequential:
-    """Two linear layers with ReLU between; the hidden layer is as wide as the input."""
-    layers = nn.Sequential(nn.Linear(in_dim, in_dim), nn.ReLU(), nn.Linear(in_dim, out_dim))
-    for linear in (layers[0], layers[2]):
-        nn.init.xavier_uniform_(linear.weight)
-    return layers
 
 
 class _ProjectedAttention(nn.Module):

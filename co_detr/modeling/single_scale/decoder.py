@@ -6,14 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
-from co_detr.modeling.decoder import ReferencePosition
 from co_detr.modeling.geometry import encode_boxes, inverse_sigmoid
 from co_detr.modeling.single_scale.attention import (
     ConditionalCrossAttention,
     ConditionalSelfAttention,
+)
+from co_detr.modeling.transformer import (
+    BoxHead,
+    FeedForward,
+    ReferencePosition,
+    class_head,
     perceptron,
 )
-from co_detr.modeling.transformer_layers import BoxHead, FeedForward, class_head
 from co_detr.structures import EncoderMemory, Predictions, QuerySet
 
 

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
 from co_detr.modeling.geometry import shrink_mask, valid_ratios
-from co_detr.modeling.single_scale.attention import perceptron
-from co_detr.modeling.transformer_layers import FeedForward, SelfAttention
+from co_detr.modeling.transformer import FeedForward, SelfAttention, perceptron
 from co_detr.structures import EncoderMemory
 
 

@@ -12,7 +12,6 @@ from co_detr.layers import (
     ms_deform_attn_reference,
 )
 from co_detr.modeling import QualityFocalLoss, ReferencePosition, SetCriterion, SoftNMSPostprocessor
-from co_detr.modeling.encoder import DeformableEncoder
 from co_detr.modeling.geometry import (
     SinePosition,
     encode_boxes,
@@ -24,6 +23,7 @@ from co_detr.modeling.geometry import (
 )
 from co_detr.modeling.queries import DenoisingQueries
 from co_detr.modeling.queries.two_stage import TwoStageQueries, propose_grid
+from co_detr.modeling.transformer import DeformableEncoder
 from co_detr.structures import (
     AssignedTargets,
     EncoderMemory,
