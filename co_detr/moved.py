@@ -41,6 +41,9 @@ MOVED: dict[str, str] = {
     "co_detr.modeling.padding": "co_detr.modeling.geometry",
     "co_detr.modeling.position": "co_detr.modeling.geometry",
     "co_detr.modeling.resnet": "co_detr.modeling.backbones.resnet",
+    "co_detr.modeling.single_scale.attention": "co_detr.modeling.single_scale",
+    "co_detr.modeling.single_scale.decoder": "co_detr.modeling.single_scale",
+    "co_detr.modeling.single_scale.encoder": "co_detr.modeling.single_scale",
     "co_detr.modeling.transformer_layers": "co_detr.modeling.transformer",
 }
 

@@ -10,10 +10,12 @@ from torch import nn
 from co_detr.errors import ConfigError
 from co_detr.modeling import SinePosition
 from co_detr.modeling.queries import AnchorQueries, PointQueries
-from co_detr.modeling.single_scale import ConditionalDecoder, DABDecoder, TransformerEncoder
-from co_detr.modeling.single_scale.attention import (
+from co_detr.modeling.single_scale import (
     ConditionalCrossAttention,
+    ConditionalDecoder,
     ConditionalSelfAttention,
+    DABDecoder,
+    TransformerEncoder,
 )
 from co_detr.structures import QueryGroup, QuerySet
 from tests.device import DEVICE

@@ -10,7 +10,7 @@ from co_detr.engine.config import apply_overrides, load_config
 from co_detr.engine.train import run_training
 from co_detr.engine.validation import training_without_trace
 from co_detr.errors import DataError
-from co_detr.modeling.single_scale.attention import ConditionalSelfAttention
+from co_detr.modeling.single_scale import ConditionalSelfAttention
 from co_detr.modeling.transformer import SelfAttention
 from tests.device import DEVICE
 from tests.modeling.builders import CONFIGS, shrink, tiny_config

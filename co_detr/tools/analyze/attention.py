@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from co_detr.errors import AnalysisError
 from co_detr.layers import MultiScaleDeformableAttention
 from co_detr.modeling import CoDETR
-from co_detr.modeling.single_scale.attention import ConditionalCrossAttention
+from co_detr.modeling.single_scale import ConditionalCrossAttention
 from co_detr.tools.analyze.discriminability import (
     FUSED,
     NOTHING_TO_MEASURE,
