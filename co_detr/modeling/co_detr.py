@@ -25,13 +25,13 @@ from co_detr.modeling.geometry import BatchPadding, normalise_boxes, padding_mas
 from co_detr.modeling.matching import HungarianAssigner
 from co_detr.modeling.postprocess import TopKPostprocessor
 from co_detr.modeling.queries.source import QuerySource
-from co_detr.modeling.step_counts import StepCounts
 from co_detr.modeling.supervision import Assignment, assign_targets, score_groups
 from co_detr.modeling.transformer import DeformableDecoder, DeformableEncoder
 from co_detr.structures import (
     EncoderMemory,
     GroundTruth,
     QuerySet,
+    StepCounts,
     TrainingOutput,
 )
 from co_detr.transfer import to_device

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from co_detr.modeling.criterion import SetCriterion, average_over_processes, name_layers
 from co_detr.modeling.matching import HungarianAssigner, MatchingProblem
-from co_detr.modeling.step_counts import StepCounts
-from co_detr.structures import AssignedTargets, GroundTruth, Predictions, QueryGroup
+from co_detr.structures import AssignedTargets, GroundTruth, Predictions, QueryGroup, StepCounts
 
 
 @dataclass(frozen=True)

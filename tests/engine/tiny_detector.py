@@ -9,7 +9,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from torch import nn
 
-from co_detr.modeling.step_counts import StepCounts
+from co_detr.structures import StepCounts
 
 
 class TinyBackbone(nn.Module):

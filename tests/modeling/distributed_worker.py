@@ -11,7 +11,7 @@ import torch.distributed as dist
 from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
-from co_detr.modeling.step_counts import StepCounts
+from co_detr.structures import StepCounts
 from tests.modeling.builders import make_batch, randomise, tiny_model
 
 # Images of one size, so that splitting the batch changes no padding; ground truths are uneven,

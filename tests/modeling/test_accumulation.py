@@ -18,8 +18,7 @@ from co_detr.modeling import CoDETR
 from co_detr.modeling.auxiliary import DenseHead
 from co_detr.modeling.queries import DenoisingQueries
 from co_detr.modeling.queries.denoising import NoiseDraws
-from co_detr.modeling.step_counts import HeadCounts, StepCounts
-from co_detr.structures import AuxiliaryOutput, Candidates
+from co_detr.structures import AuxiliaryOutput, Candidates, HeadCounts, StepCounts
 from tests.device import DEVICE, NAME
 from tests.modeling.builders import (
     CONFIGS,

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from co_detr.errors import ConfigError
 from co_detr.modeling.detectors import CascadeDetector, MergedDetector
 from co_detr.modeling.queries.positive import PositiveQueries
-from co_detr.modeling.step_counts import HeadCounts, StepCounts
-from co_detr.structures import AuxiliaryOutput, EncoderMemory, QueryGroup
+from co_detr.structures import AuxiliaryOutput, EncoderMemory, HeadCounts, QueryGroup, StepCounts
 
 
 @dataclass(frozen=True)

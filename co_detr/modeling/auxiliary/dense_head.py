@@ -20,8 +20,7 @@ from co_detr.modeling.auxiliary.dense_losses import (
     DenseTargets,
     Positives,
 )
-from co_detr.modeling.step_counts import HeadCounts
-from co_detr.structures import AuxiliaryOutput, Candidates, HeadDetections
+from co_detr.structures import AuxiliaryOutput, Candidates, HeadCounts, HeadDetections
 
 
 class DenseHead(nn.Module):

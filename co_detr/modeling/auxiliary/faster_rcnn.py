@@ -11,8 +11,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
-from co_detr.modeling.step_counts import HeadCounts
-from co_detr.structures import AuxiliaryOutput, Candidates, HeadDetections
+from co_detr.structures import AuxiliaryOutput, Candidates, HeadCounts, HeadDetections
 
 
 class CollaborativeRPN(RPN):

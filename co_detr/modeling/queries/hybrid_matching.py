@@ -7,8 +7,7 @@ from typing import Literal
 from torch import nn
 
 from co_detr.modeling.queries.two_stage import TwoStageQueries
-from co_detr.modeling.step_counts import StepCounts
-from co_detr.structures import EncoderMemory, GroundTruth, QueryGroup
+from co_detr.structures import EncoderMemory, GroundTruth, QueryGroup, StepCounts
 
 
 class HybridMatchingQueries(TwoStageQueries):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from co_detr.modeling.step_counts import StepCounts
-from co_detr.structures import EncoderMemory, GroundTruth, QueryGroup
+from co_detr.structures import EncoderMemory, GroundTruth, QueryGroup, StepCounts
 
 
 class QuerySource(nn.Module):
