@@ -7,7 +7,7 @@ of strides 4 to 128. Contestants, each in a process of its own, forward and back
 
 * ``int64 one-hot``: `F.one_hot`, a float copy of it, and the elementwise loss over all of it;
 * ``whole``: a float target, the elementwise loss over all of it;
-* ``parts``: `co_detr.modeling.criterion.FocalLoss`, which computes parts of the rows and, for the
+* ``parts``: `co_detr.modeling.losses.FocalLoss`, which computes parts of the rows and, for the
   gradient, each part again.
 
 Memory is that of the process. It is measured with an allocator that gives freed blocks back at
@@ -31,7 +31,7 @@ from fvcore.nn import sigmoid_focal_loss
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import environment, markdown_table, write_json
-from co_detr.modeling.criterion import FocalLoss
+from co_detr.modeling.losses import FocalLoss
 
 STRIDES = (4, 8, 16, 32, 64, 128)
 MIB = 2**20

@@ -21,7 +21,7 @@ _WARNING = "synchronizing CUDA operation"  # part of what PyTorch says
 
 
 def innermost_line() -> str:
-    """That of one of `PACKAGES`, as "co_detr/modeling/matching.py:88"; `ELSEWHERE` without one.
+    """That of one of `PACKAGES`, as "co_detr/modeling/losses.py:88"; `ELSEWHERE` without one.
 
     The backward pass runs in threads of its own, so that its waits come from nowhere.
     """

@@ -21,7 +21,7 @@ from co_detr.checkpoint.official import convert_official, is_official, rename_of
 from co_detr.checkpoint.reading import plain_state, shorten
 from co_detr.errors import CheckpointError
 from co_detr.modeling import CoDETR
-from co_detr.modeling.queries.source import training_module_names
+from co_detr.modeling.queries.sources import training_module_names
 
 Mismatch = Literal["error", "by_name", "reset"]
 Parts = Literal["any", "whole", "inference"]

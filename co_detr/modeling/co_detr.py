@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from co_detr.errors import ConfigError
 from co_detr.modeling.auxiliary.branch import AuxiliaryBranch, HybridAssignmentHeads
 from co_detr.modeling.checks import check_parts
-from co_detr.modeling.criterion import SetCriterion
 from co_detr.modeling.detectors import (
     DECODER,
     TOP_K,
@@ -22,10 +21,15 @@ from co_detr.modeling.detectors import (
     detector_names,
 )
 from co_detr.modeling.geometry import BatchPadding, normalise_boxes, padding_mask
-from co_detr.modeling.matching import HungarianAssigner
+from co_detr.modeling.losses import (
+    Assignment,
+    HungarianAssigner,
+    SetCriterion,
+    assign_targets,
+    score_groups,
+)
 from co_detr.modeling.postprocess import TopKPostprocessor
-from co_detr.modeling.queries.source import QuerySource
-from co_detr.modeling.supervision import Assignment, assign_targets, score_groups
+from co_detr.modeling.queries.sources import QuerySource
 from co_detr.modeling.transformer import DeformableDecoder, DeformableEncoder
 from co_detr.structures import (
     EncoderMemory,

@@ -4,7 +4,7 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from co_detr.modeling.supervision import Assignment, score_groups
+from co_detr.modeling.losses import Assignment, score_groups
 from co_detr.structures import Predictions, QuerySet, TrainingOutput
 from tests.modeling.builders import make_batch, randomise, tiny_model
 

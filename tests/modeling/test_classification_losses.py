@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from co_detr.modeling import criterion
-from co_detr.modeling.criterion import FocalLoss, QualityFocalLoss
+from co_detr.modeling.losses import FocalLoss, QualityFocalLoss
 
 SHAPE, K = (2, 30), 7
 

@@ -6,7 +6,7 @@ import torch
 from co_detr.errors import ConfigError, NonFiniteError
 from co_detr.modeling import DeformableDecoder, TopKPostprocessor
 from co_detr.modeling.geometry import inverse_sigmoid
-from co_detr.modeling.queries.two_stage import propose_grid
+from co_detr.modeling.queries.sources import propose_grid
 from co_detr.structures import QueryGroup, QuerySet
 from tests.device import DEVICE
 from tests.modeling.builders import random_memory, randomise, tiny_model

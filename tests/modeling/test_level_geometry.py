@@ -18,7 +18,7 @@ from co_detr.modeling.geometry import (
     sine_features,
     valid_ratios,
 )
-from co_detr.modeling.queries.two_stage import propose_grid
+from co_detr.modeling.queries.sources import propose_grid
 from co_detr.modeling.transformer import DeformableEncoder
 from co_detr.structures import EncoderMemory
 from tests.modeling.builders import CONFIGS, shrink

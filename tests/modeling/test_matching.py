@@ -7,9 +7,8 @@ import torch
 from torchvision.ops import generalized_box_iou
 
 from co_detr.modeling import FocalLoss, HungarianAssigner, SetCriterion
-from co_detr.modeling.criterion import name_layers
 from co_detr.modeling.geometry import cxcywh_to_xyxy
-from co_detr.modeling.matching import MatchingProblem
+from co_detr.modeling.losses import MatchingProblem, name_layers
 from co_detr.structures import AssignedTargets, GroundTruth, Predictions
 
 LAYERS, QUERIES, CLASSES = 2, 6, 4

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from co_detr.errors import ConfigError
-from co_detr.modeling.supervision import assign_targets, score_groups
+from co_detr.modeling.losses import assign_targets, score_groups
 from co_detr.structures import AssignedTargets, GroundTruth, Predictions, QueryGroup, QuerySet
 from tests.modeling.builders import make_batch, make_candidates, randomise, tiny_model
 

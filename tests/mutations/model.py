@@ -68,7 +68,7 @@ MUTATIONS = (
     ),
     _mutation(
         "references-in-half-precision",
-        "modeling/queries/anchors.py",
+        "modeling/queries/sources.py",
         "torch.autocast(position.device.type, enabled=False)",
         "torch.autocast(position.device.type)",
         "mixed_precision",
@@ -76,7 +76,7 @@ MUTATIONS = (
     # Decoder and encoder
     _mutation(
         "gradient-through-references",
-        "modeling/queries/two_stage.py",
+        "modeling/queries/sources.py",
         "self.best[:, start:stop]).detach().sigmoid()",
         "self.best[:, start:stop]).sigmoid()",
         "co_dino_definition",
@@ -112,35 +112,35 @@ MUTATIONS = (
     # Matching and losses
     _mutation(
         "cost-without-its-balance",
-        "modeling/matching.py",
+        "modeling/losses.py",
         "* (1 - self.alpha) * probability",
         "* self.alpha * probability",
         "matching",
     ),
     _mutation(
         "background-has-boxes",
-        "modeling/criterion.py",
+        "modeling/losses.py",
         "box_weights = targets.weights * (targets.labels < self.num_classes)",
         "box_weights = targets.weights",
         "matching",
     ),
     _mutation(
         "quality-has-a-gradient",
-        "modeling/criterion.py",
+        "modeling/losses.py",
         "cxcywh_to_xyxy(boxes.detach())",
         "cxcywh_to_xyxy(boxes)",
         "co_dino_definition",
     ),
     _mutation(
         "counts-of-one-process",
-        "modeling/criterion.py",
+        "modeling/losses.py",
         "return counts / dist.get_world_size()",
         "return counts",
         "distributed",
     ),
     _mutation(
         "gradient-of-parts-points-the-other-way",
-        "modeling/criterion.py",
+        "modeling/losses.py",
         "                (found,) = torch.autograd.grad(ctx.loss(some, *rest), some, grad_part)",
         "                (found,) = torch.autograd.grad(ctx.loss(some, *rest), some, -grad_part)",
         "classification_losses",
@@ -161,7 +161,7 @@ MUTATIONS = (
     ),
     _mutation(
         "proposals-count-half",
-        "modeling/supervision.py",
+        "modeling/losses.py",
         'f"{group.name}.enc", 1.0,',
         'f"{group.name}.enc", 0.5,',
         "query_groups",

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 from torch import Tensor, nn
 
-from co_detr.modeling.criterion import EPS, FocalLoss, QualityFocalLoss, average_over_processes
 from co_detr.modeling.geometry import generalised_iou, iou
+from co_detr.modeling.losses import EPS, FocalLoss, QualityFocalLoss, average_over_processes
 
 
 @dataclass(frozen=True)

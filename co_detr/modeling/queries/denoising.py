@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from co_detr.modeling.geometry import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
-from co_detr.modeling.queries.source import QuerySource
+from co_detr.modeling.queries.sources import QuerySource
 from co_detr.structures import AssignedTargets, EncoderMemory, GroundTruth, QueryGroup, StepCounts
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from co_detr.modeling import CoDETR
 from co_detr.modeling.geometry import inverse_sigmoid, padding_mask, reference_points
 from co_detr.modeling.postprocess import TopKPostprocessor
-from co_detr.modeling.queries.two_stage import propose_grid
+from co_detr.modeling.queries.sources import propose_grid
 from co_detr.structures import EncoderMemory, QueryGroup, QuerySet
 from tests.parity.oracle import tolerances as tol
 from tests.parity.oracle.golden import Case

@@ -22,7 +22,7 @@ from co_detr.modeling.geometry import (
     valid_ratio,
 )
 from co_detr.modeling.queries import DenoisingQueries
-from co_detr.modeling.queries.two_stage import TwoStageQueries, propose_grid
+from co_detr.modeling.queries.sources import TwoStageQueries, propose_grid
 from co_detr.modeling.transformer import DeformableEncoder
 from co_detr.structures import (
     AssignedTargets,
