@@ -35,6 +35,7 @@ MOVED: dict[str, str] = {
     "co_detr.modeling.backbones.layer_decay": "co_detr.modeling.backbones.vit",
     "co_detr.modeling.backbones.vit_layers": "co_detr.modeling.backbones.vit",
     "co_detr.modeling.boxes": "co_detr.modeling.geometry",
+    "co_detr.modeling.checks": "co_detr.modeling.co_detr",
     "co_detr.modeling.criterion": "co_detr.modeling.losses",
     "co_detr.modeling.decoder": "co_detr.modeling.transformer",
     "co_detr.modeling.encoder": "co_detr.modeling.transformer",
