@@ -14,8 +14,12 @@ from pathlib import Path
 import torch
 
 import co_detr
-from co_detr.layers.ms_deform_attn_op import HAS_EXTENSION, KERNEL_DEVICES, ms_deform_attn
-from co_detr.layers.ms_deform_attn_reference import ms_deform_attn_reference
+from co_detr.layers.deformable_attention import (
+    HAS_EXTENSION,
+    KERNEL_DEVICES,
+    ms_deform_attn,
+    ms_deform_attn_reference,
+)
 
 LEVEL_SHAPES = [(6, 7), (3, 4)]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from co_detr.layers import ms_deform_attn, ms_deform_attn_reference
-from co_detr.layers.ms_deform_attn_op import KERNEL_DEVICES
+from co_detr.layers.deformable_attention import KERNEL_DEVICES
 
 from .cases import Inputs
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Contestant, Timing, format_ms, interleave, markdown_table, ratio
-from co_detr.layers.ms_deform_attn_op import ms_deform_attn
+from co_detr.layers.deformable_attention import ms_deform_attn
 
 from .cases import CASES, DTYPES, Inputs
 from .contestants import EAGER, ORIGINAL, Attention

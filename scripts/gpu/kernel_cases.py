@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from co_detr.layers import ms_deform_attn, ms_deform_attn_reference
-from co_detr.layers.ms_deform_attn_op import KERNEL_DEVICES
+from co_detr.layers.deformable_attention import KERNEL_DEVICES
 from tests.layers.cases import Case, outputs_and_gradients
 
 LEVELS = ((6, 7), (3, 4), (2, 2), (1, 1), (1, 3))

@@ -250,7 +250,7 @@ _REHEARSED_TESTS = [
     "tests/engine/test_trainer.py::test_accumulation_equals_one_large_batch",
 ]
 _HAS_CUDA = (
-    "from co_detr.layers.ms_deform_attn_op import KERNEL_DEVICES as found; print(found); "
+    "from co_detr.layers.deformable_attention import KERNEL_DEVICES as found; print(found); "
     'assert "cuda" in found'
 )
 

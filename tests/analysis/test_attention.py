@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from co_detr.errors import AnalysisError
-from co_detr.layers.ms_deform_attn_reference import ms_deform_attn_reference
+from co_detr.layers.deformable_attention import ms_deform_attn_reference
 from co_detr.tools.analyze.attention import (
     attention_maps,
     captured_attention,

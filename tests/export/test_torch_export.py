@@ -9,7 +9,7 @@ from PIL import Image
 from tiny_export import CLASSES
 
 from co_detr.errors import ConfigError, ExportError
-from co_detr.layers.ms_deform_attn_op import HAS_EXTENSION
+from co_detr.layers.deformable_attention import HAS_EXTENSION
 from co_detr.tools.export import ExportedPredictor
 from co_detr.tools.export.predictor import check_image
 

@@ -21,7 +21,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from co_detr.layers import ms_deform_attn, ms_deform_attn_reference
-from co_detr.layers.ms_deform_attn_op import KERNEL_DEVICES
+from co_detr.layers.deformable_attention import KERNEL_DEVICES
 
 # Relative to the largest entry. Gradients of locations sum more and larger terms than the output.
 TOLERANCES = {

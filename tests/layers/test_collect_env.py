@@ -4,7 +4,7 @@ import torch
 
 from co_detr import collect_env
 from co_detr.layers import ms_deform_attn_reference
-from co_detr.layers.ms_deform_attn_op import KERNEL_DEVICES
+from co_detr.layers.deformable_attention import KERNEL_DEVICES
 
 
 def test_report_names_everything():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from co_detr.layers import MultiScaleDeformableAttention
-from co_detr.layers.ms_deform_attn_op import KERNEL_DEVICES
+from co_detr.layers.deformable_attention import KERNEL_DEVICES
 from tests.layers.cases import Case
 
 CASE = Case()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from co_detr.layers import ms_deform_attn
-from co_detr.layers.ms_deform_attn_op import KERNEL_DEVICES
+from co_detr.layers.deformable_attention import KERNEL_DEVICES
 from tests.layers.cases import CASES, TOLERANCES, Case, assert_close, outputs_and_gradients
 
 pytestmark = [

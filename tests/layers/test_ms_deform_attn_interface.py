@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from co_detr.layers import MultiScaleDeformableAttention, ms_deform_attn
-from co_detr.layers import ms_deform_attn_op as op
+from co_detr.layers import deformable_attention as op
 from tests.layers.cases import Case, outputs_and_gradients
 
 CASE = Case()

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import co_detr
 from co_detr.errors import ConfigError
-from co_detr.layers.ms_deform_attn_op import HAS_EXTENSION
+from co_detr.layers.deformable_attention import HAS_EXTENSION
 from co_detr.seeding import seed_everything
 from co_detr.tools.analyze.attention import measure_attention
 from co_detr.tools.analyze.conflict import measure_conflict

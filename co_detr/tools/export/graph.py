@@ -19,7 +19,7 @@ from torch.export import Dim, ExportedProgram
 
 from co_detr.data.mapper import ResizeShortestEdge
 from co_detr.errors import ConfigError, ExportError
-from co_detr.layers.ms_deform_attn_op import KERNEL_DEVICES, standard_operators
+from co_detr.layers.deformable_attention import KERNEL_DEVICES, standard_operators
 from co_detr.modeling import CoDETR
 from co_detr.modeling.geometry import cxcywh_to_xyxy, outside
 from co_detr.modeling.postprocess import SoftNMSPostprocessor, choose_pairs
