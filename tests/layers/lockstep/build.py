@@ -242,7 +242,7 @@ class Device:
         sampling_locations: Tensor,
         attention_weights: Tensor,
     ) -> Tensor:
-        """As :func:`co_detr.layers.deformable_attention`, differentiable once."""
+        """As :func:`co_detr.layers.ms_deform_attn`, differentiable once."""
         flat = [size for shape in level_shapes for size in shape]
         return _Attention.apply(self, value, flat, sampling_locations, attention_weights)
 
