@@ -69,8 +69,8 @@ MUTATIONS = (
     _mutation(
         "references-in-half-precision",
         "modeling/queries/sources.py",
-        "torch.autocast(position.device.type, enabled=False)",
-        "torch.autocast(position.device.type)",
+        "enabled=False):\n            points = self.point_head",
+        "enabled=True):\n            points = self.point_head",
         "mixed_precision",
     ),
     # Decoder and encoder
@@ -104,7 +104,7 @@ MUTATIONS = (
     ),
     _mutation(
         "ratios-of-the-other-axis",
-        "modeling/transformer.py",
+        "modeling/geometry.py",
         "inside[:, 0, :].sum(1) / width, inside[:, :, 0].sum(1) / height",
         "inside[:, :, 0].sum(1) / height, inside[:, 0, :].sum(1) / width",
         "padding",
