@@ -7,7 +7,7 @@ from fvcore.nn import sigmoid_focal_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from co_detr.modeling import criterion
+from co_detr.modeling import losses
 from co_detr.modeling.losses import FocalLoss, QualityFocalLoss
 
 SHAPE, K = (2, 30), 7
@@ -34,7 +34,7 @@ def expected_loss(loss, logits, labels, quality):
 @pytest.mark.parametrize("max_logits", [1 << 22, 5 * K, K, 1])
 @pytest.mark.parametrize("loss", [FocalLoss(), QualityFocalLoss()], ids=lambda x: type(x).__name__)
 def test_parts_give_the_same_losses_and_gradients(loss, max_logits, monkeypatch):
-    monkeypatch.setattr(criterion, "MAX_LOGITS", max_logits)
+    monkeypatch.setattr(losses, "MAX_LOGITS", max_logits)
     logits, labels, quality = problem()
     weights = torch.rand(SHAPE, dtype=torch.float64)
     expected = expected_loss(loss, logits, labels, quality)
@@ -66,7 +66,7 @@ class Sizes(TorchDispatchMode):
 
 @pytest.mark.parametrize("loss", [FocalLoss(), QualityFocalLoss()], ids=lambda x: type(x).__name__)
 def test_many_classes_take_no_memory_beyond_the_gradient(loss, monkeypatch):
-    monkeypatch.setattr(criterion, "MAX_LOGITS", 3000)
+    monkeypatch.setattr(losses, "MAX_LOGITS", 3000)
     logits, labels, quality = problem(torch.float32, num_classes=1000)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):

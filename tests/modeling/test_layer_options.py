@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from co_detr.modeling import encoder
+from co_detr.modeling import transformer
 from tests.modeling.builders import detect, make_batch, randomise, tiny_model, train_step
 
 
@@ -25,9 +25,9 @@ def test_encoder_checkpointing_changes_no_bit(heads, monkeypatch):
         for switch in ("false", "true")
     )
     calls = []
-    original = encoder.checkpoint
+    original = transformer.checkpoint
     monkeypatch.setattr(
-        encoder, "checkpoint", lambda *args, **kw: calls.append(1) or original(*args, **kw)
+        transformer, "checkpoint", lambda *args, **kw: calls.append(1) or original(*args, **kw)
     )
     batch = make_batch()
     assert_same_step(plain, checkpointed, batch, rtol=0, atol=0)
