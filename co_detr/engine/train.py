@@ -107,7 +107,7 @@ def run_training(cfg: DictConfig, resume: bool, log: RunLog | None = None) -> di
     names = class_names(cfg.data.train)
     selection = build_selection(cfg, names)
     val_set = load_validation_set(cfg)
-    run_evaluation = _build_evaluation(cfg)
+    run_evaluation = build_evaluation(cfg)
     align_classes(cfg.data.val, names)
 
     # Model and optimizer.
@@ -201,7 +201,7 @@ def run_evaluation_only(
     if log is not None:
         log.open(folder)
         jointly(lambda: write_description(folder, description))
-    run_evaluation = _build_evaluation(cfg, folder)
+    run_evaluation = build_evaluation(cfg, folder)
     model = build_model(cfg)
     checkpointer = _checkpointer(model, cfg, cfg.data.val)
     if checkpointer.mismatch != "by_name":
@@ -226,9 +226,7 @@ def _log_best(model: nn.Module, metrics: dict[str, float], folder: str, checkpoi
     log_best_detector(metrics, kinds, os.path.join(folder, CONFIG_FILE), checkpoint)
 
 
-def _build_evaluation(
-    cfg: DictConfig, folder: str | None = None
-) -> Callable[..., dict[str, float]]:
+def build_evaluation(cfg: DictConfig, folder: str | None = None) -> Callable[..., dict[str, float]]:
     """Loads the val set now and returns `evaluate` without its arguments behind the model.
 
     Args:

@@ -11,7 +11,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from co_detr.data.coco import align_classes, class_names, load_coco
-from co_detr.engine.train import _build_evaluation, run_evaluation_only, run_training
+from co_detr.engine.train import build_evaluation, run_evaluation_only, run_training
 from co_detr.errors import CheckpointError, ConfigError, DataError
 
 
@@ -112,7 +112,7 @@ def test_boxes_that_nothing_can_match_are_not_missed(oracle_cfg, tiny_data):
     cfg = oracle_cfg()
     model = instantiate(cfg.model)
     model.annotations = [each for each in model.annotations if each["id"] < 900]
-    assert _build_evaluation(cfg)(model)["AP"] == pytest.approx(100)
+    assert build_evaluation(cfg)(model)["AP"] == pytest.approx(100)
 
 
 def _crowded(content):
@@ -274,7 +274,7 @@ def test_table_of_classes(oracle_cfg, tiny_data, tmp_path, caplog):
     cells = sum(a["category_id"] == 8 and not a["iscrowd"] for a in content["annotations"])
     plates = sum(a["category_id"] == 2 for a in content["annotations"])
 
-    run_evaluation = _build_evaluation(cfg)
+    run_evaluation = build_evaluation(cfg)
     align_classes(cfg.data.val, class_names(cfg.data.train))
     run_evaluation(OneClass())
     lines = (tmp_path / "out" / "per_class_ap.csv").read_text().splitlines()
