@@ -184,7 +184,7 @@ def read_yaml_config(path: str) -> DictConfig:
     """
     content = read_yaml(path)
     try:
-        content = _with_present_targets(content)
+        content = with_present_targets(content)
         found = list(leaves(content))
     except RecursionError as error:
         raise _refused(path, "a part of it contains itself") from error
@@ -264,16 +264,17 @@ def _with_target_names(node: Any) -> Any:
     return node
 
 
-def _with_present_targets(node: Any) -> Any:
+def with_present_targets(node: Any) -> Any:
+    """What a YAML file holds, with the names that its `_target_`s have now."""
     if isinstance(node, dict):
         return {
             key: present_name(value)
             if key == "_target_" and isinstance(value, str)
-            else _with_present_targets(value)
+            else with_present_targets(value)
             for key, value in node.items()
         }
     if isinstance(node, list | tuple):
-        return type(node)(_with_present_targets(value) for value in node)
+        return type(node)(with_present_targets(value) for value in node)
     return node
 
 

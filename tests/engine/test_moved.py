@@ -7,6 +7,7 @@ from detectron2.utils.registry import locate
 
 from co_detr import moved
 from co_detr.engine.config import config_content, leaves, load_config
+from co_detr.engine.setup import description_of_resumed
 
 CONFIGS = sorted((Path(__file__).parents[1] / "data" / "configs_0.1").glob("*.yaml"))
 
@@ -48,3 +49,14 @@ def test_a_class_as_a_value_moves_too(tmp_path, monkeypatch):
     text = text.replace("model:\n", "model:\n  norm: !!python/name:torch.nn.old.Linear ''\n")
     (tmp_path / "config.yaml").write_text(text)
     assert load_config(str(tmp_path / "config.yaml")).model.norm.__name__ == "Linear"
+
+
+def test_a_resumed_run_does_not_call_a_moved_name_another_setting(tmp_path, caplog):
+    (tmp_path / "config.yaml").write_text(CONFIGS[0].read_text())
+    cfg = load_config(str(CONFIGS[0]))
+    caplog.set_level("INFO")
+    description_of_resumed(cfg, str(tmp_path))
+    assert "Settings that differ" not in caplog.text
+    cfg.train.max_iter += 1
+    description_of_resumed(cfg, str(tmp_path))
+    assert "Settings that differ" in caplog.text and "_target_" not in caplog.text
