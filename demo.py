@@ -9,7 +9,7 @@ import sys
 # As in train_net.py: threads that wait must not keep the cores busy; set before torch loads.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-from co_detr.silence import silence_dependencies
+from co_detr.process_setup import silence_dependencies
 
 silence_dependencies()
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 # program shares the cores, that makes a step several times slower; must be set before torch loads.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-from co_detr.silence import silence_dependencies
+from co_detr.process_setup import silence_dependencies
 
 silence_dependencies()
 

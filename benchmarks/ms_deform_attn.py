@@ -31,7 +31,7 @@ from benchmarks.attention.rounds import (
     run_case,
 )
 from benchmarks.common import environment, write_json
-from co_detr.engine.allocator import keep_freed_memory
+from co_detr.process_setup import keep_freed_memory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

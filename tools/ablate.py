@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 
-from co_detr.silence import silence_dependencies
+from co_detr.process_setup import silence_dependencies
 
 silence_dependencies()
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from co_detr.silence import silence_dependencies
+from co_detr.process_setup import silence_dependencies
 
 silence_dependencies()
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from co_detr.silence import silence_dependencies
+from co_detr.process_setup import silence_dependencies
 
 silence_dependencies()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from co_detr.silence import silence_dependencies
+from co_detr.process_setup import silence_dependencies
 
 silence_dependencies()
 

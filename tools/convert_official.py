@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from co_detr.silence import silence_dependencies
+from co_detr.process_setup import silence_dependencies
 
 silence_dependencies()
 

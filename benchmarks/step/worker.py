@@ -133,8 +133,8 @@ class Stopwatch:
 
 def tune_allocator() -> bool:
     """The same setting for all contestants; by path, as peers may lack this project's packages."""
-    path = Path(ROOT, "co_detr", "engine", "allocator.py")
-    spec = spec_from_file_location("allocator", path)
+    path = Path(ROOT, "co_detr", "process_setup.py")
+    spec = spec_from_file_location("process_setup", path)
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.keep_freed_memory()
@@ -147,7 +147,7 @@ def subject_class(contestant: Contestant) -> Callable[[Contestant, Case], Subjec
 
         return TransformersSubject
     sys.path.insert(0, contestant.root)
-    from co_detr.silence import silence_dependencies
+    from co_detr.process_setup import silence_dependencies
 
     silence_dependencies()
     from benchmarks.step.co_detr_subject import CoDETRSubject

@@ -28,11 +28,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from co_detr.checkpoint.saving import RUN_FILE, now
-from co_detr.engine.allocator import keep_freed_memory
 from co_detr.engine.config import config_content, leaves, read_yaml, to_text, with_present_targets
 from co_detr.engine.launch import raise_jointly
 from co_detr.errors import ConfigError, UserError, WriteError
 from co_detr.files import written_whole
+from co_detr.process_setup import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 

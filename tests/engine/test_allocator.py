@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ALLOCATOR = Path(__file__).resolve().parents[2] / "co_detr" / "engine" / "allocator.py"
+ALLOCATOR = Path(__file__).resolve().parents[2] / "co_detr" / "process_setup.py"
 # Frees buffers of 64 MiB, above every threshold that glibc chooses itself, again and again.
 PROGRAM = f"""
 import ctypes, resource, runpy
@@ -69,9 +69,9 @@ def test_a_choice_of_the_user_is_respected(variables):
 
 
 def test_other_systems_are_left_alone(monkeypatch):
-    from co_detr.engine import allocator
+    from co_detr import process_setup
 
     for name in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES", "LD_PRELOAD"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "confstr", lambda name: None)
-    assert not allocator.keep_freed_memory()
+    assert not process_setup.keep_freed_memory()
