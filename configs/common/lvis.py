@@ -2,7 +2,7 @@
 
 from detectron2.config import LazyCall as L
 
-from co_detr.data.lvis_objects365 import load_lvis
+from co_detr.data.coco import load_lvis
 from co_detr.engine.evaluators import LvisBoxEvaluator
 
 from .coco import data, dataloader

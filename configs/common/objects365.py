@@ -2,7 +2,7 @@
 
 from detectron2.config import LazyCall as L
 
-from co_detr.data.lvis_objects365 import load_objects365
+from co_detr.data.coco import load_objects365
 
 from .coco import data, dataloader
 

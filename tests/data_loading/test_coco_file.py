@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from co_detr.data.coco import class_names, load_coco
+from co_detr.data.coco import class_names, load_coco, load_objects365
 from co_detr.data.coco_file import display_names, locate_files, read_coco
-from co_detr.data.lvis_objects365 import load_objects365
 from co_detr.errors import DataError
 
 

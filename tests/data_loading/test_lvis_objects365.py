@@ -9,7 +9,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from co_detr.data.lvis_objects365 import load_lvis, load_objects365, repeat_rare_classes
+from co_detr.data.coco import load_lvis, load_objects365, repeat_rare_classes
 from co_detr.engine import evaluators
 from co_detr.engine.evaluators import LvisBoxEvaluator
 from co_detr.errors import ConfigError, DataError
