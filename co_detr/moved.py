@@ -8,8 +8,9 @@ from __future__ import annotations
 
 # Old dotted name of a module, class or function -> the new one. What lies below moves with it.
 MOVED: dict[str, str] = {
-    "co_detr.data.augmentation": "co_detr.data.mapper",
+    "co_detr.data.augmentation": "co_detr.data.loader",
     "co_detr.data.lvis": "co_detr.data.coco",
+    "co_detr.data.mapper": "co_detr.data.loader",
     "co_detr.data.objects365": "co_detr.data.coco",
     "co_detr.engine.evaluation.CocoBoxEvaluator": "co_detr.engine.evaluators.CocoBoxEvaluator",
     "co_detr.engine.lvis_evaluation": "co_detr.engine.evaluators",

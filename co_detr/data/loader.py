@@ -1,30 +1,241 @@
-"""Training batches whose content depends on the seed and the iteration only.
+"""From records of a data set to batches: images are read, augmented, and put in an order.
 
-Detectron2's loader buffers samples by aspect ratio and lets every worker shard an endless stream,
-so the sample that comes next depends on what was loaded before. Here the stream, the grouping and
-the split over processes are planned from the images' sizes alone; a plan is cheap to replay, so
-training resumes at any iteration exactly, and any number of processes, images at a time or
-loading workers sees the same images, augmented the same way, in the same iteration.
+The content of a training batch depends on the seed and the iteration only. Detectron2's loader
+buffers samples by aspect ratio and lets every worker shard an endless stream, so the sample that
+comes next depends on what was loaded before. Here the stream, the grouping and the split over
+processes are planned from the images' sizes alone; a plan is cheap to replay, so training resumes
+at any iteration exactly, and any number of processes, images at a time or loading workers sees the
+same images, augmented the same way, in the same iteration.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import detectron2.data.transforms as T
+import numpy as np
 import torch
-from detectron2.data import DatasetFromList
+from detectron2.data import DatasetFromList, DatasetMapper
+from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.utils import comm
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from co_detr.errors import ConfigError
+from co_detr.data.images import ImageReader
+from co_detr.errors import ConfigError, DataError, first_line
 from co_detr.seeding import locally_seeded, mix_seed
 from co_detr.stop_signals import outlive_signals
 
 logger = logging.getLogger(__name__)
+
+# 480, 512, .. 800 pixels, as in DETR and the reference recipe.
+DETR_SHORT_EDGES = tuple(range(480, 801, 32))
+
+
+class CheckedDatasetMapper(DatasetMapper):
+    """`DatasetMapper` for data sets made of `load_coco`.
+
+    Args:
+        is_train: whether to keep the annotations.
+        augmentations: what is done to images and boxes, in order.
+        image_format: "RGB" or "BGR", the colour order of the model.
+        reader: opens the images; None: one with its defaults.
+        use_instance_mask: whether to keep masks, as polygons.
+        recompute_boxes: whether boxes are drawn anew around the masks that a crop leaves.
+    """
+
+    def __init__(
+        self,
+        is_train: bool,
+        augmentations: Sequence[T.Augmentation | T.Transform],
+        image_format: str,
+        reader: ImageReader | None = None,
+        use_instance_mask: bool = False,
+        recompute_boxes: bool = False,
+    ) -> None:
+        super().__init__(
+            is_train,
+            augmentations=augmentations,
+            image_format=image_format,
+            use_instance_mask=use_instance_mask,
+            recompute_boxes=recompute_boxes,
+        )
+        self.reader = reader or ImageReader()
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """Reads and augments one image.
+
+        Returns:
+            `dataset_dict` with `image`, ``(3, h, w)`` uint8; in training with `instances` in place
+            of `annotations`, otherwise without them.
+
+        Raises:
+            DataError: if the image cannot be read or has another size than annotated.
+            ConfigError: if masks are to be cropped and a package for it is missing.
+        """
+        sample = copy.deepcopy(dataset_dict)  # which belongs to the data set
+        path = sample["file_name"]
+        rgb = self.reader.read_rgb(path)
+        _require_size(path, sample, rgb)
+        augmented = T.AugInput(in_format(rgb, self.image_format))
+        transforms = augment(augmented, self.augmentations, f"image {path}")
+        sample["image"] = as_tensor(augmented.image)
+        annotations = sample.get("annotations")
+        if not self.is_train:
+            sample.pop("annotations", None)
+        elif annotations is not None:
+            try:
+                self._transform_annotations(sample, transforms, augmented.image.shape[:2])
+            except ModuleNotFoundError as error:
+                if (error.name or "").partition(".")[0] != "shapely":
+                    raise
+                raise ConfigError(
+                    "cropping images with masks needs the package shapely: pip install shapely, or "
+                    "set dataloader.train.mapper.augmentations.crop_probability=0."
+                ) from error
+        return sample
+
+
+def in_format(rgb: np.ndarray, image_format: str) -> np.ndarray:
+    """Pixels ``(H, W, 3)`` uint8 in the colour order of a config's ``data.image_format``."""
+    if image_format == "RGB":
+        return rgb
+    return convert_PIL_to_numpy(Image.fromarray(rgb), image_format)
+
+
+def as_tensor(pixels: np.ndarray) -> torch.Tensor:
+    """``(H, W, C)`` -> ``(C, H, W)``, in memory of its own."""
+    return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
+
+
+def _require_size(path: str, sample: dict[str, Any], rgb: np.ndarray) -> None:
+    """Also gives a record without a size the image's."""
+    height, width = rgb.shape[:2]
+    annotated = (sample.setdefault("width", width), sample.setdefault("height", height))
+    if annotated != (width, height):
+        raise DataError(
+            f"image {path} is {width}x{height} but its annotation file says "
+            f"{annotated[0]}x{annotated[1]} (width x height): write the true size, or remove a "
+            "rotation from the image's EXIF data."
+        )
+
+
+def augment(augmented: T.AugInput, augmentation: T.Augmentation, name: str) -> T.TransformList:
+    """Applies an augmentation to `augmented`, in place.
+
+    Args:
+        name: of the image, for messages.
+
+    Raises:
+        DataError: if the image does not bear it, as some that are very thin.
+    """
+    height, width = augmented.image.shape[:2]
+    try:
+        return augmentation(augmented)
+    except (ValueError, MemoryError) as error:
+        raise DataError(
+            f"{name} of {width}x{height} pixels cannot be resized or cropped "
+            f"({first_line(error)}): cut it, or leave it out."
+        ) from error
+
+
+class ResizeShortestEdge(T.ResizeShortestEdge):
+    """Detectron2's resize, which leaves at least one pixel of images that are very thin."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        return _at_least_one_pixel(super().get_transform(image))
+
+    @staticmethod
+    def get_output_shape(
+        oldh: int, oldw: int, short_edge_length: int, max_size: int
+    ) -> tuple[int, int]:
+        """Height and width that an image is resized to."""
+        shape = T.ResizeShortestEdge.get_output_shape(oldh, oldw, short_edge_length, max_size)
+        return max(1, shape[0]), max(1, shape[1])
+
+
+class ResizeScale(T.ResizeScale):
+    """Detectron2's resize to a random size, which leaves at least one pixel, too."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        return _at_least_one_pixel(super().get_transform(image))
+
+
+def _at_least_one_pixel(resize: T.Transform) -> T.Transform:
+    if not isinstance(resize, T.ResizeTransform) or min(resize.new_h, resize.new_w) >= 1:
+        return resize
+    new_shape = (max(1, resize.new_h), max(1, resize.new_w))
+    return T.ResizeTransform(resize.h, resize.w, *new_shape, resize.interp)
+
+
+def detr_train_augmentation(
+    short_edges: Sequence[int] = DETR_SHORT_EDGES,
+    max_size: int = 1333,
+    crop_probability: float = 0.5,
+    crop_short_edges: Sequence[int] = (400, 500, 600),
+    crop_size: tuple[int, int] = (384, 600),
+    flip_probability: float = 0.5,
+    crop_max_size: int = 4200,
+) -> list[T.Augmentation]:
+    """DETR's two branches: a random flip, then either a resize or resize + crop + resize.
+
+    Both branches end in the same resize, so they are one optional step in front of it.
+
+    Args:
+        short_edges: lengths of the shorter side, in pixels, to choose from.
+        max_size: upper limit of the longer side, in pixels.
+        crop_probability: how often the crop branch is taken.
+        crop_short_edges: lengths of the shorter side to choose from before cropping.
+        crop_size: (min, max) side of the crop, in pixels; a smaller image is not cropped.
+        flip_probability: how often the image is mirrored.
+        crop_max_size: upper limit of the longer side before cropping, in pixels, which only
+            images reach that are seven times as long as wide; the reference's.
+    """
+    crop = T.AugmentationList(
+        [
+            ResizeShortestEdge(
+                tuple(crop_short_edges), max_size=crop_max_size, sample_style="choice"
+            ),
+            T.RandomCrop("absolute_range", tuple(crop_size)),
+        ]
+    )
+    return [
+        T.RandomFlip(prob=flip_probability, horizontal=True),
+        T.RandomApply(crop, prob=crop_probability),
+        ResizeShortestEdge(tuple(short_edges), max_size=max_size, sample_style="choice"),
+    ]
+
+
+def lsj_train_augmentation(
+    size: int, scales: tuple[float, float] = (0.1, 2.0), flip_probability: float = 0.5
+) -> list[T.Augmentation]:
+    """Large-scale jitter: resize to a random share of a square, crop to the square, flip.
+
+    The result fits in the square but does not fill it; the model pads it (`BatchPadding`).
+    `RandomCrop` and not `FixedSizeCrop`, which would draw one number for both directions.
+    Source: Ghiasi et al., "Simple Copy-Paste", CVPR 2021; the reference's LSJ configs, as they
+    recommend it for data without masks (that is, without pasting objects of other images).
+
+    Args:
+        size: side of the square in pixels.
+        scales: (min, max) of the longer side, in sides of the square, before cropping.
+        flip_probability: how often the image is mirrored.
+    """
+    return [
+        ResizeScale(*scales, target_height=size, target_width=size),
+        T.RandomCrop("absolute", (size, size)),
+        T.RandomFlip(prob=flip_probability, horizontal=True),
+    ]
+
+
+def detr_test_augmentation(short_edge: int = 800, max_size: int = 1333) -> list[T.Augmentation]:
+    """Resize of the shorter side to `short_edge` pixels, the longer side at most `max_size`."""
+    return [ResizeShortestEdge(short_edge, max_size=max_size)]
 
 
 @dataclass(frozen=True)

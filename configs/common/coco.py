@@ -7,9 +7,9 @@ from detectron2.data import build_detection_test_loader
 
 from co_detr.data.coco import load_coco
 from co_detr.data.images import MAX_PIXELS, ImageReader
-from co_detr.data.loader import build_train_loader
-from co_detr.data.mapper import (
+from co_detr.data.loader import (
     CheckedDatasetMapper,
+    build_train_loader,
     detr_test_augmentation,
     detr_train_augmentation,
 )

@@ -2,7 +2,7 @@
 
 from detectron2.config import LazyCall as L
 
-from co_detr.data.mapper import lsj_train_augmentation
+from co_detr.data.loader import lsj_train_augmentation
 from co_detr.modeling import BatchPadding
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from co_detr.data.mapper import (
+from co_detr.data.loader import (
     CheckedDatasetMapper,
     ResizeScale,
     ResizeShortestEdge,

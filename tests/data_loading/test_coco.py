@@ -13,7 +13,7 @@ from detectron2.structures import BitMasks
 from PIL import Image
 
 from co_detr.data.coco import align_classes, class_names, dataset_name, load_coco
-from co_detr.data.mapper import CheckedDatasetMapper
+from co_detr.data.loader import CheckedDatasetMapper
 from co_detr.errors import ConfigError, DataError
 
 

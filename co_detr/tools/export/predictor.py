@@ -19,7 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from co_detr.data.images import MAX_PIXELS, ImageReader, ImageSource
-from co_detr.data.mapper import in_format
+from co_detr.data.loader import in_format
 from co_detr.errors import ConfigError, ExportError
 from co_detr.modeling import CoDETR
 from co_detr.modeling.geometry import cxcywh_to_xyxy, size_factor

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from co_detr.checkpoint.detector import Config, load_detector
 from co_detr.data.images import ImageReader, ImageSource, name_of
-from co_detr.data.mapper import as_tensor, augment, in_format
+from co_detr.data.loader import as_tensor, augment, in_format
 from co_detr.engine.setup import cuda_settings
 from co_detr.errors import ConfigError
 
