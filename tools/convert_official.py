@@ -43,7 +43,7 @@ from co_detr.checkpoint.reading import (
 )
 from co_detr.engine.config import load_config
 from co_detr.errors import CheckpointError, exit_code
-from co_detr.model_zoo.finding import choose_config, config_file, empty_model, existing_checkpoint
+from co_detr.model_zoo import choose_config, config_file, empty_model, existing_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

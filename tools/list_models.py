@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
-from co_detr.model_zoo import ZOO, ZooEntry, get_config
-from co_detr.model_zoo.finding import empty_model
+from co_detr.model_zoo import ZOO, ZooEntry, empty_model, get_config
 
 HEADER = ("config", "M par. training", "inference", "published", "data", "AP", "official config")
 

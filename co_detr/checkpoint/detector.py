@@ -25,7 +25,7 @@ from co_detr.checkpoint.reading import (
 from co_detr.engine.config import apply_overrides, load_config
 from co_detr.engine.overrides import text_override
 from co_detr.errors import CheckpointError
-from co_detr.model_zoo.finding import (
+from co_detr.model_zoo import (
     CLASS_BIAS,
     config_file,
     existing_checkpoint,

@@ -3,23 +3,33 @@
 from co_detr import model_zoo
 cfg = model_zoo.get_config("co_detr_r50")
 model = model_zoo.get("co_detr_r50", trained=True)
+
+The configs lie beside the package's sources or inside of an installed package; weights are a given
+path, or in a folder, in torch's cache, or on the network. `choose_config` finds the name that a
+state dict belongs to.
 """
 
 from __future__ import annotations
 
+import difflib
+import functools
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import URLError
 
 import torch
 from detectron2.config import instantiate
-from torch import nn
+from omegaconf import DictConfig
+from torch import Tensor, nn
 
+import co_detr
+from co_detr.checkpoint.official import misfits, rename_official
+from co_detr.checkpoint.official_table import NO_AUXILIARY
 from co_detr.checkpoint.saving import Checkpointer
-from co_detr.model_zoo.finding import (
-    config_directory,
-    get_checkpoint_url,
-    get_config,
-    resolve_checkpoint,
-)
+from co_detr.engine.config import load_config
+from co_detr.errors import CheckpointError, ConfigError
 from co_detr.model_zoo.table import ZOO, ZooEntry
 
 __all__ = [
@@ -33,6 +43,10 @@ __all__ = [
     "list_models",
     "resolve_checkpoint",
 ]
+
+FOLDER_VARIABLE = "CO_DETR_CHECKPOINTS"  # of the environment
+# Any decoder layer's class head tells the number of classes.
+CLASS_BIAS = {True: "query_head.cls_branches.0.bias", False: "decoder.class_heads.0.bias"}
 
 
 def get(
@@ -64,4 +78,207 @@ def list_models() -> list[str]:
     return [*ZOO]
 
 
-list = list_models
+def config_directory() -> Path:
+    """The folder with the config files.
+
+    Raises:
+        ConfigError: if the installation lacks them.
+    """
+    package = Path(co_detr.__file__).parent
+    # `pip install .` puts them into the package; a checkout has them at its top.
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / "common" / "train.py").is_file():
+            return folder
+    raise ConfigError(
+        f"the configs are neither in {package / 'configs'} nor in {package.parent / 'configs'}: "
+        "install co_detr again."
+    )
+
+
+def config_file(name: str) -> Path:
+    """The file of a model's config.
+
+    Args:
+        name: such as ``co_detr_r50``, with or without ``.py``.
+
+    Raises:
+        ConfigError: if there is no such file.
+    """
+    folder, stem = config_directory(), name.removesuffix(".py")
+    known = sorted(path.stem for path in folder.glob("*.py"))
+    if stem not in known:
+        near = difflib.get_close_matches(stem, known, n=1)
+        mend = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}."
+        raise ConfigError(f"there is no model {name!r} in the zoo: {mend}")
+    return folder / f"{stem}.py"
+
+
+def get_config(name: str) -> DictConfig:
+    """The complete config of a model: ``model``, ``dataloader``, ``optimizer``, ``train``, ...
+
+    Raises:
+        ConfigError: if there is no such model.
+    """
+    return load_config(str(config_file(name)))
+
+
+def get_checkpoint_url(name: str) -> str:
+    """Where a program can fetch the weights of a model.
+
+    Raises:
+        ConfigError: if there is no such model.
+        CheckpointError: if there is no such address; says where a person can fetch the file.
+    """
+    entry = _released(name)
+    if entry.url is None:
+        raise CheckpointError(
+            f"the weights of {name} cannot be fetched by a program: fetch {entry.checkpoint} from "
+            f"{entry.page} with a browser."
+        )
+    return entry.url
+
+
+def existing_checkpoint(path: str | os.PathLike[str]) -> str:
+    """The path of a file that is there.
+
+    Raises:
+        CheckpointError: if there is no such file.
+    """
+    if not os.path.isfile(path):
+        raise CheckpointError(f"checkpoint {path} does not exist: name an existing file.")
+    return os.fspath(path)
+
+
+def resolve_checkpoint(name: str, path: str | os.PathLike[str] | None = None) -> str:
+    """A local file with the weights of a model, fetched if need be.
+
+    Looks at ``path``, or if there is none at $CO_DETR_CHECKPOINTS/<file name>, then in torch's
+    cache, then at the address in the table. What is fetched has to have the checksum of the table.
+
+    Raises:
+        ConfigError: if there is no such model.
+        CheckpointError: if the file is nowhere; says which file to put where.
+    """
+    if path is not None:
+        return existing_checkpoint(path)
+    entry = _released(name)
+    folder = os.environ.get(FOLDER_VARIABLE)
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / f"co_detr_{entry.checkpoint}"
+    for candidate in ([Path(folder) / entry.checkpoint] if folder else []) + [cached]:
+        if candidate.is_file():
+            return str(candidate)
+    if entry.url is None:
+        raise _absent(entry, "is not here and cannot be fetched by a program")
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(entry.url, str(cached), hash_prefix=entry.sha256)
+    except RuntimeError as error:  # another checksum
+        raise _absent(entry, f"at {entry.url} is another file than it was ({error})") from error
+    except (URLError, OSError) as error:
+        raise _absent(entry, f"cannot be fetched from {entry.url} ({error})") from error
+    return str(cached)
+
+
+def _released(name: str) -> ZooEntry:
+    stem = config_file(name).stem
+    entry = ZOO.get(stem)
+    if entry is None or entry.checkpoint is None:
+        raise CheckpointError(
+            f"no weights were released for {name}: train it, or name a file of yours."
+        )
+    return entry
+
+
+def _absent(entry: ZooEntry, what: str) -> CheckpointError:
+    folder = os.environ.get(FOLDER_VARIABLE)
+    where = folder if folder else f"a folder and set {FOLDER_VARIABLE} to that folder"
+    return CheckpointError(
+        f"checkpoint {entry.checkpoint} of {entry.name} {what}: fetch it from {entry.page} and put "
+        f"it into {where}."
+    )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A config that fits.
+
+    Attributes:
+        name: of the model in the zoo.
+        num_classes: of the state dict, which may differ from the config's.
+        same: other models whose tensors have the same names and shapes.
+    """
+
+    name: str
+    num_classes: int
+    same: list[str]
+
+
+def empty_model(cfg: DictConfig) -> nn.Module:
+    """The model of a config; its tensors have shapes, but no memory behind them."""
+    with torch.device("meta"):
+        return instantiate(cfg.model)
+
+
+@functools.lru_cache(maxsize=2 * len(ZOO))
+def _of_the_zoo(name: str, num_classes: int) -> nn.Module:
+    """The empty model of a name, for reading; kept, as it takes a third of a second to make."""
+    cfg = get_config(name)
+    cfg.model.num_classes = num_classes
+    return empty_model(cfg)
+
+
+def choose_config(state: Mapping[str, Tensor], official: bool) -> Choice:
+    """The first model of the zoo that takes all tensors of ``state``.
+
+    Args:
+        state: complete, without wrappers.
+        official: whether the names are those of the reference, or ours.
+
+    Raises:
+        CheckpointError: if none does; names the nearest and what differs.
+    """
+    bias = state.get(CLASS_BIAS[official])
+    if bias is None:
+        kind = "a checkpoint of the reference" if official else "a checkpoint of co_detr"
+        raise CheckpointError(
+            f"this is not {kind} ({CLASS_BIAS[official]} is missing): name another file"
+            f"{'' if official else ', or leave --reverse out'}."
+        )
+    problems: dict[str, list[str]] = {}
+    # A plain DETR takes its part of any such file: right only if nothing else fits. A config for
+    # another number of classes is right only if none has the file's.
+    rank: dict[str, tuple[bool, bool]] = {}
+    for name in ZOO:
+        problems[name], partial = _problems(state, _of_the_zoo(name, len(bias)), official)
+        rank[name] = (partial, get_config(name).model.num_classes != len(bias))
+    fitting = sorted((name for name in ZOO if not problems[name]), key=rank.__getitem__)
+    if not fitting:
+        nearest = min(ZOO, key=lambda name: len(problems[name]))
+        raise CheckpointError(
+            f"no config of the zoo fits this checkpoint; the nearest is {nearest} "
+            f"({len(problems[nearest])} differences: {_first(problems[nearest])}): pass the right "
+            "one as --config-file."
+        )
+    chosen, *others = fitting
+    same = [name for name in others if rank[name] == rank[chosen]]
+    return Choice(chosen, len(bias), same)
+
+
+def _problems(
+    state: Mapping[str, Tensor], model: nn.Module, official: bool
+) -> tuple[list[str], bool]:
+    """What does not fit, and whether tensors were left out for want of auxiliary heads."""
+    partial, unknown = False, []
+    if official:
+        conversion = rename_official(state, model)
+        state, unknown = conversion.state_dict, conversion.unknown
+        partial = NO_AUXILIARY in conversion.ignored.values()
+    kinds = {"unknown": unknown, **misfits(state, model)}
+    return [f"{kind}: {entry}" for kind, entries in kinds.items() for entry in entries], partial
+
+
+def _first(problems: Sequence[str]) -> str:
+    return "; ".join(problems[:3])
+
+
+list = list_models  # as Detectron2 calls it; last, as it hides Python's own

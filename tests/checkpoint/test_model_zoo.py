@@ -9,7 +9,6 @@ from official import ROOT
 
 from co_detr import model_zoo
 from co_detr.errors import CheckpointError, ConfigError
-from co_detr.model_zoo import finding
 from co_detr.model_zoo.table import ZooEntry
 
 
@@ -25,7 +24,7 @@ def released(monkeypatch, tmp_path):
     )
     monkeypatch.setitem(model_zoo.ZOO, "quickstart", entry)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
-    monkeypatch.delenv(finding.FOLDER_VARIABLE, raising=False)
+    monkeypatch.delenv(model_zoo.FOLDER_VARIABLE, raising=False)
     return source
 
 
@@ -44,7 +43,7 @@ def test_configs_by_name():
 def test_configs_inside_an_installed_package(monkeypatch, tmp_path):
     package = tmp_path / "site-packages" / "co_detr"
     (package / "configs" / "common").mkdir(parents=True)
-    monkeypatch.setattr(finding.co_detr, "__file__", str(package / "__init__.py"))
+    monkeypatch.setattr(model_zoo.co_detr, "__file__", str(package / "__init__.py"))
     with pytest.raises(ConfigError, match="install co_detr again"):
         model_zoo.config_directory()
     (package / "configs" / "common" / "train.py").touch()
@@ -80,10 +79,10 @@ def test_an_offline_machine_is_told_which_file_to_put_where(released, monkeypatc
     assert "fetch it from a page and put it into a folder and set CO_DETR_CHECKPOINTS" in str(
         caught.value
     )
-    monkeypatch.setenv(finding.FOLDER_VARIABLE, str(tmp_path / "folder"))
+    monkeypatch.setenv(model_zoo.FOLDER_VARIABLE, str(tmp_path / "folder"))
     with pytest.raises(CheckpointError, match=f"put it into {tmp_path / 'folder'}"):
         model_zoo.resolve_checkpoint("quickstart")
-    monkeypatch.setenv(finding.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(model_zoo.FOLDER_VARIABLE, str(tmp_path))
     assert model_zoo.resolve_checkpoint("quickstart") == str(tmp_path / "small.pth")
 
 
@@ -95,7 +94,7 @@ def test_a_named_file_comes_first(released, tmp_path):
 
 def test_models_without_an_address_or_without_weights(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.delenv(finding.FOLDER_VARIABLE, raising=False)
+    monkeypatch.delenv(model_zoo.FOLDER_VARIABLE, raising=False)
     with pytest.raises(CheckpointError, match="co_deformable_detr_r50_1x_coco.pth from https"):
         model_zoo.get_checkpoint_url("co_detr_r50")
     with pytest.raises(CheckpointError, match="cannot be fetched by a program"):
