@@ -12,12 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from co_detr.errors import ConfigError
+
+if TYPE_CHECKING:
+    from co_detr.modeling.geometry import Geometry, Levels
 
 
 @dataclass(frozen=True)
@@ -26,20 +30,34 @@ class EncoderMemory:
 
     Attributes:
         tokens: ``(B, S, C)``, levels concatenated, finest first, row-major inside a level.
-        padding_mask: ``(B, S)`` bool, True where the token lies in the batch padding.
-        level_shapes: ``(H, W)`` of each level as python ints, so that splitting needs no sync.
-        valid_ratios: ``(B, L, 2)``, un-padded share (width, height) of each level in (0, 1].
-        image_sizes: un-padded ``(height, width)`` of each image in pixels.
+        levels: where the images and the cells of the levels lie.
         position: ``(B, S, C)`` code of each token's position, which dense cross-attention adds to
             its keys; None from the deformable encoder, as deformable attention has no keys.
     """
 
     tokens: Tensor
-    padding_mask: Tensor
-    level_shapes: list[tuple[int, int]]
-    valid_ratios: Tensor
-    image_sizes: list[tuple[int, int]]
+    levels: Levels
     position: Tensor | None = None
+
+    @property
+    def padding_mask(self) -> Tensor:
+        return self.levels.padding_mask
+
+    @property
+    def level_shapes(self) -> list[tuple[int, int]]:
+        return self.levels.level_shapes
+
+    @property
+    def valid_ratios(self) -> Tensor:
+        return self.levels.valid_ratios
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.levels.images
+
+    @property
+    def image_sizes(self) -> list[tuple[int, int]]:
+        return self.levels.images.image_sizes
 
     def level_tokens(self) -> list[Tensor]:
         """Views ``(B, H*W, C)`` of the tokens, one per level."""
@@ -60,12 +78,12 @@ class GroundTruth:
     Attributes:
         labels: ``(G,)`` int64 in [0, K).
         boxes: ``(G, 4)`` normalised cxcywh.
-        image_size: un-padded ``(height, width)`` in pixels, to get back to pixels.
+        factor: ``(4,)`` of `Geometry.factors`, to get back to pixels.
     """
 
     labels: Tensor
     boxes: Tensor
-    image_size: tuple[int, int]
+    factor: Tensor
 
 
 @dataclass(frozen=True)

@@ -357,6 +357,7 @@ class MultiScaleDeformableAttention(nn.Module):
         reference: Tensor,
         level_shapes: list[tuple[int, int]],
         padding_mask: Tensor | None = None,
+        level_sizes: Tensor | None = None,
     ) -> Tensor:
         """Attend from ``query`` to ``value``.
 
@@ -367,6 +368,8 @@ class MultiScaleDeformableAttention(nn.Module):
                 padded level (already multiplied by the valid ratios).
             level_shapes: ``(height, width)`` of every level as Python integers.
             padding_mask: ``(B, S)`` bool, True = padding, whose projected value is zero.
+            level_sizes: ``(L, 2)`` width and height of every level on the device, which points are
+                moved in; None: they are copied there.
 
         Returns:
             ``(B, Q, C)``: output projection applied, no residual, no dropout.
@@ -379,12 +382,16 @@ class MultiScaleDeformableAttention(nn.Module):
         if padding_mask is not None:
             projected = projected.masked_fill(padding_mask.unsqueeze(-1), 0.0)
         projected = projected.unflatten(-1, (self.num_heads, -1))  # (B, S, H, D)
-        locations, weights = self.sampling_points(query, reference, level_shapes)
+        locations, weights = self.sampling_points(query, reference, level_shapes, level_sizes)
         output = ms_deform_attn(projected, level_shapes, locations, weights)
         return self.output_proj(output)
 
     def sampling_points(
-        self, query: Tensor, reference: Tensor, level_shapes: list[tuple[int, int]]
+        self,
+        query: Tensor,
+        reference: Tensor,
+        level_shapes: list[tuple[int, int]],
+        level_sizes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Where ``query`` looks, and how much of each sample it takes; see ``forward``.
 
@@ -398,18 +405,23 @@ class MultiScaleDeformableAttention(nn.Module):
         offsets = offsets.to(dtype).view(*shape, 2)
         weights = self.attention_weights(query).to(dtype).view(*shape[:3], -1)
         weights = weights.softmax(-1).view(shape)
-        return self._locations(reference.to(dtype), offsets, level_shapes), weights
+        return self._locations(reference.to(dtype), offsets, level_shapes, level_sizes), weights
 
     def _locations(
-        self, reference: Tensor, offsets: Tensor, level_shapes: list[tuple[int, int]]
+        self,
+        reference: Tensor,
+        offsets: Tensor,
+        level_shapes: list[tuple[int, int]],
+        level_sizes: Tensor | None,
     ) -> Tensor:
         """(B, Q, L, 2 or 4) and (B, Q, H, L, P, 2) -> locations (B, Q, H, L, P, 2)."""
         reference = reference[:, :, None, :, None, :]
         if reference.shape[-1] == 2:
-            # Not new_tensor, which would make constants of the sizes when the model is exported.
-            sizes = [(width, height) for height, width in level_shapes]
-            sizes = tensor_on(sizes, offsets.dtype, offsets.device)
-            return torch.addcdiv(reference, offsets, sizes[:, None, :])
+            if level_sizes is None:
+                # Not new_tensor, which would make constants of the sizes when a model is exported.
+                sizes = [(width, height) for height, width in level_shapes]
+                level_sizes = tensor_on(sizes, offsets.dtype, offsets.device)
+            return torch.addcdiv(reference, offsets, level_sizes.to(offsets.dtype)[:, None, :])
         extent = reference[..., 2:] * (0.5 / self.num_points)
         return torch.addcmul(reference[..., :2], offsets, extent)
 

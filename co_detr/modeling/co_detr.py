@@ -21,7 +21,7 @@ from co_detr.modeling.detectors import (
     detector_names,
     require_detector,
 )
-from co_detr.modeling.geometry import BatchPadding, normalise_boxes, padding_mask
+from co_detr.modeling.geometry import BatchPadding, ImageBatch, normalise_boxes
 from co_detr.modeling.losses import (
     Assignment,
     HungarianAssigner,
@@ -164,75 +164,19 @@ class CoDETR(nn.Module):
         images = self.preprocess(batched_inputs)
         if self.training:
             gt_instances = [each["instances"] for each in batched_inputs]
-            return self.training_step(images, gt_instances, counts).losses
-        detections = self._detections(images)
+            return self.forward_training(images, gt_instances, counts).losses
+        with torch.no_grad():
+            one_pass = InferencePass(self, images)
+            detections = {"instances": one_pass.detections(self.evaluate_with or DECODER)}
+            for kind in self.compared:
+                found = one_pass.detections(kind)
+                detections[f"instances_{kind}"] = [boxes_only(each) for each in found]
         return [
             {key: _in_output_resolution(found[index], each) for key, found in detections.items()}
             for index, each in enumerate(batched_inputs)
         ]
 
-    @torch.no_grad()
-    def count(self, batched_inputs: list[dict], with_heads: bool = True) -> StepCounts:
-        """Counts what the losses of one micro-batch are divided by, for `StepCounts.join`.
-
-        Args:
-            batched_inputs: as for training.
-            with_heads: whether backbone, encoder and auxiliary heads run where these assign by what
-                they predict. For the same assignment as in training, the generators have to be in
-                the same state (dropout). Batch norms that learn update their statistics in both.
-        """
-        gt_instances = [each["instances"] for each in batched_inputs]
-        heads = {}
-        if self.auxiliary is not None:
-            images = self.preprocess(batched_inputs)
-            truth = self._ground_truths(images, gt_instances)
-            heads = self.auxiliary.count_without_memory(images, truth)
-            if with_heads and self.auxiliary.counts_need_memory:
-                heads |= self.auxiliary.count(images, self.encode(images), truth)
-        return StepCounts([len(each) for each in gt_instances], heads)
-
-    @torch.no_grad()
-    def _detections(self, images: ImageList) -> dict[str, list[Instances]]:
-        one_pass = InferencePass(self, images)
-        detections = {"instances": one_pass.detections(self.evaluate_with or DECODER)}
-        for kind in self.compared:
-            found = one_pass.detections(kind)
-            detections[f"instances_{kind}"] = [boxes_only(each) for each in found]
-        return detections
-
-    def preprocess(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalises the images and pads them to a common size; see `BatchPadding`."""
-        images = [to_device(each["image"], self.device) for each in batched_inputs]
-        return self.padding(images, self.pixel_mean, self.pixel_std, self.backbone)
-
-    def encode(self, images: ImageList) -> EncoderMemory:
-        """Backbone and encoder."""
-        mask = padding_mask(images.image_sizes, images.tensor.shape, images.tensor.device)
-        return self.encode_pixels(images.tensor, mask, [tuple(size) for size in images.image_sizes])
-
-    def encode_pixels(
-        self, pixels: Tensor, padding_mask: Tensor, image_sizes: list[tuple[int, int]]
-    ) -> EncoderMemory:
-        """`encode` of normalised pixels ``(B, 3, H, W)`` with a mask ``(B, H, W)`` at hand."""
-        return self.encoder(list(self.backbone(pixels).values()), padding_mask, image_sizes)
-
-    @torch.no_grad()
-    def detect(self, images: ImageList) -> list[Instances]:
-        """Detections in the resolution of the network input."""
-        return self.postprocessor(*self.predict(images))
-
-    @torch.no_grad()
-    def predict(self, images: ImageList) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
-        """What a postprocessor reads: logits ``(B, Q, K)``, boxes ``(B, Q, 4)``, image sizes."""
-        memory = self.encode(images)
-        return *self.decode(memory), memory.image_sizes
-
-    def decode(self, memory: EncoderMemory) -> tuple[Tensor, Tensor]:
-        """Logits ``(B, Q, K)`` and normalised boxes ``(B, Q, 4)`` of the last layer."""
-        predictions = self.decoder(QuerySet.concat([self.inference_source(memory)]), memory)
-        return predictions.logits[-1], predictions.boxes[-1]
-
-    def training_step(
+    def forward_training(
         self,
         images: ImageList,
         gt_instances: list[Instances],
@@ -245,17 +189,17 @@ class CoDETR(nn.Module):
             gt_instances: with ``gt_boxes`` (absolute) and ``gt_classes``, on any device.
             counts: of all micro-batches of the step; None: this batch is all of it.
         """
-        gt_instances = self._ground_truths(images, gt_instances)
+        images = ImageBatch.of(images)
+        gt_instances = self._on_device(images, gt_instances)
         memory = self.encode(images)
         # Not in the precision of the memory: half precision would move boxes by pixels.
         dtype = torch.promote_types(memory.tokens.dtype, torch.float32)
+        factors = images.geometry.factors
         truth = [
             GroundTruth(
-                each.gt_classes,
-                normalise_boxes(each.gt_boxes.tensor.to(dtype), each.image_size),
-                tuple(each.image_size),
+                each.gt_classes, normalise_boxes(each.gt_boxes.tensor.to(dtype), factor), factor
             )
-            for each in gt_instances
+            for each, factor in zip(gt_instances, factors, strict=True)
         ]
         groups = [
             group
@@ -272,7 +216,7 @@ class CoDETR(nn.Module):
             predictions = query_set.split(self.decoder(query_set, memory))
             assignment = assign_targets(groups, predictions, truth, self.assigner, self.num_classes)
             losses = score_groups(
-                groups, predictions, assignment, memory.image_sizes, self.criterion, counts
+                groups, predictions, assignment, images.geometry, self.criterion, counts
             )
         for name, output in branch.outputs.items():
             losses.update({f"{name}.{key}": value for key, value in output.losses.items()})
@@ -286,25 +230,57 @@ class CoDETR(nn.Module):
             branch.outputs,
         )
 
-    def _ground_truths(self, images: ImageList, gt_instances: list[Instances]) -> list[Instances]:
-        return [
-            self._ground_truth(each, size)
-            for each, size in zip(gt_instances, images.image_sizes, strict=True)
-        ]
+    def preprocess(self, batched_inputs: list[dict]) -> ImageBatch:
+        """Normalises the images and pads them to a common size; see `BatchPadding`."""
+        images = [to_device(each["image"], self.device) for each in batched_inputs]
+        return self.padding(images, self.pixel_mean, self.pixel_std, self.backbone)
 
-    def _ground_truth(self, instances: Instances, size: tuple[int, int]) -> Instances:
-        """What training reads of one image, on the model's device.
+    def encode(self, images: ImageList) -> EncoderMemory:
+        """Backbone and encoder, of images that are normalised and padded."""
+        images = ImageBatch.of(images)
+        return self.encoder(list(self.backbone(images.tensor).values()), images.geometry)
 
-        Other fields are left out: heads would index them again and again. The size is that of the
-        network input, which may count padding in.
+    def decode(self, memory: EncoderMemory) -> tuple[Tensor, Tensor]:
+        """Logits ``(B, Q, K)`` and normalised boxes ``(B, Q, 4)`` of the last layer."""
+        predictions = self.decoder(QuerySet.concat([self.inference_source(memory)]), memory)
+        return predictions.logits[-1], predictions.boxes[-1]
+
+    @torch.no_grad()
+    def count(self, batched_inputs: list[dict], with_heads: bool = True) -> StepCounts:
+        """Counts what the losses of one micro-batch are divided by, for `StepCounts.join`.
+
+        Args:
+            batched_inputs: as for training.
+            with_heads: whether backbone, encoder and auxiliary heads run where these assign by what
+                they predict. For the same assignment as in training, the generators have to be in
+                the same state (dropout). Batch norms that learn update their statistics in both.
         """
-        truth = Instances(tuple(size))
-        truth.gt_boxes = Boxes(to_device(instances.gt_boxes.tensor, self.device))
-        truth.gt_classes = to_device(instances.gt_classes, self.device)
+        gt_instances = [each["instances"] for each in batched_inputs]
+        heads = {}
+        if self.auxiliary is not None:
+            images = self.preprocess(batched_inputs)
+            truth = self._on_device(images, gt_instances)
+            heads = self.auxiliary.count_without_memory(images, truth)
+            if with_heads and self.auxiliary.counts_need_memory:
+                heads |= self.auxiliary.count(images, self.encode(images), truth)
+        return StepCounts([len(each) for each in gt_instances], heads)
+
+    def _on_device(self, images: ImageList, gt_instances: list[Instances]) -> list[Instances]:
+        """What training reads of the ground truth.
+
+        Other fields are left out: heads would index them again and again. The sizes are those of
+        the network input, which may count padding in.
+        """
         reads_masks = self.auxiliary is not None and self.auxiliary.reads_masks
-        if reads_masks and instances.has("gt_masks"):
-            truth.gt_masks = instances.gt_masks.to(self.device)
-        return truth
+        truths = []
+        for size, instances in zip(images.image_sizes, gt_instances, strict=True):
+            truth = Instances(tuple(size))
+            truth.gt_boxes = Boxes(to_device(instances.gt_boxes.tensor, self.device))
+            truth.gt_classes = to_device(instances.gt_classes, self.device)
+            if reads_masks and instances.has("gt_masks"):
+                truth.gt_masks = instances.gt_masks.to(self.device)
+            truths.append(truth)
+        return truths
 
     def compile_layers(self, **options) -> None:
         """Compiles every encoder and decoder layer in place with ``torch.compile(**options)``.

@@ -24,6 +24,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
 
 from co_detr.errors import ConfigError
+from co_detr.modeling.geometry import Geometry
 from co_detr.modeling.postprocess import TopKPostprocessor, absolute_boxes, require_finite
 from co_detr.structures import EncoderMemory, HeadDetections, QuerySet
 
@@ -106,12 +107,13 @@ class CascadeDetector:
                     "head's) to 1 (the decoder's)."
                 )
 
-    def combine(self, found: Instances, logits: Tensor, boxes: Tensor) -> Instances:
+    def combine(self, found: Instances, logits: Tensor, boxes: Tensor, factor: Tensor) -> Instances:
         """Both stages of one image.
 
         Args:
             found: N detections of the head.
             logits: ``(N, K)``; boxes: ``(N, 4)`` normalised; what they were decoded to.
+            factor: of the image, see `Geometry.factors`.
 
         Returns:
             the detections, best first, that share no memory with ``found``.
@@ -120,7 +122,7 @@ class CascadeDetector:
             NonFiniteError: if a box is NaN, which only broken weights or pixels give.
         """
         require_finite(boxes)
-        decoded = absolute_boxes(boxes, found.image_size).tensor
+        decoded = absolute_boxes(boxes, factor, found.image_size).tensor
         probability = _full_precision(logits).sigmoid()
         agreed = probability.gather(1, found.pred_classes[:, None]).squeeze(1)
         scores = _full_precision(found.scores)
@@ -198,11 +200,14 @@ class InferencePass:
         rule, source = model.auxiliary.cascade, model.auxiliary.positive_queries[name]
         if not any(len(each) for each in found.instances):
             return [boxes_only(each) for each in found.instances]
-        queries = source.of_detections(name, found.candidates, self._memory.image_sizes)
+        geometry = self._memory.geometry
+        queries = source.of_detections(name, found.candidates, geometry)
         decoded = model.decoder(QuerySet.concat([queries]), self._memory)
         logits, boxes = decoded.logits[-1], decoded.boxes[-1]
         return [
-            rule.combine(each, logits[image, : len(each)], boxes[image, : len(each)])
+            rule.combine(
+                each, logits[image, : len(each)], boxes[image, : len(each)], geometry.factors[image]
+            )
             for image, each in enumerate(found.instances)
         ]
 
@@ -217,8 +222,8 @@ class InferencePass:
         return self._model.encode(self._images)
 
     @cached_property
-    def _predictions(self) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
-        return *self._model.decode(self._memory), self._memory.image_sizes
+    def _predictions(self) -> tuple[Tensor, Tensor, Geometry]:
+        return *self._model.decode(self._memory), self._memory.geometry
 
     @cached_property
     def _pyramid(self) -> dict[str, Tensor]:

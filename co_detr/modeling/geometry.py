@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from detectron2.modeling import Backbone
@@ -16,6 +17,166 @@ from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
 from co_detr.transfer import tensor_on
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of the images of a batch, as every part that needs them reads them.
+
+    Made once, in preprocessing; `at_levels` adds the maps as soon as there are some.
+
+    Attributes:
+        image_sizes: un-padded (height, width) of each image as Python integers, which the host
+            reads without waiting for the device.
+        sizes: ``(B, 2)`` int64, the same on the device.
+        padded: (height, width) of the whole batch.
+    """
+
+    image_sizes: list[tuple[int, int]]
+    sizes: Tensor
+    padded: tuple[int, int]
+
+    @classmethod
+    def of(
+        cls, image_sizes: Sequence[tuple[int, int]], padded: Sequence[int], device: torch.device
+    ) -> Geometry:
+        """From sizes on the host, in one copy that does not wait."""
+        sizes = [tuple(size) for size in image_sizes]
+        return cls(sizes, tensor_on(sizes, torch.long, device), tuple(padded))
+
+    @cached_property
+    def padding_mask(self) -> Tensor:
+        """``(B, H, W)`` bool, True for pixels of the padding."""
+        heights, widths = self.sizes[:, :, None, None].unbind(1)
+        rows = torch.arange(self.padded[0], device=self.sizes.device)[None, :, None]
+        columns = torch.arange(self.padded[1], device=self.sizes.device)[None, None, :]
+        return (rows >= heights) | (columns >= widths)
+
+    @cached_property
+    def factors(self) -> Tensor:
+        """``(B, 4)`` = (w, h, w, h) float32, from normalised to absolute boxes."""
+        return self.sizes.flip(1).repeat(1, 2).float()
+
+    def at_levels(
+        self,
+        level_shapes: list[tuple[int, int]],
+        strides: Sequence[int] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Levels:
+        """With maps of the batch.
+
+        A map has a cell for every ``stride`` pixels that were begun: an image of 235 pixels has 8
+        cells of stride 32 and covers 7.34 of them. The reference takes it to cover all 8. That
+        moves what is at its far end by 21 pixels on this level and by 5 on that of stride 8; where
+        the stride divides the size, nothing moves. On images of 1000 pixels it hardly matters. On
+        small ones the decoder learns the mean error over its training sizes and then makes up for
+        one that is not there.
+
+        Args:
+            level_shapes: (height, width) of each map, finest first.
+            strides: of the maps in pixels: valid ratios are exact shares; None: they are those of
+                the cells that hold a part of the image.
+            dtype: of the valid ratios.
+        """
+        masks = [shrink_mask(self.padding_mask, *shape) for shape in level_shapes]
+        if strides is None:
+            ratios = [valid_ratio(mask, dtype) for mask in masks]
+        else:
+            height, width = self.sizes.to(dtype).unbind(1)
+            ratios = [
+                torch.stack([width / (stride * columns), height / (stride * rows)], dim=-1)
+                for stride, (rows, columns) in zip(strides, level_shapes, strict=True)
+            ]
+        flat = torch.cat([mask.flatten(1) for mask in masks], dim=1)
+        return Levels(self, level_shapes, flat, torch.stack(ratios, dim=1), strides is not None)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The maps of a batch and where its images lie in them; S tokens are the cells of all L maps.
+
+    Attributes:
+        images: sizes of the images.
+        level_shapes: (height, width) of each map as Python integers, so that splitting needs no
+            sync.
+        padding_mask: ``(B, S)`` bool, True where the token lies in the batch padding.
+        valid_ratios: ``(B, L, 2)``, un-padded share (width, height) of each map in (0, 1].
+        exact: whether these are exact shares, see `Geometry.at_levels`.
+    """
+
+    images: Geometry
+    level_shapes: list[tuple[int, int]]
+    padding_mask: Tensor
+    valid_ratios: Tensor
+    exact: bool = False
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """``(L, 2)`` width and height of each map, as the valid ratios in type."""
+        ratios = self.valid_ratios
+        sizes = [(width, height) for height, width in self.level_shapes]
+        return tensor_on(sizes, ratios.dtype, ratios.device)
+
+    @cached_property
+    def centers(self) -> list[Tensor]:
+        """``(H * W, 2)`` xy of each map's cells in cells, row by row."""
+        return [cell_centers(*shape, self.valid_ratios) for shape in self.level_shapes]
+
+    def masks(self) -> list[Tensor]:
+        """``(B, H, W)`` of each map: the parts of the padding mask."""
+        parts = self.padding_mask.split([h * w for h, w in self.level_shapes], dim=1)
+        return [
+            part.unflatten(1, shape) for part, shape in zip(parts, self.level_shapes, strict=True)
+        ]
+
+    def positions(self, encoding: SinePosition) -> list[Tensor]:
+        """``(B, H * W, C)`` code of each map's cells."""
+        ratios = self.valid_ratios
+        exact = ratios.unbind(1) if self.exact else [None] * len(self.level_shapes)
+        return [
+            encoding(mask, ratios.dtype, ratio).flatten(2).transpose(1, 2)
+            for mask, ratio in zip(self.masks(), exact, strict=True)
+        ]
+
+    def reference_points(self) -> Tensor:
+        """Cell centres of all tokens, expressed in the coordinates of every level.
+
+        Returns:
+            ``(B, S, L, 2)`` xy; [0, 1] spans the padded level, so values stay below its valid ratio
+            for tokens inside the image.
+        """
+        points = []
+        for level, (height, width) in enumerate(self.level_shapes):
+            x, y = self.centers[level].unbind(-1)
+            grid = torch.stack([x / width, y / height], dim=-1)
+            # (B, H*W, 2) of the un-padded image
+            points.append(grid / self.valid_ratios[:, level, None])
+        return torch.cat(points, dim=1)[:, :, None] * self.valid_ratios[:, None]
+
+    def grid_priors(self) -> Tensor:
+        """``(B, S, 4)`` normalised boxes on the cells, of side 0.05 * 2^level."""
+        extents = self.valid_ratios * self.sizes  # (B, L, 2) un-padded cells
+        priors = []
+        for level, centers in enumerate(self.centers):
+            center = centers / extents[:, level, None]
+            priors.append(torch.cat([center, torch.full_like(center, 0.05 * 2**level)], dim=-1))
+        return torch.cat(priors, dim=1)
+
+
+class ImageBatch(ImageList):
+    """Padded images as Detectron2 has them, with their geometry."""
+
+    def __init__(self, tensor: Tensor, geometry: Geometry) -> None:
+        super().__init__(tensor, geometry.image_sizes)
+        self.geometry = geometry
+
+    @classmethod
+    def of(cls, images: ImageList) -> ImageBatch:
+        """Images that may come without it."""
+        if isinstance(images, cls):
+            return images
+        pixels = images.tensor
+        return cls(pixels, Geometry.of(images.image_sizes, pixels.shape[-2:], pixels.device))
 
 
 @dataclass(frozen=True)
@@ -36,7 +197,7 @@ class BatchPadding:
 
     def __call__(
         self, images: list[Tensor], mean: Tensor, std: Tensor, backbone: Backbone
-    ) -> ImageList:
+    ) -> ImageBatch:
         """Normalises and pads.
 
         Args:
@@ -67,32 +228,18 @@ class BatchPadding:
             backbone.size_divisibility,
             padding_constraints=constraints,
         )
-        pixels, sizes = batch.tensor, batch.image_sizes
+        pixels, padded = batch.tensor, tuple(batch.tensor.shape[-2:])
+        geometry = Geometry.of(batch.image_sizes, padded, pixels.device)
         if self.value is not None:
-            padding = padding_mask(sizes, pixels.shape, pixels.device)
-            pixels = torch.where(padding[:, None], self.fill(mean, std), pixels)
+            padding = geometry.padding_mask[:, None]
+            pixels = torch.where(padding, self.fill(mean, std), pixels)
         if not self.masked:
-            sizes = [tuple(pixels.shape[-2:])] * len(images)
-        return ImageList(pixels, sizes)
+            geometry = Geometry.of([padded] * len(images), padded, pixels.device)
+        return ImageBatch(pixels, geometry)
 
     def fill(self, mean: Tensor, std: Tensor) -> Tensor:
         """What stands in the padding of normalised images, ``(C, 1, 1)``."""
         return torch.zeros_like(mean) if self.value is None else (self.value - mean) / std
-
-
-def padding_mask(
-    image_sizes: list[tuple[int, int]], padded: torch.Size, device: torch.device
-) -> Tensor:
-    """``(B, H, W)`` bool, True where a batch of shape ``(B, C, H, W)`` holds padding."""
-    return outside(tensor_on(image_sizes, torch.long, device), padded)
-
-
-def outside(sizes: Tensor, padded: torch.Size) -> Tensor:
-    """`padding_mask` of image sizes ``(B, 2)`` (height, width) that are a tensor."""
-    heights, widths = sizes[:, :, None, None].unbind(1)
-    rows = torch.arange(padded[-2], device=sizes.device)[None, :, None]
-    columns = torch.arange(padded[-1], device=sizes.device)[None, None, :]
-    return (rows >= heights) | (columns >= widths)
 
 
 def shrink_mask(mask: Tensor, height: int, width: int) -> Tensor:
@@ -107,38 +254,6 @@ def shrink_mask(mask: Tensor, height: int, width: int) -> Tensor:
     return mask
 
 
-def valid_ratios(
-    padding_mask: Tensor,
-    level_masks: list[Tensor],
-    strides: Sequence[int] | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Un-padded share (width, height) of every level, ``(B, L, 2)``.
-
-    A map has a cell for every ``stride`` pixels that were begun: an image of 235 pixels has 8 cells
-    of stride 32 and covers 7.34 of them. The reference takes it to cover all 8. That moves what is
-    at its far end by 21 pixels on this level and by 5 on that of stride 8; where the stride divides
-    the size, nothing moves. On images of 1000 pixels it hardly matters. On small ones the decoder
-    learns the mean error over its training sizes and then makes up for one that is not there.
-
-    Args:
-        padding_mask: ``(B, H, W)`` bool at input resolution, True = padding.
-        level_masks: the same in the cells of each level.
-        strides: of the levels: exact shares; None: of the cells that hold a part of the image.
-    """
-    if strides is None:
-        return torch.stack([valid_ratio(mask, dtype) for mask in level_masks], dim=1)
-    inside = ~padding_mask
-    pixels = [inside[:, 0, :].sum(1).to(dtype), inside[:, :, 0].sum(1).to(dtype)]
-    shares = [
-        torch.stack(
-            [pixels[0] / (stride * mask.shape[2]), pixels[1] / (stride * mask.shape[1])], -1
-        )
-        for stride, mask in zip(strides, level_masks, strict=True)
-    ]
-    return torch.stack(shares, dim=1)
-
-
 def valid_ratio(padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Share of a level's cells that are un-padded, ``(B, H, W) bool -> (B, 2)``, width first."""
     _, height, width = padding_mask.shape
@@ -146,25 +261,7 @@ def valid_ratio(padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack([inside[:, 0, :].sum(1) / width, inside[:, :, 0].sum(1) / height], dim=-1)
 
 
-def reference_points(level_shapes: list[tuple[int, int]], valid_ratios: Tensor) -> Tensor:
-    """Cell centres of all tokens, expressed in the coordinates of every level.
-
-    Args:
-        level_shapes: (H, W) per level; valid_ratios: ``(B, L, 2)``.
-
-    Returns:
-        ``(B, S, L, 2)`` xy; [0, 1] spans the padded level, so values stay below its valid ratio
-        for tokens inside the image.
-    """
-    points = []
-    for level, (height, width) in enumerate(level_shapes):
-        x, y = cell_centres(height, width, valid_ratios).unbind(-1)
-        grid = torch.stack([x / width, y / height], dim=-1)
-        points.append(grid / valid_ratios[:, level, None])  # (B, H*W, 2) of the un-padded image
-    return torch.cat(points, dim=1)[:, :, None] * valid_ratios[:, None]
-
-
-def cell_centres(height: int, width: int, like: Tensor) -> Tensor:
+def cell_centers(height: int, width: int, like: Tensor) -> Tensor:
     """``(height * width, 2)`` xy of a map's cells in cells, row by row, as ``like`` in type."""
     y = torch.arange(height, dtype=like.dtype, device=like.device) + 0.5
     x = torch.arange(width, dtype=like.dtype, device=like.device) + 0.5
@@ -244,21 +341,9 @@ def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
     return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 
-def size_factor(image_size: tuple[int, int], like: Tensor) -> Tensor:
-    """``(4,)`` = (w, h, w, h), the factor from normalised to absolute boxes."""
-    height, width = image_size
-    return tensor_on([width, height, width, height], like.dtype, like.device)
-
-
-def size_factors(image_sizes: list[tuple[int, int]], like: Tensor) -> Tensor:
-    """`size_factor` of a batch, ``(B, 4)``, in one copy."""
-    rows = [(width, height, width, height) for height, width in image_sizes]
-    return tensor_on(rows, like.dtype, like.device)
-
-
-def normalise_boxes(xyxy: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Absolute xyxy ``(N, 4)`` -> normalised cxcywh ``(N, 4)`` of an image (height, width)."""
-    return xyxy_to_cxcywh(xyxy / size_factor(image_size, xyxy))
+def normalise_boxes(xyxy: Tensor, factor: Tensor) -> Tensor:
+    """Absolute xyxy ``(..., 4)`` -> normalised cxcywh; ``factor`` is of `Geometry.factors`."""
+    return xyxy_to_cxcywh(xyxy / factor.to(xyxy.dtype))
 
 
 def generalised_iou(first: Tensor, second: Tensor) -> Tensor:

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from co_detr.modeling.geometry import (
+    Geometry,
     cxcywh_to_xyxy,
     generalised_iou,
     iou,
-    size_factor,
-    size_factors,
 )
 from co_detr.structures import AssignedTargets, GroundTruth, Predictions, QueryGroup, StepCounts
 from co_detr.transfer import to_device
@@ -48,8 +47,7 @@ def assign_targets(
 ) -> Assignment:
     """Matches, in one go, all groups and encoder proposals that have no targets yet."""
     as_object = [
-        GroundTruth(torch.zeros_like(each.labels), each.boxes, each.image_size)
-        for each in ground_truth
+        GroundTruth(torch.zeros_like(each.labels), each.boxes, each.factor) for each in ground_truth
     ]
     problems = {}
     for index, (group, predicted) in enumerate(zip(groups, predictions, strict=True)):
@@ -70,7 +68,7 @@ def assign_targets(
 
 
 def _repeated(truth: GroundTruth, times: int) -> GroundTruth:
-    return GroundTruth(truth.labels.repeat(times), truth.boxes.repeat(times, 1), truth.image_size)
+    return GroundTruth(truth.labels.repeat(times), truth.boxes.repeat(times, 1), truth.factor)
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ class HungarianAssigner(nn.Module):
         positive = -(probability + eps).log() * self.alpha * (1 - probability) ** self.gamma
         negative = -(1 - probability + eps).log() * (1 - self.alpha) * probability**self.gamma
         distance = torch.cdist(boxes, true_boxes.expand(len(boxes), -1, -1), p=1)
-        factor = size_factor(truth.image_size, boxes)
+        factor = truth.factor.float()
         overlap = generalised_iou(
             (cxcywh_to_xyxy(boxes) * factor)[:, :, None],
             (cxcywh_to_xyxy(true_boxes) * factor)[None, None],
@@ -210,7 +208,7 @@ def score_groups(
     groups: list[QueryGroup],
     predictions: list[Predictions],
     assignment: Assignment,
-    image_sizes: list[tuple[int, int]],
+    geometry: Geometry,
     criterion: SetCriterion,
     counts: StepCounts | None = None,
 ) -> dict[str, Tensor]:
@@ -234,7 +232,7 @@ def score_groups(
     totals = average_over_processes(torch.cat(totals)).split([len(each) for each in totals])
     losses: dict[str, Tensor] = {}
     for each, total in zip(scored, totals, strict=True):
-        terms = criterion(each.predictions, each.targets, image_sizes, total)
+        terms = criterion(each.predictions, each.targets, geometry, total)
         terms = {key: value * each.loss_weight for key, value in terms.items()}
         losses.update(name_layers(each.name, terms))
     return losses
@@ -315,7 +313,7 @@ class SetCriterion(nn.Module):
         self,
         predictions: Predictions,
         targets: AssignedTargets,
-        image_sizes: list[tuple[int, int]],
+        geometry: Geometry,
         num_positives: Tensor,
     ) -> dict[str, Tensor]:
         """Scores one group.
@@ -323,7 +321,7 @@ class SetCriterion(nn.Module):
         Args:
             predictions: of D layers.
             targets: of D layers or of one that all share.
-            image_sizes: un-padded (height, width).
+            geometry: sizes of the images.
             num_positives: ``(D,)`` or ``(1,)`` normaliser.
 
         Returns:
@@ -334,7 +332,7 @@ class SetCriterion(nn.Module):
         shape = logits.shape[:3]
         labels = targets.labels.expand(shape)
         box_weights = targets.weights * (targets.labels < self.num_classes)
-        factor = size_factors(image_sizes, boxes)[:, None]
+        factor = geometry.factors.to(dtype)[:, None]
         quality = None
         if self.classification.uses_quality:
             quality = iou(

@@ -11,7 +11,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from co_detr.errors import NonFiniteError
-from co_detr.modeling.geometry import cxcywh_to_xyxy, iou, size_factor
+from co_detr.modeling.geometry import Geometry, cxcywh_to_xyxy, iou
 from co_detr.transfer import to_device
 
 
@@ -26,14 +26,12 @@ class TopKPostprocessor(nn.Module):
         super().__init__()
         self.max_detections = max_detections
 
-    def forward(
-        self, logits: Tensor, boxes: Tensor, image_sizes: list[tuple[int, int]]
-    ) -> list[Instances]:
+    def forward(self, logits: Tensor, boxes: Tensor, geometry: Geometry) -> list[Instances]:
         """Detects in one batch.
 
         Args:
             logits: ``(B, Q, K)``; boxes: ``(B, Q, 4)`` normalised; both of the last layer.
-            image_sizes: un-padded (height, width) of the network input.
+            geometry: sizes of the images.
 
         Returns:
             per image ``pred_boxes`` (absolute, clipped to the image), ``scores``, ``pred_classes``,
@@ -42,7 +40,7 @@ class TopKPostprocessor(nn.Module):
         Raises:
             NonFiniteError: if a box is NaN, which only broken weights or pixels give.
         """
-        return best_pairs(logits, boxes, image_sizes, self.max_detections)
+        return best_pairs(logits, boxes, geometry, self.max_detections)
 
 
 class SoftNMSPostprocessor(nn.Module):
@@ -74,11 +72,9 @@ class SoftNMSPostprocessor(nn.Module):
         self.min_score = min_score
         self.sigma = sigma
 
-    def forward(
-        self, logits: Tensor, boxes: Tensor, image_sizes: list[tuple[int, int]]
-    ) -> list[Instances]:
+    def forward(self, logits: Tensor, boxes: Tensor, geometry: Geometry) -> list[Instances]:
         """As `TopKPostprocessor`."""
-        candidates = best_pairs(logits, boxes, image_sizes, logits.shape[1])
+        candidates = best_pairs(logits, boxes, geometry, logits.shape[1])
         return [self.thin_out(each) for each in candidates]
 
     def thin_out(self, found: Instances) -> Instances:
@@ -175,23 +171,19 @@ def choose_pairs(logits: Tensor, boxes: Tensor, number: int) -> Pairs:
     return Pairs(chosen, scores, pairs % num_classes)
 
 
-def best_pairs(
-    logits: Tensor, boxes: Tensor, image_sizes: list[tuple[int, int]], number: int
-) -> list[Instances]:
+def best_pairs(logits: Tensor, boxes: Tensor, geometry: Geometry, number: int) -> list[Instances]:
     """The ``number`` best (query, class) pairs of each image; see `TopKPostprocessor`."""
     pairs = choose_pairs(logits, boxes, number)
     require_finite(pairs.boxes)
-    results = []
-    for image, size in enumerate(image_sizes):
-        results.append(
-            Instances(
-                size,
-                pred_boxes=absolute_boxes(pairs.boxes[image], size),
-                scores=pairs.scores[image],
-                pred_classes=pairs.labels[image],
-            )
+    return [
+        Instances(
+            size,
+            pred_boxes=absolute_boxes(pairs.boxes[image], geometry.factors[image], size),
+            scores=pairs.scores[image],
+            pred_classes=pairs.labels[image],
         )
-    return results
+        for image, size in enumerate(geometry.image_sizes)
+    ]
 
 
 def require_finite(boxes: Tensor) -> None:
@@ -203,8 +195,12 @@ def require_finite(boxes: Tensor) -> None:
         )
 
 
-def absolute_boxes(boxes: Tensor, image_size: tuple[int, int]) -> Boxes:
-    """Normalised cxcywh ``(N, 4)`` -> absolute, clipped to the image (height, width)."""
-    absolute = Boxes(cxcywh_to_xyxy(boxes) * size_factor(image_size, boxes))
+def absolute_boxes(boxes: Tensor, factor: Tensor, image_size: tuple[int, int]) -> Boxes:
+    """Normalised cxcywh ``(N, 4)`` -> absolute, clipped to the image (height, width).
+
+    Args:
+        factor: of the image, see `Geometry.factors`.
+    """
+    absolute = Boxes(cxcywh_to_xyxy(boxes) * factor.to(boxes.dtype))
     absolute.clip(image_size)
     return absolute

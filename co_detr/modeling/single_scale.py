@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
-from co_detr.modeling.geometry import encode_boxes, inverse_sigmoid, shrink_mask, valid_ratios
+from co_detr.modeling.geometry import Geometry, encode_boxes, inverse_sigmoid
 from co_detr.modeling.transformer import (
     BoxHead,
     FeedForward,
@@ -34,7 +34,7 @@ class TransformerEncoder(nn.Module):
             for all layers (``query_scale`` in the encoder of DAB-DETR's code).
         stride: of the map in pixels. With it, the size of an image is measured in fractions of a
             cell; None: in the cells that hold a part of it, as in the papers' code. See
-            `valid_ratios`.
+            `Geometry.at_levels`.
     """
 
     num_levels = 1
@@ -69,15 +69,12 @@ class TransformerEncoder(nn.Module):
         )
         self.position_scale = perceptron(embed_dim, embed_dim) if scale_position else None
 
-    def forward(
-        self, maps: list[Tensor], padding_mask: Tensor, image_sizes: list[tuple[int, int]]
-    ) -> EncoderMemory:
+    def forward(self, maps: list[Tensor], geometry: Geometry) -> EncoderMemory:
         """Encodes one batch.
 
         Args:
             maps: a single map ``(B, C, H, W)``.
-            padding_mask: ``(B, H, W)`` bool at input resolution, True = padding.
-            image_sizes: un-padded (height, width) of each image.
+            geometry: sizes of the images.
 
         Raises:
             ConfigError: if there are several maps.
@@ -87,28 +84,18 @@ class TransformerEncoder(nn.Module):
                 f"TransformerEncoder encodes one map but got {len(maps)}: let model.backbone give "
                 'one, as in model.backbone.in_features=["res5"] without extra levels.'
             )
-        height, width = maps[0].shape[2:]
-        mask = shrink_mask(padding_mask, height, width)
         tokens = maps[0].flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, H*W, C)
         # Half precision could not number the cells of a large map.
         dtype = torch.promote_types(tokens.dtype, torch.float32)
-        ratios = valid_ratios(padding_mask, [mask], self.strides, dtype)
-        exact = None if self.strides is None else ratios[:, 0]
-        position = self.position_encoding(mask, dtype, exact).flatten(2).transpose(1, 2)
-        attend_mask = ~mask.flatten(1)[:, None, None]
+        levels = geometry.at_levels([tuple(maps[0].shape[2:])], self.strides, dtype)
+        (position,) = levels.positions(self.position_encoding)
+        attend_mask = ~levels.padding_mask[:, None, None]
         for layer in self.layers:
             scaled = position
             if self.position_scale is not None:
                 scaled = position * self.position_scale(tokens)
             tokens = layer(tokens, scaled, attend_mask)
-        return EncoderMemory(
-            tokens=tokens,
-            padding_mask=mask.flatten(1),
-            level_shapes=[(height, width)],
-            valid_ratios=ratios,
-            image_sizes=image_sizes,
-            position=position,
-        )
+        return EncoderMemory(tokens, levels, position)
 
 
 class TransformerEncoderLayer(nn.Module):

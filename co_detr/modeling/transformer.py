@@ -15,11 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from co_detr.errors import ConfigError
 from co_detr.layers import MultiScaleDeformableAttention
 from co_detr.modeling.geometry import (
+    Geometry,
     encode_boxes,
     inverse_sigmoid,
-    reference_points,
-    shrink_mask,
-    valid_ratios,
 )
 from co_detr.structures import EncoderMemory, Predictions, QuerySet
 
@@ -34,7 +32,7 @@ class DeformableEncoder(nn.Module):
             layer again in the backward pass: less memory, about a quarter more time.
         strides: of the maps in pixels, finest first. With them, the size of an image is measured in
             fractions of a cell; None: in the cells that hold a part of it, as in the reference. See
-            `valid_ratios`.
+            `Geometry.at_levels`.
 
     Raises:
         ConfigError: if there are not as many ``strides`` as levels.
@@ -83,15 +81,12 @@ class DeformableEncoder(nn.Module):
     def num_levels(self) -> int:
         return self.level_embed.shape[0]
 
-    def forward(
-        self, maps: list[Tensor], padding_mask: Tensor, image_sizes: list[tuple[int, int]]
-    ) -> EncoderMemory:
+    def forward(self, maps: list[Tensor], geometry: Geometry) -> EncoderMemory:
         """Encodes one batch.
 
         Args:
             maps: ``(B, C, H_l, W_l)`` per level, finest first.
-            padding_mask: ``(B, H, W)`` bool at input resolution, True = padding.
-            image_sizes: un-padded (height, width) of each image.
+            geometry: sizes of the images.
 
         Raises:
             ConfigError: if the number of maps is not ``num_levels``.
@@ -102,29 +97,28 @@ class DeformableEncoder(nn.Module):
                 "make model.encoder.num_levels match the levels of model.backbone."
             )
         level_shapes = [(m.shape[2], m.shape[3]) for m in maps]
-        masks = [shrink_mask(padding_mask, *shape) for shape in level_shapes]
         # (B, C, H, W) -> (B, H*W, C), levels concatenated
         tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
         # Half precision could not number the cells of a large map.
         dtype = torch.promote_types(tokens.dtype, torch.float32)
-        ratios = valid_ratios(padding_mask, masks, self.strides, dtype)
-        exact = [None] * len(maps) if self.strides is None else ratios.unbind(1)
+        levels = geometry.at_levels(level_shapes, self.strides, dtype)
         position = torch.cat(
             [
-                self.position_encoding(mask, dtype, ratio).flatten(2).transpose(1, 2) + embed
-                for mask, ratio, embed in zip(masks, exact, self.level_embed, strict=True)
+                code + embed
+                for code, embed in zip(
+                    levels.positions(self.position_encoding), self.level_embed, strict=True
+                )
             ],
             dim=1,
         )
-        flat_mask = torch.cat([mask.flatten(1) for mask in masks], dim=1)
-        reference = reference_points(level_shapes, ratios)
-        constants = (position, reference, level_shapes, flat_mask)
+        reference = levels.reference_points()
+        constants = (position, reference, level_shapes, levels.padding_mask, levels.sizes)
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(layer, tokens, *constants, use_reentrant=False)
             else:
                 tokens = layer(tokens, *constants)
-        return EncoderMemory(tokens, flat_mask, level_shapes, ratios, image_sizes)
+        return EncoderMemory(tokens, levels)
 
 
 class DeformableEncoderLayer(nn.Module):
@@ -154,9 +148,12 @@ class DeformableEncoderLayer(nn.Module):
         reference: Tensor,
         level_shapes: list[tuple[int, int]],
         padding_mask: Tensor,
+        level_sizes: Tensor | None = None,
     ) -> Tensor:
         """``tokens, position (B, S, C)``, ``reference (B, S, L, 2)`` -> ``(B, S, C)``."""
-        attended = self.attention(tokens + position, tokens, reference, level_shapes, padding_mask)
+        attended = self.attention(
+            tokens + position, tokens, reference, level_shapes, padding_mask, level_sizes
+        )
         tokens = self.attention_norm(tokens + self.dropout(attended))
         return self.ffn_norm(tokens + self.dropout(self.ffn(tokens)))
 

@@ -67,7 +67,7 @@ def test_matching_is_that_of_training():
     truth = sample.input["instances"]
     with torch.no_grad():
         images = model.preprocess([sample.input])
-        output = model.training_step(images, [truth])
+        output = model.forward_training(images, [truth])
         matching = match_queries(model, model.encode(images), truth)
     labels = output.targets[0].labels[-1, 0]
     found = matching.truths

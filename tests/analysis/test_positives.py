@@ -30,7 +30,7 @@ def naive_counts(model, samples) -> tuple[dict[str, list[int]], dict[str, list[i
         truth = sample.input["instances"]
         with EventStorage(), torch.no_grad():
             images = model.preprocess([sample.input])
-            output = model.training_step(images, [truth])
+            output = model.forward_training(images, [truth])
         labels = output.targets[0].labels[-1, 0].tolist()
         counts[MATCHED] += [1] * len(truth)
         assert sum(label < model.num_classes for label in labels) == len(truth)

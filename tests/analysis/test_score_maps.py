@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from co_detr.modeling.geometry import padding_mask, shrink_mask
+from co_detr.modeling.geometry import shrink_mask
 from co_detr.tools.analyze.discriminability import Geometry, fold, score_maps
+from tests.modeling.builders import geometry_of
 
 
 def _shapes(padded):
@@ -16,7 +17,7 @@ def _shapes(padded):
 def test_cells_inside_are_those_that_the_encoder_does_not_mask(size, padded):
     shapes = _shapes(padded)
     geometry = Geometry(size, padded, shapes)
-    mask = padding_mask([size], torch.Size([1, 3, *padded]), torch.device("cpu"))
+    mask = geometry_of([size], padded).padding_mask
     for level, shape in enumerate(shapes):
         inside = ~shrink_mask(mask, *shape)[0]
         rows, columns = geometry.cells_inside(level)

@@ -14,6 +14,7 @@ from PIL import Image
 from tiny_export import CLASSES
 
 from co_detr.tools.export import ExportedPredictor
+from tests.modeling.builders import decoder_detections
 
 pytest.importorskip("onnxscript")
 ort = pytest.importorskip("onnxruntime")
@@ -51,7 +52,7 @@ def test_batches_of_padded_images(onnx_file, trained):
         {"image": image[:, :height, :width]}
         for image, (height, width) in zip(images, sizes.tolist(), strict=True)
     ]
-    expected = model.detect(model.preprocess(samples))
+    expected = decoder_detections(model, model.preprocess(samples))
     for index, each in enumerate(expected):
         assert_same(found.instances(index, each.image_size), each)
 

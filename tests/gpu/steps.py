@@ -55,11 +55,14 @@ def pixels_to_predictions(model: nn.Module, batch: list[dict]) -> Predictions:
 
 def training_output(model: nn.Module, batch: list[dict]) -> TrainingOutput:
     with EventStorage():
-        return model.training_step(model.preprocess(batch), [each["instances"] for each in batch])
+        return model.forward_training(
+            model.preprocess(batch), [each["instances"] for each in batch]
+        )
 
 
 def losses_of_groups(model: nn.Module, output: TrainingOutput) -> dict[str, Tensor]:
     """The criterion on what is decoded and assigned."""
     assignment = Assignment(output.targets, output.proposal_targets)
-    sizes = output.memory.image_sizes
-    return score_groups(output.groups, output.predictions, assignment, sizes, model.criterion)
+    return score_groups(
+        output.groups, output.predictions, assignment, output.memory.geometry, model.criterion
+    )

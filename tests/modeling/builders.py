@@ -18,6 +18,8 @@ from co_detr.engine.config import apply_overrides, load_config
 from co_detr.modeling import CoDETR
 from co_detr.modeling.backbones import SwinTransformer, VisionTransformer
 from co_detr.modeling.backbones.resnet import resnet_stages
+from co_detr.modeling.detectors import DECODER, InferencePass
+from co_detr.modeling.geometry import Geometry, Levels
 from co_detr.structures import Candidates, EncoderMemory
 from tests.device import DEVICE, NAME, on_host
 
@@ -186,6 +188,12 @@ def head_detections(model: CoDETR, name: str, images: ImageList) -> list[Instanc
     return model.auxiliary.heads[name].detect(images, features).instances
 
 
+@torch.no_grad()
+def decoder_detections(model: CoDETR, images: ImageList) -> list[Instances]:
+    """What the decoder of a model in eval mode finds, in pixels of the network input."""
+    return InferencePass(model, images).detections(DECODER)
+
+
 def assert_complete(model: CoDETR, losses: dict[str, Tensor]) -> None:
     """All losses are finite, and every trainable parameter has a finite gradient."""
     wrong = [name for name, value in losses.items() if not value.isfinite()]
@@ -219,6 +227,19 @@ def is_inside(found: Instances) -> bool:
     return bool(((boxes >= 0) & (boxes <= limits)).all())
 
 
+def geometry_of(
+    image_sizes: Sequence[tuple[int, int]], padded: tuple[int, int] | None = None
+) -> Geometry:
+    """Of images in a batch of a size, or of the size of the largest."""
+    padded = padded or tuple(max(sides) for sides in zip(*image_sizes, strict=True))
+    return Geometry.of(image_sizes, padded, torch.get_default_device())
+
+
+def factor_of(image_size: tuple[int, int]) -> Tensor:
+    """``(4,)`` from normalised boxes to pixels of an image (height, width)."""
+    return geometry_of([image_size]).factors[0]
+
+
 def random_memory(
     level_shapes: Sequence[tuple[int, int]] = ((12, 16), (6, 8), (3, 4), (2, 2)),
     image_sizes: Sequence[tuple[int, int]] = ((96, 128), (96, 128)),
@@ -230,13 +251,14 @@ def random_memory(
     generator = torch.Generator().manual_seed(seed)
     tokens = sum(height * width for height, width in level_shapes)
     shape = (len(image_sizes), tokens, channels)
-    return EncoderMemory(
-        tokens=torch.randn(shape, generator=generator, dtype=dtype).requires_grad_(),
-        padding_mask=torch.zeros(shape[:2], dtype=torch.bool),
+    levels = Levels(
+        geometry_of(image_sizes),
         level_shapes=list(level_shapes),
+        padding_mask=torch.zeros(shape[:2], dtype=torch.bool),
         valid_ratios=torch.ones(shape[0], len(level_shapes), 2, dtype=dtype),
-        image_sizes=list(image_sizes),
     )
+    tokens = torch.randn(shape, generator=generator, dtype=dtype).requires_grad_()
+    return EncoderMemory(tokens, levels)
 
 
 def make_candidates(

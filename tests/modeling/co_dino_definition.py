@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
+from co_detr.modeling.geometry import Levels
 from co_detr.structures import EncoderMemory
-from tests.modeling.builders import NUM_CLASSES
+from tests.modeling.builders import NUM_CLASSES, geometry_of
 
 EPS = 1e-3
 ONE_MORE = torch.finfo(torch.float32).eps  # added to every normaliser
@@ -254,13 +255,14 @@ def as_rows(logits, boxes, numbers, truth, size):
 
 
 def one_image(memory, image):
-    return EncoderMemory(
-        tokens=memory.tokens[image : image + 1],
-        padding_mask=memory.padding_mask[image : image + 1],
+    here = slice(image, image + 1)
+    levels = Levels(
+        geometry_of(memory.image_sizes[here], memory.geometry.padded),
         level_shapes=memory.level_shapes,
-        valid_ratios=memory.valid_ratios[image : image + 1],
-        image_sizes=memory.image_sizes[image : image + 1],
+        padding_mask=memory.padding_mask[here],
+        valid_ratios=memory.valid_ratios[here],
     )
+    return EncoderMemory(memory.tokens[here], levels)
 
 
 def losses_by_definition(step):

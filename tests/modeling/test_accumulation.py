@@ -206,14 +206,14 @@ def test_counts_by_anchors_are_those_of_the_network(name, monkeypatch):
 def test_heads_find_the_same_when_they_count(name, monkeypatch):
     """With the same dropout; which samples are drawn, in between other draws, does not matter."""
     model = build(name, ["model.encoder.dropout=0.3"], torch.float32)
-    seen, training_step = [], CoDETR.training_step
+    seen, forward_training = [], CoDETR.forward_training
 
     def spying(self, images, gt_instances, counts=None):
-        output = training_step(self, images, gt_instances, counts)
+        output = forward_training(self, images, gt_instances, counts)
         seen.append((counts, output.auxiliary))
         return output
 
-    monkeypatch.setattr(CoDETR, "training_step", spying)
+    monkeypatch.setattr(CoDETR, "forward_training", spying)
     train_step(model, split(make_batch(SIZES, NUM_GTS), 2))
     assert len(seen) == 2
     counts = seen[0][0]

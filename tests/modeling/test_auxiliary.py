@@ -24,7 +24,7 @@ def run(model, batch, seed=0):
     torch.manual_seed(seed)
     images = model.preprocess(batch)
     with EventStorage() as storage:
-        output = model.training_step(images, [sample["instances"] for sample in batch])
+        output = model.forward_training(images, [sample["instances"] for sample in batch])
     return output, storage
 
 

@@ -53,7 +53,7 @@ def output_of(model, batch):
     """The complete `TrainingOutput` of a step in float64."""
     model.train().double()
     images = model.preprocess(batch)
-    return model.training_step(images, [each["instances"] for each in batch])
+    return model.forward_training(images, [each["instances"] for each in batch])
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -234,7 +234,7 @@ def test_points_and_boxes_do_not_mix():
     memory = model.encode(model.preprocess(make_batch()))
     candidates, _ = make_candidates((5, 5), (20, 20))
     positive = co_detr.auxiliary.positive_queries["atss"]
-    group = positive("atss_queries", candidates, memory.image_sizes)
+    group = positive("atss_queries", candidates, memory.geometry)
     with pytest.raises(ConfigError, match="matching has reference points but others have boxes"):
         QuerySet.concat([model.queries[0](memory), group])
 

@@ -12,7 +12,9 @@ from co_detr.modeling import BatchPadding
 from tests.device import DEVICE
 from tests.modeling.builders import (
     assert_complete,
+    decoder_detections,
     detect,
+    evaluating,
     is_inside,
     make_batch,
     randomise,
@@ -84,19 +86,17 @@ def test_unmasked_padding_is_part_of_the_image():
     assert losses.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(losses[key], value)
-    with torch.no_grad():
-        for ours, theirs in zip(
-            model.eval().predict(model.preprocess(batch)),
-            plain.eval().predict(plain.preprocess(by_hand)),
-            strict=True,
-        ):
-            torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs))
+    with evaluating(model), evaluating(plain):
+        memories = model.encode(model.preprocess(batch)), plain.encode(plain.preprocess(by_hand))
+        assert memories[0].image_sizes == memories[1].image_sizes
+        for ours, theirs in zip(model.decode(memories[0]), plain.decode(memories[1]), strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_detections_come_out_in_the_original_image():
     model = build(square_size=160, value=GREY, masked=False)
     batch = make_batch(SIZES)
-    in_square = model.detect(model.preprocess(batch))
+    in_square = decoder_detections(model, model.preprocess(batch))
     # As if the images had been shrunk: twice as high, three times as wide.
     for sample in batch:
         sample["height"], sample["width"] = 2 * sample["height"], 3 * sample["width"]

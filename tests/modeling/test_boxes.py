@@ -16,7 +16,7 @@ from co_detr.modeling.geometry import (
     normalise_boxes,
     xyxy_to_cxcywh,
 )
-from tests.modeling.builders import random_boxes
+from tests.modeling.builders import factor_of, random_boxes
 
 
 def boxes(number, seed=0):
@@ -31,7 +31,7 @@ def test_conversions_round_trip():
 
 
 def test_normalising_divides_by_width_and_height():
-    normalised = normalise_boxes(torch.tensor([[16.0, 9.0, 48.0, 81.0]]), (90, 160))
+    normalised = normalise_boxes(torch.tensor([[16.0, 9.0, 48.0, 81.0]]), factor_of((90, 160)))
     torch.testing.assert_close(normalised, torch.tensor([[0.2, 0.5, 0.2, 0.8]]))
 
 

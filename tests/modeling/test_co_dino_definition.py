@@ -105,7 +105,7 @@ def gradients(model, losses):
 )
 def test_one_masked_pass_is_the_definition(num_gts, padding):
     step = make_step(num_gts, padding)
-    losses = step.model.training_step(step.images, step.truth).losses
+    losses = step.model.forward_training(step.images, step.truth).losses
     expected = losses_by_definition(step)
     assert losses.keys() == expected.keys()
     for name, value in expected.items():

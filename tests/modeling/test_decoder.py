@@ -9,7 +9,7 @@ from co_detr.modeling.geometry import inverse_sigmoid
 from co_detr.modeling.queries.sources import propose_grid
 from co_detr.structures import QueryGroup, QuerySet
 from tests.device import DEVICE
-from tests.modeling.builders import random_memory, randomise, tiny_model
+from tests.modeling.builders import geometry_of, random_memory, randomise, tiny_model
 
 
 def make_decoder(**settings):
@@ -116,23 +116,23 @@ def test_queries_may_tell_what_their_token_saw():
 def test_the_best_pairs_of_query_and_class_are_kept():
     logits = torch.tensor([[[0.0, 5.0, -9.0], [4.0, -9.0, -9.0], [-9.0, -9.0, -1.0]]])
     boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.4], [0.1, 0.5, 0.4, 0.2], [0.5, 0.5, 1.0, 1.0]]])
-    (found,) = TopKPostprocessor(max_detections=4)(logits, boxes, [(50, 100)])
+    (found,) = TopKPostprocessor(max_detections=4)(logits, boxes, geometry_of([(50, 100)]))
     assert found.pred_classes.tolist() == [1, 0, 0, 2]
     torch.testing.assert_close(found.scores, torch.tensor([5.0, 4.0, 0.0, -1.0]).sigmoid())
     first, second = [40.0, 15.0, 60.0, 35.0], [0.0, 20.0, 30.0, 30.0]  # clipped at 0
     expected = torch.tensor([first, second, first, [0.0, 0.0, 100.0, 50.0]])
     torch.testing.assert_close(found.pred_boxes.tensor, expected)
-    (all_pairs,) = TopKPostprocessor(max_detections=100)(logits, boxes, [(50, 100)])
+    (all_pairs,) = TopKPostprocessor(max_detections=100)(logits, boxes, geometry_of([(50, 100)]))
     assert len(all_pairs) == 9
 
 
 def test_boxes_that_are_nan_are_reported():
     boxes = torch.full((1, 2, 4), float("nan"))
     with pytest.raises(NonFiniteError, match="predicts boxes that are NaN"):
-        TopKPostprocessor()(torch.zeros(1, 2, 3), boxes, [(50, 100)])
+        TopKPostprocessor()(torch.zeros(1, 2, 3), boxes, geometry_of([(50, 100)]))
 
 
 def test_wrong_number_of_maps():
     encoder = tiny_model(0).encoder
     with pytest.raises(ConfigError, match="built for 4 levels but got 1 maps"):
-        encoder([torch.zeros(1, 32, 4, 4)], torch.zeros(1, 32, 32, dtype=torch.bool), [(32, 32)])
+        encoder([torch.zeros(1, 32, 4, 4)], geometry_of([(32, 32)]))

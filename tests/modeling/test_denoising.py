@@ -9,7 +9,7 @@ from co_detr.errors import ConfigError
 from co_detr.modeling.queries import DenoisingQueries
 from co_detr.structures import GroundTruth, QueryGroup, QuerySet
 from tests.device import DEVICE
-from tests.modeling.builders import CONFIGS, NUM_CLASSES, random_memory, shrink
+from tests.modeling.builders import CONFIGS, NUM_CLASSES, factor_of, random_memory, shrink
 
 CHANNELS = 32
 
@@ -28,7 +28,7 @@ def make_truth(*num_gts, seed=0):
             labels=torch.randint(0, NUM_CLASSES, (number,), generator=generator),
             boxes=torch.rand(number, 4, generator=generator) * 0.1
             + torch.tensor([0.45, 0.45, 0.05, 0.05]),
-            image_size=(96, 128),
+            factor=factor_of((96, 128)),
         )
         for number in num_gts
     ]
@@ -111,7 +111,7 @@ def test_noised_boxes_stay_in_the_image_and_finite():
     whole = GroundTruth(
         torch.tensor([0, 1]),
         torch.tensor([[0.5, 0.5, 1.0, 1.0], [0.005, 0.995, 0.01, 0.01]]),
-        (96, 128),
+        factor_of((96, 128)),
     )
     reference = make_source()(memory, [whole]).reference
     assert reference.isfinite().all() and reference.min() > 0 and reference.max() < 1

@@ -16,6 +16,7 @@ from tests.modeling.builders import (
     NUM_CLASSES,
     detect,
     evaluating,
+    factor_of,
     is_inside,
     make_batch,
     randomise,
@@ -192,7 +193,9 @@ def test_what_clipping_left_nothing_of_takes_no_place():
     """An image drops empty boxes in the end; until then they must not push others out."""
     found = instances([[100, 0, 100, 50], [0, 0, 50, 50]], [0.9, 0.8], [0, 0])
     assert MergedDetector().merge([found]).scores.tolist() == pytest.approx([0.8])
-    combined = CascadeDetector().combine(found, torch.zeros(2, 2), torch.full((2, 4), 0.5))
+    combined = CascadeDetector().combine(
+        found, torch.zeros(2, 2), torch.full((2, 4), 0.5), factor_of(found.image_size)
+    )
     assert combined.scores.tolist() == pytest.approx([0.8])
 
 
@@ -248,7 +251,7 @@ def test_a_detection_is_decoded_by_itself(name):
     source = model.auxiliary.positive_queries[name]
 
     def decode(candidates):
-        queries = source.of_detections(name, candidates, memory.image_sizes)
+        queries = source.of_detections(name, candidates, memory.geometry)
         decoded = model.decoder(QuerySet.concat([queries]), memory)
         return decoded.logits[-1], decoded.boxes[-1]
 
@@ -306,7 +309,7 @@ def decoded_example():
     logits = torch.tensor([[5.0, 0.0], [2.0, -3.0]])  # the decoder prefers class 0 for both
     # The second one leaves the image.
     boxes = torch.tensor([[0.2, 0.2, 0.2, 0.2], [0.8, 0.5, 0.6, 0.4]])
-    return found, logits, boxes
+    return found, logits, boxes, factor_of(found.image_size)
 
 
 @pytest.mark.parametrize(
@@ -325,13 +328,13 @@ def test_how_boxes_are_combined(share, expected):
 
 
 def test_how_scores_are_combined():
-    found, logits, boxes = decoded_example()
+    found, logits, boxes, factor = decoded_example()
     agreed = [torch.tensor(value).sigmoid().item() for value in (2.0, 0.0)]
-    combined = CascadeDetector(score_share=1).combine(found, logits, boxes)
+    combined = CascadeDetector(score_share=1).combine(found, logits, boxes, factor)
     assert combined.scores.tolist() == pytest.approx(agreed)
     assert combined.pred_classes.tolist() == [0, 1]  # the second one is now the better one
     assert combined.pred_boxes.tensor[1].tolist() == pytest.approx([10, 10, 30, 30])
-    combined = CascadeDetector(score_share=0.5).combine(found, logits, boxes)
+    combined = CascadeDetector(score_share=0.5).combine(found, logits, boxes, factor)
     assert combined.scores.tolist() == pytest.approx(
         [(0.64 * 0.5) ** 0.5, (0.36 * agreed[0]) ** 0.5]
     )

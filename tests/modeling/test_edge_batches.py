@@ -100,7 +100,7 @@ def test_more_ground_truths_than_queries():
     images = model.preprocess(batch)
     gt_instances = [sample["instances"] for sample in batch]
     model.strip_auxiliary()  # its heads need a storage, and do not matter here
-    output = model.training_step(images, gt_instances)
+    output = model.forward_training(images, gt_instances)
     matched = (output.targets[0].labels < model.num_classes).sum(-1)
     assert matched.tolist() == [[NUM_QUERIES, 2]] * model.decoder.num_layers
 

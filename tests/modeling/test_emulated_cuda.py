@@ -94,7 +94,9 @@ def test_tokens_are_float32_under_the_autocast_of_cuda(dtype):
     with EmulatedCuda(), emulated_autocast(dtype), EventStorage():
         emulate(model)
         batch = make_batch()
-        output = model.training_step(model.preprocess(batch), [each["instances"] for each in batch])
+        output = model.forward_training(
+            model.preprocess(batch), [each["instances"] for each in batch]
+        )
         assert output.memory.tokens.dtype == torch.float32
         for group, predicted in zip(output.groups, output.predictions, strict=True):
             assert group.reference.dtype == predicted.boxes.dtype == torch.float32

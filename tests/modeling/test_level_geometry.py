@@ -11,35 +11,30 @@ from co_detr.engine.config import apply_overrides, load_config
 from co_detr.errors import ConfigError
 from co_detr.modeling import SinePosition
 from co_detr.modeling.geometry import (
-    cell_centres,
-    padding_mask,
-    reference_points,
+    cell_centers,
     shrink_mask,
     sine_features,
-    valid_ratios,
 )
 from co_detr.modeling.queries.sources import propose_grid
 from co_detr.modeling.transformer import DeformableEncoder
 from co_detr.structures import EncoderMemory
-from tests.modeling.builders import CONFIGS, shrink
+from tests.modeling.builders import CONFIGS, geometry_of, shrink
 
 STRIDES = (8, 16, 32)
 SIZES = [(176, 235), (192, 256), (101, 213)]  # height, width
-PADDED = (3, 3, 192, 277)  # no multiple of a stride in width
+PADDED = (192, 277)  # no multiple of a stride in width
 
 
-def geometry(strides):
-    mask = padding_mask(SIZES, torch.Size(PADDED), torch.device("cpu"))
-    shapes = [(-(-PADDED[2] // stride), -(-PADDED[3] // stride)) for stride in STRIDES]
-    masks = [shrink_mask(mask, *shape) for shape in shapes]
-    return shapes, masks, valid_ratios(mask, masks, strides, torch.float64)
+def levels_with(strides):
+    shapes = [(-(-PADDED[0] // stride), -(-PADDED[1] // stride)) for stride in STRIDES]
+    return geometry_of(SIZES, PADDED).at_levels(shapes, strides, torch.float64)
 
 
 def centres_in_pixels(shapes):
     """``(S, 2)`` xy of all cells, which are ``stride`` pixels wide wherever they are."""
     return torch.cat(
         [
-            cell_centres(*shape, torch.zeros((), dtype=torch.float64)) * stride
+            cell_centers(*shape, torch.zeros((), dtype=torch.float64)) * stride
             for shape, stride in zip(shapes, STRIDES, strict=True)
         ]
     )
@@ -57,8 +52,9 @@ def test_a_mask_shrinks_like_nearest_interpolation():
 
 
 def test_with_strides_a_token_is_at_its_pixels_on_every_level():
-    shapes, _, ratios = geometry(STRIDES)
-    points = reference_points(shapes, ratios)  # (B, S, L, 2), 1 is the end of the padded level
+    levels = levels_with(STRIDES)
+    shapes = levels.level_shapes
+    points = levels.reference_points()  # (B, S, L, 2), 1 is the end of the padded level
     expected = centres_in_pixels(shapes)
     for level, ((height, width), stride) in enumerate(zip(shapes, STRIDES, strict=True)):
         pixels = points[:, :, level] * torch.tensor([width, height]) * stride
@@ -66,23 +62,23 @@ def test_with_strides_a_token_is_at_its_pixels_on_every_level():
 
 
 def test_without_strides_the_last_cell_counts_as_whole():
-    shapes, masks, ratios = geometry(None)
+    levels = levels_with(None)
+    shapes, ratios = levels.level_shapes, levels.valid_ratios
     # 235 pixels are 7.3 cells of 32, 101 are 3.2.
     assert ratios[0, 2].tolist() == [8 / 9, 6 / 6]
     assert ratios[2, 2].tolist() == [7 / 9, 4 / 6]
     # So a token of the coarsest level is up to a cell away from where it is on the finest one.
-    points = reference_points(shapes, ratios)
+    points = levels.reference_points()
     pixels = points[0, :, 0] * torch.tensor([shapes[0][1], shapes[0][0]]) * STRIDES[0]
-    error = (pixels - centres_in_pixels(shapes))[:, 0][~torch.cat([m[0].flatten() for m in masks])]
+    error = (pixels - centres_in_pixels(shapes))[:, 0][~levels.padding_mask[0]]
     assert error.abs().max() > 10
 
 
 def test_with_strides_grid_priors_are_centred_on_their_cells():
-    shapes, masks, ratios = geometry(STRIDES)
-    flat_mask = torch.cat([mask.flatten(1) for mask in masks], dim=1)
-    tokens = torch.zeros(*flat_mask.shape, 4, dtype=torch.float64)
-    _, logits = propose_grid(EncoderMemory(tokens, flat_mask, shapes, ratios, SIZES))
-    expected = centres_in_pixels(shapes)
+    levels = levels_with(STRIDES)
+    tokens = torch.zeros(*levels.padding_mask.shape, 4, dtype=torch.float64)
+    _, logits = propose_grid(EncoderMemory(tokens, levels))
+    expected = centres_in_pixels(levels.level_shapes)
     for image, (height, width) in enumerate(SIZES):
         usable = logits[image].isfinite().all(-1)
         assert usable.sum() > 200
@@ -91,11 +87,12 @@ def test_with_strides_grid_priors_are_centred_on_their_cells():
 
 
 def test_with_strides_a_position_code_is_that_of_the_pixels():
-    shapes, masks, ratios = geometry(STRIDES)
-    for level, (mask, (height, width), stride) in enumerate(
-        zip(masks, shapes, STRIDES, strict=True)
+    levels = levels_with(STRIDES)
+    codes = levels.positions(SinePosition(8))
+    for code, mask, (height, width), stride in zip(
+        codes, levels.masks(), levels.level_shapes, STRIDES, strict=True
     ):
-        code = SinePosition(8)(mask, torch.float64, ratios[:, level])
+        code = code.transpose(1, 2).unflatten(2, (height, width))
         for image, size in enumerate(SIZES):
             inside = ~mask[image]
             for half, index, extent in ((0, 0, size[0]), (1, 1, size[1])):
@@ -109,10 +106,9 @@ def test_with_strides_a_position_code_is_that_of_the_pixels():
 
 def test_sizes_that_all_strides_divide_give_the_same_either_way():
     sizes = [(64, 96), (128, 32)]
-    mask = padding_mask(sizes, torch.Size((2, 3, 128, 96)), torch.device("cpu"))
-    masks = [shrink_mask(mask, 128 // stride, 96 // stride) for stride in STRIDES]
-    exact, counted = (valid_ratios(mask, masks, each, torch.float64) for each in (STRIDES, None))
-    assert exact.equal(counted)
+    shapes = [(128 // stride, 96 // stride) for stride in STRIDES]
+    exact, counted = (geometry_of(sizes).at_levels(shapes, each) for each in (STRIDES, None))
+    assert exact.valid_ratios.equal(counted.valid_ratios)
 
 
 def test_one_stride_for_each_level():

@@ -10,6 +10,7 @@ from co_detr.modeling import FocalLoss, HungarianAssigner, SetCriterion
 from co_detr.modeling.geometry import cxcywh_to_xyxy
 from co_detr.modeling.losses import MatchingProblem, name_layers
 from co_detr.structures import AssignedTargets, GroundTruth, Predictions
+from tests.modeling.builders import geometry_of
 
 LAYERS, QUERIES, CLASSES = 2, 6, 4
 SIZE = (90, 160)
@@ -25,7 +26,7 @@ def make_problem(num_gts, seed=0):
         GroundTruth(
             torch.randint(0, CLASSES, (number,), generator=generator),
             0.1 + 0.5 * torch.rand(number, 4, generator=generator),
-            SIZE,
+            FACTOR,
         )
         for number in num_gts
     ]
@@ -89,7 +90,7 @@ def test_equals_brute_force(seed):
 def test_order_of_the_ground_truth_does_not_matter():
     problem = make_problem([5, 2])
     shuffled = [
-        GroundTruth(truth.labels.flip(0), truth.boxes.flip(0), SIZE)
+        GroundTruth(truth.labels.flip(0), truth.boxes.flip(0), FACTOR)
         for truth in problem.ground_truth
     ]
     (first,) = HungarianAssigner()([problem])
@@ -131,7 +132,7 @@ def test_losses_by_their_definitions():
     (targets,) = HungarianAssigner()([problem])
     criterion = make_criterion()
     assert criterion.count_positives(targets).tolist() == [2, 2]
-    losses = criterion(predictions, targets, [SIZE, SIZE], torch.tensor([2.0, 2.0]))
+    losses = criterion(predictions, targets, geometry_of([SIZE, SIZE]), torch.tensor([2.0, 2.0]))
     for layer in range(LAYERS):
         focal = bbox = giou = 0.0
         for image, query in itertools.product(range(2), range(QUERIES)):
@@ -161,10 +162,10 @@ def test_a_slot_of_weight_zero_is_in_no_loss():
     expected = criterion(
         Predictions(problem.predictions.logits[:, :, :4], problem.predictions.boxes[:, :, :4]),
         AssignedTargets(targets.labels[:, :, :4], targets.boxes[:, :, :4], weights[:, :, :4]),
-        [SIZE, SIZE],
+        geometry_of([SIZE, SIZE]),
         counts,
     )
-    actual = criterion(problem.predictions, masked, [SIZE, SIZE], counts)
+    actual = criterion(problem.predictions, masked, geometry_of([SIZE, SIZE]), counts)
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value)
     positive = (targets.labels < CLASSES)[:, :, :4].sum((1, 2))
@@ -175,7 +176,9 @@ def test_the_normaliser_is_at_least_one():
     problem = make_problem([0])
     (targets,) = HungarianAssigner()([problem])
     losses = [
-        make_criterion()(problem.predictions, targets, [SIZE], torch.full((LAYERS,), count))
+        make_criterion()(
+            problem.predictions, targets, geometry_of([SIZE]), torch.full((LAYERS,), count)
+        )
         for count in (0.0, 1.0)
     ]
     assert torch.equal(losses[0]["loss_cls"], losses[1]["loss_cls"])

@@ -10,6 +10,7 @@ from co_detr.modeling.queries import AnchorQueries, LearnedQueries, PointQueries
 from tests.device import DEVICE, NAME
 from tests.modeling.builders import (
     assert_complete,
+    factor_of,
     make_batch,
     random_boxes,
     random_memory,
@@ -63,13 +64,13 @@ def test_geometry_and_targets_stay_in_float32():
     images = model.preprocess(batch)
     exact = model.encode(images)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16), EventStorage():
-        output = model.training_step(images, [sample["instances"] for sample in batch])
+        output = model.forward_training(images, [sample["instances"] for sample in batch])
     assert output.memory.tokens.dtype == torch.bfloat16
     assert torch.equal(output.memory.valid_ratios, exact.valid_ratios)
     for group, predicted in zip(output.groups, output.predictions, strict=True):
         assert group.reference.dtype == predicted.boxes.dtype == torch.float32
     truth = batch[0]["instances"].gt_boxes.tensor
-    expected = normalise_boxes(truth, size)
+    expected = normalise_boxes(truth, factor_of(size))
     for targets in output.targets:
         found = targets.boxes[targets.labels < model.num_classes]
         distance = (found[:, None] - expected[None]).abs().amax(-1).amin(-1)

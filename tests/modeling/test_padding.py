@@ -7,7 +7,14 @@ from detectron2.modeling import Backbone
 from torch import nn
 
 from tests.device import DEVICE
-from tests.modeling.builders import detect, evaluating, make_batch, randomise, tiny_model
+from tests.modeling.builders import (
+    decoder_detections,
+    detect,
+    evaluating,
+    make_batch,
+    randomise,
+    tiny_model,
+)
 
 SIZES = ((100, 128), (128, 75))  # each is padded on one side to 128 x 128
 STRIDES = (8, 16, 32, 64)
@@ -45,7 +52,7 @@ def queries_and_outputs(model, batch):
     images = model.preprocess(batch)
     memory = model.encode(images)
     group = model.queries[0](memory)
-    return group.reference, model.detect(images)
+    return group.reference, decoder_detections(model, images)
 
 
 def test_batched_equals_single():

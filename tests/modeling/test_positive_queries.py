@@ -10,7 +10,7 @@ from co_detr.modeling.auxiliary import HybridAssignmentHeads
 from co_detr.modeling.geometry import normalise_boxes
 from co_detr.modeling.queries import PositiveQueries
 from tests.device import DEVICE
-from tests.modeling.builders import NUM_CLASSES, make_candidates, randomise
+from tests.modeling.builders import NUM_CLASSES, factor_of, geometry_of, make_candidates, randomise
 
 SIZES = [(96, 128), (96, 128)]
 
@@ -25,7 +25,7 @@ def make_source(**settings):
 
 def make_group(positives, backgrounds, **settings):
     candidates, _ = make_candidates(positives, backgrounds)
-    return make_source(**settings)("atss_queries", candidates, SIZES), candidates
+    return make_source(**settings)("atss_queries", candidates, geometry_of(SIZES)), candidates
 
 
 def labels_of(group, image):
@@ -53,7 +53,7 @@ def test_negatives_fill_up_and_are_trained_as_background():
         candidates.instances[0][
             candidates.instances[0].gt_classes == NUM_CLASSES
         ].proposal_boxes.tensor.double(),
-        SIZES[0],
+        factor_of(SIZES[0]),
     )
     assert (labels_of(group, 0)[3:] == NUM_CLASSES).all()
     fillers = group.reference[0, 3:]
@@ -70,7 +70,7 @@ def test_code_of_a_box_beyond_the_image_is_that_of_the_box_cut_to_it():
         for each in candidates.instances:
             each.proposal_boxes.tensor[:] = torch.tensor(box)
         source = make_source(padding="mask", with_features=False, with_position=True)
-        groups[name] = source("atss_queries", candidates, SIZES)
+        groups[name] = source("atss_queries", candidates, geometry_of(SIZES))
     beyond, whole = (groups[name] for name in sides)
     assert beyond.reference[0, 0].tolist() == [0.5, 0.5, 2.0, 2.0]
     assert whole.reference[0, 0].tolist() == [0.5, 0.5, 1.0, 1.0]
@@ -102,7 +102,7 @@ def test_ignored_candidates_are_never_chosen():
     group, candidates = make_group((3, 5), (6, 30), padding="negatives")
     for image, instances in enumerate(candidates.instances):
         ignored = instances[instances.gt_classes == -1].proposal_boxes.tensor.double()
-        ignored = normalise_boxes(ignored, SIZES[image])
+        ignored = normalise_boxes(ignored, factor_of(SIZES[image]))
         assert len(ignored) == 2
         assert not (group.reference[image][:, None] == ignored[None]).all(-1).any()
 
@@ -110,16 +110,16 @@ def test_ignored_candidates_are_never_chosen():
 def test_excess_positives_are_chosen_at_random():
     candidates, _ = make_candidates((50, 50), (0, 0))
     source = make_source()
-    chosen = [source("x", candidates, SIZES).reference for _ in range(2)]
+    chosen = [source("x", candidates, geometry_of(SIZES)).reference for _ in range(2)]
     assert not torch.equal(*chosen)
     for reference in chosen:
         assert len(reference[0].unique(dim=0)) == 30
     source.permutation = lambda n: torch.arange(n)
-    first = source("x", candidates, SIZES)
+    first = source("x", candidates, geometry_of(SIZES))
     foreground = candidates.instances[0].gt_classes
     foreground = ((foreground >= 0) & (foreground < NUM_CLASSES)).nonzero()[:30, 0]
     expected = candidates.instances[0].proposal_boxes.tensor[foreground].double()
-    torch.testing.assert_close(first.reference[0], normalise_boxes(expected, SIZES[0]))
+    torch.testing.assert_close(first.reference[0], normalise_boxes(expected, factor_of(SIZES[0])))
 
 
 def test_targets_are_what_the_head_assigned():
@@ -132,14 +132,14 @@ def test_targets_are_what_the_head_assigned():
             (group.targets.boxes[0, image], instances.gt_boxes),
             (group.reference[image], instances.proposal_boxes),
         ):
-            expected = normalise_boxes(field.tensor[positive].double(), SIZES[image])
+            expected = normalise_boxes(field.tensor[positive].double(), factor_of(SIZES[image]))
             torch.testing.assert_close(found[:number], expected)
 
 
 def test_gradients_reach_the_features_of_chosen_candidates_only():
     candidates, tables = make_candidates((10, 4), (20, 20))
     source = make_source(padding="mask")
-    group = source("x", candidates, SIZES)
+    group = source("x", candidates, geometry_of(SIZES))
     (group.content[group.valid] * torch.randn(14, 32).double()).sum().backward()
     for instances, table in zip(candidates.instances, tables, strict=True):
         positive = (instances.gt_classes >= 0) & (instances.gt_classes < NUM_CLASSES)
@@ -153,12 +153,12 @@ def test_gradients_reach_the_features_of_chosen_candidates_only():
 def test_features_change_content_and_the_embedding_changes_position():
     candidates, tables = make_candidates((10, 10), (0, 0))
     source = make_source(min_queries=10)
-    before = source("x", candidates, SIZES)
+    before = source("x", candidates, geometry_of(SIZES))
     with torch.no_grad():
         for table in tables:
             table += torch.randn(table.shape).double()
         source.head_embedding += 0.5
-    after = source("x", candidates, SIZES)
+    after = source("x", candidates, geometry_of(SIZES))
     assert (after.content - before.content).abs().amax(-1).min() > 1e-2
     torch.testing.assert_close(
         after.position - before.position, torch.full((2, 10, 32), 0.5).double()
@@ -171,7 +171,7 @@ def test_without_features_only_boxes_are_coded():
     object.__setattr__(candidates, "gather_features", None)  # would fail if it was called
     source = make_source(with_features=False)
     assert {name.split("_")[0] for name, _ in source.named_parameters()} == {"position"}
-    assert source("x", candidates, SIZES).content.shape == (2, 10, 32)
+    assert source("x", candidates, geometry_of(SIZES)).content.shape == (2, 10, 32)
 
 
 def test_unknown_padding():

@@ -25,7 +25,7 @@ def make_groups(padding):
         source.padding = padding
         # Images need different numbers of queries, so that "mask" has slots to mask.
         candidates, _ = make_candidates((5 + 8 * seed, 12), (20, 20), seed=seed)
-        groups.append(source(name, candidates, memory.image_sizes))
+        groups.append(source(name, candidates, memory.geometry))
     return model, memory, groups
 
 
@@ -168,15 +168,15 @@ def test_groups_keep_their_own_targets():
 def test_losses_of_a_group_and_of_its_proposals_have_their_weights():
     """A group's weight is for its decoder layers; its encoder proposals count once."""
     model, memory, groups = make_groups("mask")
-    sizes = memory.image_sizes
+    geometry = memory.geometry
     truth = [
-        GroundTruth(torch.tensor([1, 3]), torch.rand(2, 4, dtype=torch.float64) / 2 + 0.2, size)
-        for size in sizes
+        GroundTruth(torch.tensor([1, 3]), torch.rand(2, 4, dtype=torch.float64) / 2 + 0.2, factor)
+        for factor in geometry.factors
     ]
     groups[0] = replace(groups[0], loss_weight=3.0)
     predictions = QuerySet.concat(groups).split(model.decoder(QuerySet.concat(groups), memory))
     assigned = assign_targets(groups, predictions, truth, model.assigner, model.num_classes)
-    losses = score_groups(groups, predictions, assigned, sizes, model.criterion)
+    losses = score_groups(groups, predictions, assigned, geometry, model.criterion)
     criterion = model.criterion
     proposals = groups[0].proposals.predictions
     expected = {
@@ -184,7 +184,7 @@ def test_losses_of_a_group_and_of_its_proposals_have_their_weights():
         "matching.enc": (1.0, proposals, assigned.proposals["matching"]),
     }
     for name, (weight, predicted, targets) in expected.items():
-        terms = criterion(predicted, targets, sizes, criterion.count_positives(targets))
+        terms = criterion(predicted, targets, geometry, criterion.count_positives(targets))
         for key, values in terms.items():
             assert values[-1] > 0
             torch.testing.assert_close(losses[f"{name}.{key}"], weight * values[-1])
@@ -204,7 +204,7 @@ def test_positive_queries_can_be_kept_to_themselves(padding):
         source = next(iter(model.auxiliary.positive_queries.values()))
         source.padding, source.self_attention = padding, attention
         torch.manual_seed(0)  # which negatives fill up
-        group = source("roi_queries", candidates, memory.image_sizes)
+        group = source("roi_queries", candidates, memory.geometry)
         queries = QuerySet.concat([matched, group])
         predictions[attention] = queries.split(model.decoder(queries, memory))
     (before, together), (after, apart) = predictions["group"], predictions["self"]

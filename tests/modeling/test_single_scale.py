@@ -19,7 +19,7 @@ from co_detr.modeling.single_scale import (
 )
 from co_detr.structures import QueryGroup, QuerySet
 from tests.device import DEVICE
-from tests.modeling.builders import random_memory, randomise
+from tests.modeling.builders import geometry_of, random_memory, randomise
 
 CHANNELS, HEADS, QUERIES = 32, 4, 5
 SIZES = {"embed_dim": CHANNELS, "num_heads": HEADS, "feedforward_dim": 16}
@@ -41,10 +41,8 @@ def make_encoder(**settings):
 
 def make_memory(images=IMAGES, **settings):
     """Memory of images in a batch of 128 x 160 pixels: 4 x 5 tokens."""
-    mask = torch.ones(len(images), 128, 160, dtype=torch.bool)
-    for image, (height, width) in enumerate(images):
-        mask[image, :height, :width] = False
-    return make_encoder(**settings)([random(len(images), CHANNELS, 4, 5)], mask, images)
+    map_ = random(len(images), CHANNELS, 4, 5)
+    return make_encoder(**settings)([map_], geometry_of(images, (128, 160)))
 
 
 def make_decoder(kind, seed=0, **settings):
@@ -132,13 +130,10 @@ def test_padding_does_not_change_an_image(scale_position):
     """Inside a padded batch, tokens and predictions of an image are those of the image alone."""
     encoder = make_encoder(scale_position=scale_position)
     map_ = random(1, CHANNELS, 3, 4)
-    inside = torch.zeros(1, 96, 128, dtype=torch.bool)
-    alone = encoder([map_], inside, [(96, 128)])
+    alone = encoder([map_], geometry_of([(96, 128)]))
     padded_map = torch.full((1, CHANNELS, 4, 5), 9.0, dtype=torch.float64)
     padded_map[:, :, :3, :4] = map_
-    mask = torch.ones(1, 128, 160, dtype=torch.bool)
-    mask[:, :96, :128] = False
-    padded = encoder([padded_map], mask, [(96, 128)])
+    padded = encoder([padded_map], geometry_of([(96, 128)], (128, 160)))
     assert padded.padding_mask.sum() == 8
     torch.testing.assert_close(padded.maps()[0][:, :, :3, :4], alone.maps()[0])
     torch.testing.assert_close(padded.valid_ratios, torch.tensor([[[0.8, 0.75]]]).double())
@@ -157,7 +152,7 @@ def test_padding_does_not_change_an_image(scale_position):
 
 def test_an_encoder_of_one_map_refuses_two():
     with pytest.raises(ConfigError, match="one map but got 2: let model.backbone give"):
-        make_encoder()([random(1, CHANNELS, 4, 5)] * 2, torch.zeros(1, 128, 160), [(128, 160)])
+        make_encoder()([random(1, CHANNELS, 4, 5)] * 2, geometry_of([(128, 160)]))
 
 
 def test_dropout_reaches_the_attention_in_training_only():
@@ -261,7 +256,9 @@ def test_parts_that_do_not_fit_are_refused():
 
 def test_learned_queries():
     # An exported graph has tokens of a batch, but sizes of one image.
-    memory = dataclasses.replace(make_memory(), image_sizes=IMAGES[:1])
+    memory = make_memory()
+    images = dataclasses.replace(memory.geometry, image_sizes=IMAGES[:1])
+    memory = dataclasses.replace(memory, levels=dataclasses.replace(memory.levels, images=images))
     anchors, points = (
         source(num_queries=7, embed_dim=CHANNELS).to(DEVICE).double()
         for source in (AnchorQueries, PointQueries)

@@ -81,7 +81,7 @@ def test_matched_queries_do_not_see_positive_queries(kind, padding):
     groups = [model.queries[0](memory)]
     for seed, (name, source) in enumerate(model.auxiliary.positive_queries.items()):
         candidates, _ = make_candidates((5 + 8 * seed, 12), (20, 20), seed=seed)
-        groups.append(source(name, candidates, memory.image_sizes))
+        groups.append(source(name, candidates, memory.geometry))
     assert any(group.valid is not None for group in groups) == (padding == "mask")
     together = QuerySet.concat(groups)
     joint = together.split(model.decoder(together, memory))

@@ -16,7 +16,7 @@ from co_detr.modeling import SinePosition
 from co_detr.modeling.queries import AnchorQueries, PointQueries
 from co_detr.modeling.single_scale import ConditionalDecoder, DABDecoder, TransformerEncoder
 from co_detr.structures import QuerySet
-from tests.modeling.builders import randomise
+from tests.modeling.builders import geometry_of, randomise
 
 transformers = pytest.importorskip("transformers")
 
@@ -135,7 +135,7 @@ def run_both(source, target):
     with torch.no_grad():
         expected = source.model(pixels, pixel_mask=mask)
         detections = source(pixels, pixel_mask=mask)
-        memory = target["encoder"](maps[:1], mask == 0, SIZES)
+        memory = target["encoder"](maps[:1], geometry_of(SIZES, (128, 160)))
         queries = QuerySet.concat([target["queries"](memory)])
         predictions = target["decoder"](queries, memory)
     hook.remove()

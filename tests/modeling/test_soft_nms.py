@@ -8,7 +8,7 @@ from detectron2.structures import Boxes, Instances
 
 from co_detr.modeling import SoftNMSPostprocessor, TopKPostprocessor
 from co_detr.modeling.postprocess import soft_nms
-from tests.modeling.builders import random_boxes
+from tests.modeling.builders import geometry_of, random_boxes
 
 SIZE = (96, 128)
 
@@ -98,13 +98,13 @@ def outputs(seed=0, queries=30, num_classes=4):
     boxes = torch.tensor([0.5, 0.5, 0.4, 0.4]) + 0.02 * torch.rand(
         2, queries, 4, generator=generator
     )
-    return logits, boxes, [SIZE, (80, 112)]
+    return logits, boxes, geometry_of([SIZE, (80, 112)])
 
 
 def test_detections_are_those_of_the_loop():
-    logits, boxes, sizes = outputs()
-    found = SoftNMSPostprocessor(max_detections=12, iou_threshold=0.6)(logits, boxes, sizes)
-    candidates = TopKPostprocessor(logits.shape[1])(logits, boxes, sizes)
+    logits, boxes, geometry = outputs()
+    found = SoftNMSPostprocessor(max_detections=12, iou_threshold=0.6)(logits, boxes, geometry)
+    candidates = TopKPostprocessor(logits.shape[1])(logits, boxes, geometry)
     for each, before in zip(found, candidates, strict=True):
         scores = naive_soft_nms(before.pred_boxes.tensor, before.scores, before.pred_classes, 0.6)
         best = scores.argsort(descending=True, stable=True)
@@ -117,17 +117,17 @@ def test_detections_are_those_of_the_loop():
 
 
 def test_low_scores_are_dropped_but_never_the_best():
-    logits, boxes, sizes = outputs()
-    for each in SoftNMSPostprocessor(min_score=0.3)(logits, boxes, sizes):
+    logits, boxes, geometry = outputs()
+    for each in SoftNMSPostprocessor(min_score=0.3)(logits, boxes, geometry):
         assert len(each) < 30 and each.scores.min() >= 0.3
-    kept = SoftNMSPostprocessor(min_score=0.3)(logits - 20.0, boxes, sizes)
-    candidates = TopKPostprocessor(1)(logits - 20.0, boxes, sizes)
+    kept = SoftNMSPostprocessor(min_score=0.3)(logits - 20.0, boxes, geometry)
+    candidates = TopKPostprocessor(1)(logits - 20.0, boxes, geometry)
     for each, best in zip(kept, candidates, strict=True):
         assert each.scores.tolist() == best.scores.tolist()
 
 
 def test_starts_from_as_many_pairs_as_queries():
-    logits, boxes, sizes = outputs()
+    logits, boxes, geometry = outputs()
     spread = boxes * torch.linspace(0.1, 1.0, 30)[:, None]  # nothing overlaps enough
     postprocessor = SoftNMSPostprocessor(max_detections=500, iou_threshold=0.99)
-    assert [len(each) for each in postprocessor(logits, spread, sizes)] == [30, 30]
+    assert [len(each) for each in postprocessor(logits, spread, geometry)] == [30, 30]

@@ -6,7 +6,7 @@ import torch
 from co_detr.modeling.queries import DenoisingQueries
 from co_detr.structures import GroundTruth
 from tests.golden import load_units
-from tests.modeling.builders import random_memory
+from tests.modeling.builders import factor_of, random_memory
 from tests.parity.oracle.training import flat_slots, recorded_noise
 
 
@@ -26,7 +26,7 @@ def make_step(num_gts):
     source = DenoisingQueries(num_classes=7, embed_dim=32)
     size = (96, 128)
     truth = [
-        GroundTruth(torch.zeros(n, dtype=torch.long), torch.full((n, 4), 0.5), size)
+        GroundTruth(torch.zeros(n, dtype=torch.long), torch.full((n, 4), 0.5), factor_of(size))
         for n in num_gts
     ]
     return source, random_memory(image_sizes=[size] * len(num_gts)), truth

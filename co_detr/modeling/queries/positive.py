@@ -11,7 +11,7 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
-from co_detr.modeling.geometry import encode_boxes, inverse_sigmoid, normalise_boxes
+from co_detr.modeling.geometry import Geometry, encode_boxes, inverse_sigmoid, normalise_boxes
 from co_detr.structures import AssignedTargets, Candidates, QueryGroup
 from co_detr.transfer import to_device
 
@@ -116,7 +116,7 @@ class PositiveQueries(nn.Module):
         self,
         name: str,
         candidates: Candidates,
-        image_sizes: list[tuple[int, int]],
+        geometry: Geometry,
         step_positives: list[int] | None = None,
     ) -> QueryGroup:
         """Makes the group.
@@ -124,20 +124,18 @@ class PositiveQueries(nn.Module):
         Args:
             name: name of the group.
             candidates: what the head assigned.
-            image_sizes: un-padded (height, width), the unit of normalised boxes.
+            geometry: sizes of the images, the unit of normalised boxes.
             step_positives: number of positives of each image in all micro-batches of the step;
                 None: the candidates' are taken for all.
         """
         chosen = self._choose(candidates.instances, step_positives)
-        group = self._group(name, candidates, chosen, image_sizes)
+        group = self._group(name, candidates, chosen, geometry)
         if step_positives is None:
             return group
         counted = sum(min(group.num_queries, number) for number in step_positives)
         return replace(group, num_positives=counted)
 
-    def of_detections(
-        self, name: str, candidates: Candidates, image_sizes: list[tuple[int, int]]
-    ) -> QueryGroup:
+    def of_detections(self, name: str, candidates: Candidates, geometry: Geometry) -> QueryGroup:
         """The group of all detections of the head, in their order, for inference.
 
         Each query sees itself only, whatever ``self_attention`` is: what becomes of a detection
@@ -150,7 +148,7 @@ class PositiveQueries(nn.Module):
         numbers = [len(each) for each in candidates.instances]
         device = self.position_proj.weight.device
         chosen = [_Slots(torch.arange(each, device=device), max(numbers)) for each in numbers]
-        group = self._group(name, candidates, chosen, image_sizes)
+        group = self._group(name, candidates, chosen, geometry)
         return replace(group, targets=None, num_blocks=group.num_queries)
 
     def _group(
@@ -158,20 +156,25 @@ class PositiveQueries(nn.Module):
         name: str,
         candidates: Candidates,
         chosen: list[_Slots],
-        image_sizes: list[tuple[int, int]],
+        geometry: Geometry,
     ) -> QueryGroup:
         dtype = self.position_proj.weight.dtype  # Detectron2's Boxes are always float32
-        boxes, labels, targets, features = [], [], [], []
-        for image, (slots, size) in enumerate(zip(chosen, image_sizes, strict=True)):
-            picked = candidates.instances[image][slots.indices]
-            boxes.append(slots.fill(normalise_boxes(picked.proposal_boxes.tensor.to(dtype), size)))
-            labels.append(slots.fill(picked.gt_classes, padding=self.num_classes))
-            targets.append(slots.fill(normalise_boxes(picked.gt_boxes.tensor.to(dtype), size)))
-            if self.with_features:
-                features.append(slots.fill(candidates.gather_features(image, slots.indices)))
+        picked = [
+            instances[slots.indices]
+            for instances, slots in zip(candidates.instances, chosen, strict=True)
+        ]
 
-        boxes = torch.stack(boxes)
-        valid = torch.stack([slots.fill(torch.ones_like(slots.indices)) for slots in chosen])
+        def filled(fields: list[Tensor], padding: float = 0) -> Tensor:
+            """One field of every image's candidates -> ``(B, Q, ...)``."""
+            rows = zip(chosen, fields, strict=True)
+            return torch.stack([slots.fill(field, padding) for slots, field in rows])
+
+        factors = geometry.factors[:, None]
+        boxes = filled([each.proposal_boxes.tensor.to(dtype) for each in picked])
+        targets = filled([each.gt_boxes.tensor.to(dtype) for each in picked])
+        boxes, targets = (normalise_boxes(each, factors) for each in (boxes, targets))
+        labels = filled([each.gt_classes for each in picked], padding=self.num_classes)
+        valid = filled([torch.ones_like(slots.indices) for slots in chosen])
         # Anchors may be larger than the image: attention uses them as they are, their code is
         # that of the box cut to (0, 1).
         code = encode_boxes(inverse_sigmoid(boxes).sigmoid(), self.embed_dim // 2)
@@ -180,7 +183,13 @@ class PositiveQueries(nn.Module):
             position, content = content.chunk(2, dim=-1)
             position = position + self.head_embedding
         if self.with_features:
-            content = content + self.feature_norm(self.feature_proj(torch.stack(features)))
+            features = filled(
+                [
+                    candidates.gather_features(image, slots.indices)
+                    for image, slots in enumerate(chosen)
+                ]
+            )
+            content = content + self.feature_norm(self.feature_proj(features))
         all_seen = self.padding == "unmasked" or all(
             len(slots.indices) == slots.num_slots for slots in chosen
         )
@@ -191,8 +200,8 @@ class PositiveQueries(nn.Module):
             reference=boxes,
             valid=None if all_seen else valid.bool(),
             targets=AssignedTargets(
-                labels=torch.stack(labels)[None],
-                boxes=torch.stack(targets)[None],
+                labels=labels[None],
+                boxes=targets[None],
                 weights=valid.to(boxes.dtype)[None],
             ),
             loss_weight=self.loss_weight,

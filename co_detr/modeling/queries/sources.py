@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
-from co_detr.modeling.geometry import cell_centres, encode_boxes
+from co_detr.modeling.geometry import encode_boxes
 from co_detr.modeling.transformer import BoxHead, class_head, perceptron
 from co_detr.structures import (
     EncoderMemory,
@@ -19,7 +19,6 @@ from co_detr.structures import (
     QueryGroup,
     StepCounts,
 )
-from co_detr.transfer import tensor_on
 
 
 class QuerySource(nn.Module):
@@ -407,14 +406,7 @@ def propose_grid(memory: EncoderMemory) -> tuple[Tensor, Tensor]:
     Returns:
         memory ``(B, S, C)`` and box logits ``(B, S, 4)``, cxcywh.
     """
-    grids = []
-    ratios = memory.valid_ratios
-    cells = [(width, height) for height, width in memory.level_shapes]
-    extents = ratios * tensor_on(cells, ratios.dtype, ratios.device)  # (B, L, 2) un-padded cells
-    for level, (height, width) in enumerate(memory.level_shapes):
-        centre = cell_centres(height, width, ratios) / extents[:, level, None]
-        grids.append(torch.cat([centre, torch.full_like(centre, 0.05 * 2**level)], dim=-1))
-    grid = torch.cat(grids, dim=1)
+    grid = memory.levels.grid_priors()
     usable = ((grid > 0.01) & (grid < 0.99)).all(-1, keepdim=True)
     usable &= ~memory.padding_mask[..., None]
     logits = torch.log(grid / (1 - grid)).masked_fill(~usable, float("inf"))

@@ -215,7 +215,7 @@ def head_losses(
     """
     # So that the memory has a gradient even where the whole model is frozen.
     images.tensor.requires_grad_()
-    output = model.training_step(images, [truth])
+    output = model.forward_training(images, [truth])
     losses = {DECODER: _matching_loss(model, output)}
     for name, head in output.auxiliary.items():
         losses[name] = sum(head.losses.values())
@@ -227,7 +227,7 @@ def _matching_loss(model: CoDETR, output: TrainingOutput) -> Tensor:
     index = [group.name for group in output.groups].index(model.inference_source.name)
     predictions, targets = output.predictions[index], output.targets[index]
     counts = model.criterion.count_positives(targets)
-    terms = model.criterion(predictions, targets, output.memory.image_sizes, counts)
+    terms = model.criterion(predictions, targets, output.memory.geometry, counts)
     return sum(term.sum() for term in terms.values())
 
 

@@ -65,18 +65,18 @@ def match_queries(model: CoDETR, memory: EncoderMemory, truth: Instances) -> Que
     """
     group = model.inference_source(memory)
     predictions = model.decoder(QuerySet.concat([group]), memory)
-    size = tuple(memory.image_sizes[0])
-    normalised = normalised_truth(truth, size, predictions.boxes)
-    cost = model.assigner.cost(predictions, 0, GroundTruth(truth.gt_classes, normalised, size))
+    factor = memory.geometry.factors[0]
+    normalised = normalised_truth(truth, factor, predictions.boxes)
+    cost = model.assigner.cost(predictions, 0, GroundTruth(truth.gt_classes, normalised, factor))
     # As in the assigner: a diverged model has NaN costs, and any assignment will do.
     host = np.nan_to_num(cost[-1:].cpu().numpy(), nan=1e5, posinf=1e5, neginf=-1e5)
     tokens = None if group.tokens is None else group.tokens[0].cpu().numpy()
     return QueryMatching(solve_assignment(host)[0], tokens)
 
 
-def normalised_truth(truth: Instances, size: tuple[int, int], like: Tensor) -> Tensor:
+def normalised_truth(truth: Instances, factor: Tensor, like: Tensor) -> Tensor:
     """Normalised boxes ``(G, 4)`` of a ground truth, in the type of `like`."""
-    return normalise_boxes(truth.gt_boxes.tensor.to(like.dtype), size)
+    return normalise_boxes(truth.gt_boxes.tensor.to(like.dtype), factor)
 
 
 @dataclass(frozen=True)

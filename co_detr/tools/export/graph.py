@@ -21,7 +21,7 @@ from co_detr.data.loader import ResizeShortestEdge
 from co_detr.errors import ConfigError, ExportError
 from co_detr.layers.deformable_attention import KERNEL_DEVICES, standard_operators
 from co_detr.modeling import CoDETR
-from co_detr.modeling.geometry import cxcywh_to_xyxy, outside
+from co_detr.modeling.geometry import Geometry, ImageBatch, cxcywh_to_xyxy
 from co_detr.modeling.postprocess import SoftNMSPostprocessor, choose_pairs
 
 INPUTS = ("images", "sizes")
@@ -98,20 +98,20 @@ class DetectionGraph(nn.Module):
             boxes, scores and labels as in `Detections`.
         """
         model = self.model
-        mask = outside(sizes, images.shape)
+        padded = tuple(images.shape[2:])
+        geometry = Geometry([padded], sizes, padded)
         pixels = images.to(model.pixel_mean.dtype)
         if self.reverse_colours:
             pixels = pixels.flip(1)
         mean, std = model.pixel_mean, model.pixel_std
-        pixels = torch.where(mask[:, None], model.padding.fill(mean, std), (pixels - mean) / std)
+        padding = geometry.padding_mask[:, None]
+        pixels = torch.where(padding, model.padding.fill(mean, std), (pixels - mean) / std)
         if not model.padding.masked:
-            mask = torch.zeros_like(mask)
-            sizes = torch.zeros_like(sizes) + torch.tensor(
-                [images.shape[2], images.shape[3]], device=sizes.device
-            )
-        logits, boxes = model.decode(model.encode_pixels(pixels, mask, [tuple(images.shape[2:])]))
+            sizes = torch.zeros_like(sizes) + torch.tensor(padded, device=sizes.device)
+            geometry = Geometry([padded], sizes, padded)
+        logits, boxes = model.decode(model.encode(ImageBatch(pixels, geometry)))
         pairs = choose_pairs(logits, boxes, self.number)
-        extent = sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)  # (B, 1, 4) = w, h, w, h
+        extent = geometry.factors[:, None]
         absolute = (cxcywh_to_xyxy(pairs.boxes) * extent).clamp(min=0)
         return torch.minimum(absolute, extent), pairs.scores, pairs.labels
 

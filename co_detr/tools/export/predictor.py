@@ -22,7 +22,7 @@ from co_detr.data.images import MAX_PIXELS, ImageReader, ImageSource
 from co_detr.data.loader import in_format
 from co_detr.errors import ConfigError, ExportError
 from co_detr.modeling import CoDETR
-from co_detr.modeling.geometry import cxcywh_to_xyxy, size_factor
+from co_detr.modeling.geometry import cxcywh_to_xyxy
 from co_detr.modeling.postprocess import SoftNMSPostprocessor, choose_pairs
 from co_detr.tools.export.exporting import OnnxModel, TorchModel
 from co_detr.tools.export.graph import Description, Detections, num_pairs
@@ -208,9 +208,10 @@ def _detect(
     batch = model.preprocess([{"image": image}])
     height, width = batch.tensor.shape[-2:]
     tensor = F.pad(batch.tensor, (0, padded[1] - width, 0, padded[0] - height))
-    logits, boxes, sizes = model.predict(ImageList(tensor, batch.image_sizes))
+    memory = model.encode(ImageList(tensor, batch.image_sizes))
+    logits, boxes = model.decode(memory)
     pairs = choose_pairs(logits, boxes, num_pairs(model))
-    factor = size_factor(sizes[0], boxes)
+    factor = memory.geometry.factors[0]
     absolute = torch.minimum((cxcywh_to_xyxy(pairs.boxes) * factor).clamp(min=0), factor)
     return Detections(absolute, pairs.scores, pairs.labels)
 

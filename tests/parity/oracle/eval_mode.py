@@ -12,7 +12,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
 
 from co_detr.modeling import CoDETR
-from co_detr.modeling.geometry import inverse_sigmoid, padding_mask, reference_points
+from co_detr.modeling.geometry import inverse_sigmoid
 from co_detr.modeling.postprocess import TopKPostprocessor
 from co_detr.modeling.queries.sources import propose_grid
 from co_detr.structures import EncoderMemory, QueryGroup, QuerySet
@@ -55,7 +55,7 @@ def _check_features(report: Report, case: Case, model: CoDETR, images: ImageList
 
 
 def _check_memory(report: Report, model: CoDETR, memory: EncoderMemory, images: ImageList) -> None:
-    mask = padding_mask(images.image_sizes, images.tensor.shape, images.tensor.device)
+    mask = memory.geometry.padding_mask
     masks = [F.interpolate(mask[:, None].float(), size=s)[:, 0].bool() for s in memory.level_shapes]
     flat = memory.padding_mask.split([height * width for height, width in memory.level_shapes], 1)
     levels = zip(flat, memory.level_shapes, strict=True)
@@ -63,7 +63,7 @@ def _check_memory(report: Report, model: CoDETR, memory: EncoderMemory, images: 
     encodings = [model.encoder.position_encoding(each) for each in masks]
     report.close("eval.pos_encodings", encodings, tol.GEOMETRY)
     report.close("eval.valid_ratios", memory.valid_ratios, tol.GEOMETRY)
-    grid = reference_points(memory.level_shapes, memory.valid_ratios)
+    grid = memory.levels.reference_points()
     report.close("eval.enc_reference_points", grid, tol.GEOMETRY)
     report.close("eval.encoder_levels", list(model.auxiliary.pyramid(memory).values()), tol.MAP)
 
@@ -135,7 +135,8 @@ def _check_ranking(
 
 def _check_detections(report: Report, case: Case, model: CoDETR, images: ImageList) -> None:
     """Of the model as it is, and of Co-DINO also without soft-NMS."""
-    predictions = model.predict(images)
+    memory = model.encode(images)
+    predictions = (*model.decode(memory), memory.geometry)
     found = model.postprocessor(*predictions)
     if case.is_dino:
         _compare_both_sizes(report, case, "eval.det_soft_nms", found)

@@ -136,7 +136,7 @@ def run_training(case: Case, model: CoDETR, entries: dict) -> TrainingRun:
             name: stack.enter_context(_kept_slots(source))
             for name, source in model.auxiliary.positive_queries.items()
         }
-        output = model.training_step(images, truth)
+        output = model.forward_training(images, truth)
         sum(output.losses.values()).backward()
     recorder.remove()
     kept = recorder.kept

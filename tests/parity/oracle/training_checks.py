@@ -83,7 +83,8 @@ def _check_matching(
         row = torch.where(is_matched, indices - 1, len(truth))
         classes = truth.gt_classes * 0 if binary else truth.gt_classes
         labels = torch.cat([classes, torch.tensor([run.case.num_classes])])[row]
-        boxes = normalise_boxes(truth.gt_boxes.tensor, truth.image_size)
+        factor = run.output.memory.geometry.factors[image]
+        boxes = normalise_boxes(truth.gt_boxes.tensor, factor)
         boxes = torch.cat([boxes, boxes.new_zeros(1, 4)])[row]
         other = (boxes != targets.boxes[layer, image]).any(-1) & is_matched
         wrong = int(((labels != targets.labels[layer, image]) | other).sum())

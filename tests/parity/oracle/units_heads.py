@@ -14,7 +14,7 @@ from detectron2.structures.boxes import matched_pairwise_iou
 from co_detr.modeling.auxiliary import ATSSAssigner, ATSSHead
 from co_detr.modeling.auxiliary.dense_head import InsideCells
 from co_detr.modeling.auxiliary.dense_losses import centreness_target, decode_deltas
-from co_detr.modeling.geometry import generalised_iou, normalise_boxes, xyxy_to_cxcywh
+from co_detr.modeling.geometry import Geometry, generalised_iou, normalise_boxes, xyxy_to_cxcywh
 from co_detr.modeling.losses import (
     FocalLoss,
     HungarianAssigner,
@@ -41,9 +41,8 @@ def linear_sum_assignment(unit: Unit) -> None:
 def hungarian_assigner(unit: Unit) -> None:
     """Cost terms one by one, then the assignment as targets."""
     logits, size = unit["cls_logits"], tuple(unit["image_hw"])
-    truth = GroundTruth(
-        unit["gt_labels"], normalise_boxes(unit["gt_boxes_xyxy"], size), image_size=size
-    )
+    (factor,) = Geometry.of([size], size, logits.device).factors
+    truth = GroundTruth(unit["gt_labels"], normalise_boxes(unit["gt_boxes_xyxy"], factor), factor)
     predictions = Predictions(logits[None, None], unit["boxes_cxcywh_norm"][None, None])
     assigner, off = HungarianAssigner(), dict(class_weight=0.0, bbox_weight=0.0, giou_weight=0.0)
     for key, weight in (
@@ -194,7 +193,9 @@ def _criterion_loss(
     num_classes = predictions.logits.shape[-1]
     criterion = SetCriterion(num_classes=num_classes, classification=FocalLoss(), **weight)
     count = torch.tensor([unit["avg_factor"]])
-    return criterion(predictions, targets, [(1, 1)], count)[name][0]
+    return criterion(predictions, targets, Geometry.of([(1, 1)], (1, 1), count.device), count)[
+        name
+    ][0]
 
 
 def delta_coder(unit: Unit) -> None:

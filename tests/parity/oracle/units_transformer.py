@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
@@ -13,12 +15,12 @@ from co_detr.layers import (
 )
 from co_detr.modeling import QualityFocalLoss, ReferencePosition, SetCriterion, SoftNMSPostprocessor
 from co_detr.modeling.geometry import (
+    Geometry,
+    Levels,
     SinePosition,
     encode_boxes,
     inverse_sigmoid,
     normalise_boxes,
-    padding_mask,
-    reference_points,
     valid_ratio,
 )
 from co_detr.modeling.queries import DenoisingQueries
@@ -112,12 +114,9 @@ def mask_resize(unit: Unit) -> None:
     encoder = DeformableEncoder(
         position_encoding=SinePosition(4), num_layers=0, embed_dim=4, num_levels=len(shapes)
     )
-    mask = padding_mask(sizes, torch.Size((batch, 3, height, width)), torch.device("cpu"))
-    memory = encoder([torch.zeros(batch, 4, *shape) for shape in shapes], mask, sizes)
-    levels = memory.padding_mask.split([h * w for h, w in shapes], dim=1)
-    unit.exact(
-        "masks", [level.unflatten(1, shape) for level, shape in zip(levels, shapes, strict=True)]
-    )
+    geometry = Geometry.of(sizes, (height, width), torch.device("cpu"))
+    memory = encoder([torch.zeros(batch, 4, *shape) for shape in shapes], geometry)
+    unit.exact("masks", memory.levels.masks())
 
 
 def valid_ratios_wh(unit: Unit) -> None:
@@ -127,7 +126,8 @@ def valid_ratios_wh(unit: Unit) -> None:
 
 def get_reference_points(unit: Unit) -> None:
     shapes = level_shapes(unit["spatial_shapes_hw"])
-    unit.close("reference_points", reference_points(shapes, unit["valid_ratios"]))
+    levels = _levels(shapes, torch.zeros(0), unit["valid_ratios"])
+    unit.close("reference_points", levels.reference_points())
 
 
 def gen_encoder_output_proposals(unit: Unit) -> None:
@@ -136,9 +136,7 @@ def gen_encoder_output_proposals(unit: Unit) -> None:
     shapes = level_shapes(unit["spatial_shapes_hw"])
     levels = zip(mask.split([h * w for h, w in shapes], dim=1), shapes, strict=True)
     ratios = [valid_ratio(level.unflatten(1, shape), tokens.dtype) for level, shape in levels]
-    memory = EncoderMemory(
-        tokens, mask, shapes, torch.stack(ratios, dim=1), image_sizes=[(0, 0)] * len(tokens)
-    )
+    memory = EncoderMemory(tokens, _levels(shapes, mask, torch.stack(ratios, dim=1)))
     source = TwoStageQueries(num_queries=1, num_classes=1, embed_dim=tokens.shape[-1])
     for module, prefix in (
         (source.memory_proj, "enc_output"),
@@ -191,7 +189,7 @@ def quality_focal_loss(unit: Unit) -> None:
     losses = criterion(
         Predictions(logits[None, None], part[None, None]),
         AssignedTargets(labels[None, None], whole[None, None], unit["weight"].double()[None, None]),
-        [(1, 1)],
+        Geometry.of([(1, 1)], (1, 1), logits.device),
         torch.tensor([unit["avg_factor"]]),
     )
     loss = losses["loss_cls"][0]
@@ -233,13 +231,9 @@ def decoder(unit: Unit) -> None:
     """The first layers of a case's decoder for one image, from its recorded encoder output."""
     weights = unit["state_dict"]
     model = build_decoder(weights, unit["num_classes"], len(unit.expected("cls_logits")))
-    memory = EncoderMemory(
-        tokens=unit["memory"],
-        padding_mask=unit["padding_mask"],
-        level_shapes=level_shapes(unit["spatial_shapes_hw"]),
-        valid_ratios=unit["valid_ratios"],
-        image_sizes=level_shapes(unit["image_sizes_hw"]),
-    )
+    shapes, sizes = (level_shapes(unit[key]) for key in ("spatial_shapes_hw", "image_sizes_hw"))
+    levels = _levels(shapes, unit["padding_mask"], unit["valid_ratios"], sizes)
+    memory = EncoderMemory(unit["memory"], levels)
     unit.report.dropped += tuple(f"{unit.name}.{entry}" for entry in unit["dropped"])
     with torch.no_grad():
         check_decoder(unit.report, unit.name, model, memory)
@@ -256,9 +250,12 @@ def denoising_queries(unit: Unit) -> None:
         box_noise=unit["box_noise"],
     )
     source.load_state_dict({"label_embedding.weight": weights})
+    factors = Geometry.of(sizes, (1, 1), weights.device).factors
     truth = [
-        GroundTruth(labels, normalise_boxes(boxes, size), size)
-        for labels, boxes, size in zip(unit["gt_labels"], unit["gt_boxes_xyxy"], sizes, strict=True)
+        GroundTruth(labels, normalise_boxes(boxes, factor), factor)
+        for labels, boxes, factor in zip(
+            unit["gt_labels"], unit["gt_boxes_xyxy"], factors, strict=True
+        )
     ]
     num_gts = [len(each.labels) for each in truth]
     embedded: list[Tensor] = []
@@ -274,13 +271,19 @@ def denoising_queries(unit: Unit) -> None:
 
 
 def _empty_memory(batch: int, channels: int) -> EncoderMemory:
-    return EncoderMemory(
-        tokens=torch.zeros(batch, 0, channels),
-        padding_mask=torch.zeros(batch, 0, dtype=torch.bool),
-        level_shapes=[],
-        valid_ratios=torch.ones(batch, 0, 2),
-        image_sizes=[(1, 1)] * batch,
-    )
+    levels = _levels([], torch.zeros(batch, 0, dtype=torch.bool), torch.ones(batch, 0, 2))
+    return EncoderMemory(torch.zeros(batch, 0, channels), levels)
+
+
+def _levels(
+    shapes: list[tuple[int, int]],
+    mask: Tensor,
+    ratios: Tensor,
+    image_sizes: Sequence[tuple[int, int]] = (),
+) -> Levels:
+    """Recorded ones; of images of one pixel, where nothing reads their sizes."""
+    sizes = image_sizes or [(1, 1)] * len(ratios)
+    return Levels(Geometry.of(sizes, (1, 1), ratios.device), shapes, mask, ratios)
 
 
 def _matched_queries(batch: int, number: int, channels: int) -> QueryGroup:
