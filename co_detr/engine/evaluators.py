@@ -41,6 +41,7 @@ CLASS_FILE = "per_class_ap.csv"
 _CLASS_COLUMNS = ("class", "AP", "AP50", "ground_truths")
 _SIZES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _FREQUENCIES = {"APr": "r", "APc": "c", "APf": "f"}  # LVIS: rare, common, frequent
+MOST_PAIRS = 1_000_000  # of an image and a class, evaluated at a time: about 1 GiB
 _OF_IMAGES = ("neg_category_ids", "not_exhaustive_category_ids")  # LVIS: categories of an image
 
 
@@ -87,18 +88,19 @@ class CocoBoxEvaluator(BoxEvaluator):
 
     def _accumulated(self, found: COCO) -> Any:
         limit = self.max_detections
+        if limit != COCO_LIMIT:
+            logger.info("Up to %d detections of each class count in an image.", limit)
+        # In rising order, as the last one is the limit of AP.
+        limits = [min(1, limit), min(10, limit), limit]
         if COCOeval_faster is not None:
-            evaluation = COCOeval_faster(self.numbered.coco, found, "bbox", print_function=print)
+            evaluation = evaluated(self.numbered, found, limits)
         else:
             logger.info("pycocotools evaluates; pip install faster-coco-eval takes less time.")
             # Its own summary knows COCO's limit only.
             evaluation = COCOevalMaxDets(self.numbered.coco, found, "bbox")
-        if limit != COCO_LIMIT:
-            logger.info("Up to %d detections of each class count in an image.", limit)
-        # In rising order, as the last one is the limit of AP.
-        evaluation.params.maxDets = [min(1, limit), min(10, limit), limit]
-        evaluation.evaluate()
-        evaluation.accumulate()
+            evaluation.params.maxDets = limits
+            evaluation.evaluate()
+            evaluation.accumulate()
         evaluation.summarize()
         return evaluation
 
@@ -136,12 +138,7 @@ class LvisBoxEvaluator(BoxEvaluator):
         logger.info("Up to %d detections count in an image.", self.max_detections)
         numbered = NumberedDataset(self.dataset)
         found = numbered.load(best_of_each_image(detections, self.max_detections))
-        evaluation = COCOeval_faster(
-            numbered.coco, found, "bbox", print_function=print, lvis_style=True
-        )
-        evaluation.params.maxDets = [self.max_detections]
-        evaluation.evaluate()
-        evaluation.accumulate()
+        evaluation = evaluated(numbered, found, [self.max_detections], lvis_style=True)
         evaluation.summarize()
         metrics = {
             name: _percent(value) for name, value in zip(_SIZES, evaluation.stats, strict=False)
@@ -201,6 +198,38 @@ class NumberedDataset:
             if key in entry
         }
         return entry | {"id": self.images[entry["id"]]} | lists
+
+
+def evaluated(
+    numbered: NumberedDataset, found: COCO, limits: list[int], lvis_style: bool = False
+) -> Any:
+    """An accumulated `COCOeval_faster`, ready for its summary.
+
+    Classes do not depend on each other: some are evaluated at a time, as the memory grows with the
+    number of images times that of classes.
+    """
+
+    def of(categories: list[int], **settings: Any) -> Any:
+        evaluation = COCOeval_faster(numbered.coco, found, "bbox", **settings)
+        evaluation.params.catIds = categories
+        evaluation.params.maxDets = limits
+        return evaluation
+
+    categories = sorted(numbered.categories.values())
+    at_a_time = max(1, MOST_PAIRS // max(1, len(numbered.images)))
+    parts = []
+    for start in range(0, max(1, len(categories)), at_a_time):
+        part = of(categories[start : start + at_a_time], lvis_style=lvis_style)
+        part.evaluate()
+        part.accumulate()
+        parts.append(part.eval)
+    whole = of(categories, print_function=print)
+    whole.eval = {
+        # (thresholds, recalls, classes, sizes, limits); recall has no second axis
+        name: np.concatenate([part[name] for part in parts], axis)
+        for name, axis in (("precision", 2), ("recall", 1))
+    }
+    return whole
 
 
 def best_of_each_image(detections: Iterable[Entry], number: int) -> list[Entry]:

@@ -160,3 +160,17 @@ def test_the_best_detections_of_each_image():
     ]
     assert [each["place"] for each in best_of_each_image(detections, 2)] == [2, 0, 4, 1]
     assert len(best_of_each_image(detections, 3)) == 5
+
+
+@pytest.mark.parametrize("pairs", [1, 150])
+def test_classes_are_evaluated_some_at_a_time(tmp_path, monkeypatch, pairs):
+    pytest.importorskip("faster_coco_eval")
+    truth = made_up_truth(images=50, classes=7)
+    detections = made_up_detections(truth, per_image=40)
+    file = write(truth, tmp_path)
+    whole = evaluator_of(file, truth).judge(detections)
+    monkeypatch.setattr(evaluators, "MOST_PAIRS", pairs)
+    assert_same(evaluator_of(file, truth).judge(detections), whole)
+    evaluator = LvisBoxEvaluator(write(lvis_truth(), tmp_path))
+    detections = made_up_detections(lvis_truth(), per_image=60)
+    assert_same(evaluator.judge(detections), LVIS_NUMBERS[300])
