@@ -81,8 +81,8 @@ MUTATIONS = (
     _mutation(
         "limit-of-the-coco-api",
         "engine/evaluators.py",
-        "evaluation.params.maxDets = [min(1, limit), min(10, limit), limit]",
-        "evaluation.params.maxDets = [1, 10, 100]",
+        "limits = [min(1, limit), min(10, limit), limit]",
+        "limits = [1, 10, 100]",
         "engine/test_evaluation",
     ),
     _mutation(
