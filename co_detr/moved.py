@@ -6,6 +6,12 @@ a class or a function that a config may name moves, its old name goes into this 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from co_detr.errors import ConfigError
+
 # Old dotted name of a module, class or function -> the new one. What lies below moves with it.
 MOVED: dict[str, str] = {
     "co_detr.data.augmentation": "co_detr.data.loader",
@@ -45,6 +51,28 @@ MOVED: dict[str, str] = {
     "co_detr.modeling.single_scale.decoder": "co_detr.modeling.single_scale",
     "co_detr.modeling.single_scale.encoder": "co_detr.modeling.single_scale",
 }
+
+
+# In version 0.1 model.queries was a list. A source had a name of its own, or that of its kind.
+_KIND_OF_NAMES = {"DenoisingQueries": "denoising"}
+
+
+def named_sources(sources: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The list of query sources in a config of version 0.1 as the group by names that it is now."""
+    names = []
+    for source in sources:
+        target = source["_target_"]
+        kind = target if isinstance(target, str) else target.__name__
+        names.append(source.get("name", _KIND_OF_NAMES.get(kind.rpartition(".")[2], "matching")))
+    if len(set(names)) < len(names):
+        raise ConfigError(f"model.queries has two sources of one name ({', '.join(names)}).")
+    named: dict[str, Any] = {}
+    for name, source in zip(names, sources, strict=True):
+        named[name] = {key: value for key, value in source.items() if key != "name"}
+        # As ${..0.name}, a source referred to the name of another.
+        if reference := re.fullmatch(r"\$\{\.\.(\d+)\.name\}", str(source.get("sees"))):
+            named[name]["sees"] = names[int(reference[1])]
+    return {**named, "_target_": "co_detr.modeling.queries.QuerySources"} if named else None
 
 
 def present_name(name: str) -> str:

@@ -14,7 +14,7 @@ model.pixel_mean = pixel_mean
 model.pixel_std = pixel_std
 model.encoder.update(embed_dim=128, num_layers=3, feedforward_dim=512, strides=[8, 16, 32, 64])
 model.decoder.num_layers = 3
-model.queries[0].num_queries = 100
+model.queries.matching.num_queries = 100
 model.compare_detectors = True  # every evaluation reports all detectors of the model
 model.auxiliary.positive_queries.max_queries = 100
 model.auxiliary.roi.rpn.pre_nms_topk = (1000, 500)

@@ -9,7 +9,7 @@ from .common.high_resolution import use_high_resolution
 from .common.schedule import set_epochs
 
 model.backbone.bottom_up.update(size_divisibility=32, activation_checkpointing=True)
-model.queries[1].update(num_queries=500, box_noise=0.4)
+model.queries.denoising.update(num_queries=500, box_noise=0.4)
 use_high_resolution(dataloader, max_size=2048)
 optimizer.lr = 1e-4
 set_epochs(train, lr_multiplier, epochs=16, drops=[8])

@@ -7,7 +7,7 @@ whose class heads have 365 classes and so are initialised anew.
 from .co_dino_swin_l_lsj_lvis_36ep import data, dataloader, lr_multiplier, model, optimizer, train
 from .common.schedule import LVIS, set_epochs
 
-model.queries[1].update(num_queries=500, box_noise=0.4)
+model.queries.denoising.update(num_queries=500, box_noise=0.4)
 model.postprocessor.max_detections = 1000
 model.padding.square_size = 1536
 optimizer.lr = 1e-4

@@ -16,8 +16,8 @@ from .models.backbones import mapped_vit_l
 
 model.backbone = mapped_vit_l
 model.encoder.activation_checkpointing = True
-model.queries[0].num_queries = 1500
-model.queries[1].update(num_queries=300, box_noise=0.4)
+model.queries.matching.num_queries = 1500
+model.queries.denoising.update(num_queries=300, box_noise=0.4)
 model.postprocessor.max_detections = 1000
 roi_heads = model.auxiliary.roi.roi_heads
 roi_heads.box_head.update(conv_dims=[256] * 4, conv_norm="GN", fc_dims=[1024])

@@ -14,7 +14,7 @@ from .models.backbones import mapped_vit_l_lsj
 model.num_classes = NUM_CLASSES
 model.backbone = mapped_vit_l_lsj
 model.encoder.activation_checkpointing = True
-model.queries[1].update(num_queries=300, box_noise=0.4)
+model.queries.denoising.update(num_queries=300, box_noise=0.4)
 model.postprocessor.max_detections = 1000
 use_lsj(model, dataloader, size=1536)
 model.backbone.bottom_up.square_size = "${...padding.square_size}"

@@ -8,6 +8,6 @@ model.auxiliary = auxiliary
 model.num_classes = 10
 model.compare_detectors = True
 make_small(model)
-model.queries[1].num_queries = 30
+model.queries.denoising.num_queries = 30
 model.postprocessor.max_detections = 100
 train.output_dir = "output/quickstart_co_dino"

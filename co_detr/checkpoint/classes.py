@@ -45,8 +45,8 @@ class _ClassTensor:
 
 _CLASS_TENSORS = (
     _ClassTensor(re.compile(r"decoder\.class_heads\.\d+\.(weight|bias)")),
-    _ClassTensor(re.compile(r"queries\.\d+\.class_head\.(weight|bias)")),
-    _ClassTensor(re.compile(r"queries\.\d+\.label_embedding\.weight")),
+    _ClassTensor(re.compile(r"queries\.\w+\.class_head\.(weight|bias)")),
+    _ClassTensor(re.compile(r"queries\.\w+\.label_embedding\.weight")),
     _ClassTensor(re.compile(r"auxiliary\.heads\.\w+\.class_logits\.(weight|bias)")),
     _ClassTensor(
         re.compile(r"auxiliary\.heads\.\w+\.network\.cls_score\.(weight|bias)"), repeated=True

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from co_detr.checkpoint.classes import ClassMap, match_stored_classes, remap_classes
 from co_detr.checkpoint.official import convert_official, is_official, rename_official
-from co_detr.checkpoint.reading import plain_state, shorten
+from co_detr.checkpoint.reading import plain_state, shorten, with_query_names
 from co_detr.errors import CheckpointError
 from co_detr.modeling import CoDETR
 from co_detr.modeling.queries.sources import training_module_names
@@ -61,7 +61,7 @@ def load_weights(
     Raises:
         CheckpointError: if the file holds no weights, or they do not fit.
     """
-    state = plain_state(content, path)
+    state = with_query_names(plain_state(content, path), model)
     report = LoadReport(os.path.basename(path), len(model.state_dict()))
     unknown: list[str] = []
     backbone_alone = False
@@ -185,17 +185,14 @@ def _without_training_parts(state: Mapping[str, Tensor], model: nn.Module) -> di
     Only auxiliary heads, query sources of training, and what a source of inference has for training
     are left out: anything else that does not fit has to be seen.
     """
-    source = f"queries.{getattr(model, 'inference_place', 0)}."
-    if not any(key.startswith(source) for key in state):
-        source = "queries.0."  # of a stripped model
-    dropped = tuple(f"{source}{name}." for name in training_module_names())
-    kept = {}
-    for key, value in state.items():
-        if key.startswith(source) and not key.startswith(dropped):
-            kept["queries.0." + key.removeprefix(source)] = value
-        elif not key.startswith(("auxiliary.", "queries.")):
-            kept[key] = value
-    return kept
+    source = f"queries.{model.queries.inference}." if isinstance(model, CoDETR) else "queries."
+    dropped = ("auxiliary.", *(f"{source}{name}." for name in training_module_names()))
+    return {
+        key: value
+        for key, value in state.items()
+        if not key.startswith(dropped)
+        and (key.startswith(source) or not key.startswith("queries."))
+    }
 
 
 def _is_backbone(state: dict[str, Any], model: nn.Module) -> bool:

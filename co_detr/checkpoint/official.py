@@ -21,7 +21,7 @@ from co_detr.checkpoint.official_table import (
     TableRow,
     table,
 )
-from co_detr.checkpoint.reading import plain_state, shorten, unwrap
+from co_detr.checkpoint.reading import plain_state, shorten, unwrap, with_query_names
 from co_detr.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def restore_official(state: Mapping[str, Tensor], model: CoDETR) -> Conversion:
     Raises:
         CheckpointError: naming missing, unknown and differently shaped tensors of ``state``.
     """
+    state = with_query_names(state, model)
     rows = table(model)
     conversion = Conversion({})
     splits = {name: row for row in rows if isinstance(row, SplitRow) for name in row.ours}

@@ -149,8 +149,8 @@ def table(model: CoDETR) -> list[TableRow]:
     """
     keys = model.state_dict().keys()
     is_dino = "decoder.output_norm.weight" in keys
-    matched = f"queries.{list(model.queries).index(model.inference_source)}"
-    labels = [key for key in keys if re.fullmatch(r"queries\.\d+\.label_embedding\.weight", key)]
+    matched = f"queries.{model.queries.inference}"
+    labels = [key for key in keys if re.fullmatch(r"queries\.\w+\.label_embedding\.weight", key)]
     return [
         DroppedRow("ema_{rest}", EMA_COPIES),
         *(transformer_backbone_rows(model.backbone) or _resnet_rows()),

@@ -18,7 +18,7 @@ from typing import IO, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from co_detr.errors import CheckpointError, ConfigError
 
@@ -286,3 +286,29 @@ def _pycls_form(content: Mapping[str, Any], path: str) -> dict[str, Any]:
             "it is another program's."
         )
     return {"model": content["model_state"], "__author__": "pycls", "matching_heuristics": True}
+
+
+_NUMBERED_SOURCE = re.compile(r"(module\.)?queries\.(\d+)\.(.+)")
+
+
+def with_query_names(state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Tensors of a file of version 0.1, which numbers query sources, by the names of the model's.
+
+    The numbers are places in the order of the config. A stripped file has one source only, the one
+    of inference, as number 0.
+
+    Args:
+        state: by name; names of averaged weights may begin with ``module.``.
+    """
+    found = {key: match for key in state if (match := _NUMBERED_SOURCE.fullmatch(key))}
+    names = getattr(model, "query_names", [])
+    if found and names:
+        places = {int(match[2]) for match in found.values()}
+        if names.index(model.queries.inference) not in places:
+            names = [model.queries.inference]
+    present = {
+        key: f"{match[1] or ''}queries.{names[int(match[2])]}.{match[3]}"
+        for key, match in found.items()
+        if int(match[2]) < len(names)
+    }
+    return {present.get(key, key): value for key, value in state.items()}

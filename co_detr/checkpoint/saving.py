@@ -30,6 +30,7 @@ from co_detr.checkpoint.reading import (
     choose_weights,
     read_checkpoint,
     stored_class_names,
+    with_query_names,
 )
 from co_detr.engine.launch import raise_jointly
 from co_detr.errors import CheckpointError, ConfigError
@@ -203,7 +204,10 @@ class Checkpointer:
         for key in self.checkpointables if checkpointables is None else checkpointables:
             if key in content:
                 logger.info("Loading %s from %s", key, path)
-                self.checkpointables[key].load_state_dict(content.pop(key))
+                saved = content.pop(key)
+                if key == AVERAGED:
+                    saved = with_query_names(saved, self.model)
+                self.checkpointables[key].load_state_dict(saved)
         content.pop("model", None)
         return content | {"class_names": stored_class_names(content)}
 

@@ -23,13 +23,13 @@ import torch
 import yaml
 from detectron2.config import LazyConfig
 from detectron2.utils.registry import _convert_target_to_string, locate
-from omegaconf import DictConfig, OmegaConf, SCMode
+from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
 from co_detr.engine.overrides import apply_overrides
 from co_detr.errors import ConfigError, first_line
 from co_detr.files import written_whole
-from co_detr.moved import present_name
+from co_detr.moved import named_sources, present_name
 
 _PATHS = ("train", "train_images", "val", "val_images")
 NODES = ("model", "optimizer", "lr_multiplier", "dataloader", "train", "data")
@@ -89,6 +89,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     # Parts that the file imported to build its nodes from: an override of those does nothing.
     for part in set(cfg) - set(NODES):
         del cfg[part]
+    if isinstance(cfg.model.get("queries"), ListConfig):
+        sources = OmegaConf.to_container(cfg.model.queries, resolve=False)
+        cfg.model.queries = named_sources(sources)
     apply_overrides(cfg, overrides)
     _check_texts(cfg)
     _check_train_node(cfg.train)
@@ -184,7 +187,7 @@ def read_yaml_config(path: str) -> DictConfig:
     """
     content = read_yaml(path)
     try:
-        content = with_present_targets(content)
+        content = in_present_terms(content)
         found = list(leaves(content))
     except RecursionError as error:
         raise _refused(path, "a part of it contains itself") from error
@@ -264,17 +267,26 @@ def _with_target_names(node: Any) -> Any:
     return node
 
 
-def with_present_targets(node: Any) -> Any:
-    """What a YAML file holds, with the names that its `_target_`s have now."""
+def in_present_terms(content: dict[str, Any]) -> dict[str, Any]:
+    """What a YAML file of this or an earlier version holds, as this one writes it."""
+    content = _with_present_targets(content)
+    model = content.get("model")
+    if isinstance(model, dict) and isinstance(model.get("queries"), list):
+        model["queries"] = named_sources(model["queries"])
+    return content
+
+
+def _with_present_targets(node: Any) -> Any:
+    """With the names that `_target_`s have now."""
     if isinstance(node, dict):
         return {
             key: present_name(value)
             if key == "_target_" and isinstance(value, str)
-            else with_present_targets(value)
+            else _with_present_targets(value)
             for key, value in node.items()
         }
     if isinstance(node, list | tuple):
-        return type(node)(with_present_targets(value) for value in node)
+        return type(node)(_with_present_targets(value) for value in node)
     return node
 
 

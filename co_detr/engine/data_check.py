@@ -9,7 +9,7 @@ from typing import Any
 
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from co_detr.checkpoint.reading import read_checkpoint, stored_class_names
 from co_detr.checkpoint.saving import has_checkpoints, last_readable
@@ -185,12 +185,12 @@ def _limit(cfg: DictConfig, key: str) -> Limit | None:
     return Limit(key, number) if isinstance(number, int) else None
 
 
-def _query_limit(sources: ListConfig | DictConfig | None) -> Limit | None:
+def _query_limit(sources: DictConfig | None) -> Limit | None:
     """Of the one query source that inference uses."""
     if not sources:
         return None
-    for name, source in sources.items() if isinstance(sources, DictConfig) else enumerate(sources):
-        number = source.get("num_queries") if source else None
+    for name, source in sources.items():
+        number = source.get("num_queries") if isinstance(source, DictConfig) else None
         if isinstance(number, int) and not source.get(
             "training_only", getattr(_target(source), "training_only", False)
         ):

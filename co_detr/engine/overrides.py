@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 import os
 import re
 import types
@@ -25,6 +26,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from co_detr.errors import ConfigError, first_line
+
+logger = logging.getLogger(__name__)
 
 # Keys of plain nodes that are text where they are not null.
 TEXT_OR_NULL = (
@@ -67,6 +70,7 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> None:
         key, separator, raw = override.partition("=")
         if not separator or not key or key[0] in "+~":
             raise ConfigError(f"override {override!r} is not of the form key=value.")
+        key = _with_query_name(cfg, key)
         parent, last = _parent_of(cfg, key)
         old = _resolved(cfg, key)
         expected = _expected(parent, key, last, old)
@@ -81,6 +85,20 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> None:
             raise ConfigError(
                 f"override {override!r} cannot be applied: {first_line(error)}."
             ) from error
+
+
+def _with_query_name(cfg: DictConfig, key: str) -> str:
+    """A key of version 0.1, where query sources had numbers, as it is now."""
+    parts = key.split(".")
+    if parts[:2] != ["model", "queries"] or not parts[2:3] or not parts[2].isdigit():
+        return key
+    sources = OmegaConf.select(cfg, "model.queries") or {}
+    names = [name for name in sources if name != "_target_"]
+    if int(parts[2]) >= len(names):
+        return key
+    present = ".".join([*parts[:2], names[int(parts[2])], *parts[3:]])
+    logger.warning("%s is called %s now: query sources have names.", key, present)
+    return present
 
 
 def text_override(key: str, text: str) -> str:

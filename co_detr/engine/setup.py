@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from co_detr.checkpoint.saving import RUN_FILE, now
-from co_detr.engine.config import config_content, leaves, read_yaml, to_text, with_present_targets
+from co_detr.engine.config import config_content, in_present_terms, leaves, read_yaml, to_text
 from co_detr.engine.launch import raise_jointly
 from co_detr.errors import ConfigError, UserError, WriteError
 from co_detr.files import written_whole
@@ -310,7 +310,7 @@ def description_of_resumed(cfg: DictConfig, folder: str) -> str:
     if not os.path.isfile(path):
         return to_text(content)
     try:
-        earlier = with_present_targets(read_yaml(path))
+        earlier = in_present_terms(read_yaml(path))
     except ConfigError as error:
         logger.warning("What has changed since this run began is not known: %s", error)
         return to_text(content)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from detectron2.modeling import Backbone
@@ -30,7 +30,7 @@ from co_detr.modeling.losses import (
     score_groups,
 )
 from co_detr.modeling.postprocess import TopKPostprocessor
-from co_detr.modeling.queries.sources import QuerySource
+from co_detr.modeling.queries.sources import QuerySource, QuerySources
 from co_detr.modeling.transformer import DeformableDecoder, DeformableEncoder
 from co_detr.structures import (
     EncoderMemory,
@@ -48,21 +48,21 @@ class CoDETR(nn.Module):
     1. The backbone's maps are encoded into a memory.
     2. Training only: auxiliary heads are supervised on the memory by one-to-many assignment, and
        what they assigned becomes customised positive queries.
-    3. Query sources make further groups; the first one is what inference uses.
+    3. Query sources make further groups, of which inference uses one.
     4. All groups are decoded in one pass, blind to each other, and scored by one criterion.
 
     In eval mode only the memory, the inference group and the decoder are computed, unless
     ``evaluate_with`` or ``compare_detectors`` asks for one of the other `detectors`.
 
-    Without a decoder (all of ``decoder``, ``assigner``, ``criterion``, ``postprocessor`` None, no
-    ``queries``) the auxiliary heads are all there is: a dense detector on the same encoder, which
-    the paper's introduction compares with.
+    Without a decoder (all of ``decoder``, ``queries``, ``assigner``, ``criterion``,
+    ``postprocessor`` None) the auxiliary heads are all there is: a dense detector on the same
+    encoder, which the paper's introduction compares with.
 
     Args:
         num_classes: foreground classes K; every part must agree.
         backbone: Detectron2 backbone whose outputs all have the encoder's width, finest first.
         encoder, decoder, assigner, criterion, postprocessor: see their classes.
-        queries: query sources; with a decoder, exactly one must not be ``training_only``.
+        queries: query sources by name, see `QuerySources`.
         auxiliary: the auxiliary heads, or None for the plain DETR.
         pixel_mean, pixel_std: per channel, in the order and range of the input images.
         padding: how images become a batch; None: to the largest size in it, masked.
@@ -84,7 +84,7 @@ class CoDETR(nn.Module):
         backbone: Backbone,
         encoder: DeformableEncoder,
         decoder: DeformableDecoder | None,
-        queries: Sequence[QuerySource],
+        queries: QuerySources | None,
         assigner: HungarianAssigner | None,
         criterion: SetCriterion | None,
         postprocessor: TopKPostprocessor | None,
@@ -101,7 +101,7 @@ class CoDETR(nn.Module):
         self.backbone = backbone
         self.encoder = encoder
         self.decoder = decoder
-        self.queries = nn.ModuleList(queries)
+        self.queries = queries
         self.assigner = assigner
         self.criterion = criterion
         self.postprocessor = postprocessor
@@ -113,11 +113,9 @@ class CoDETR(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
         check_parts(self)
-        # Checkpoints of the whole model call the inference source queries.<place>; in a stripped
-        # model, where this stays, it is queries.0.
-        self.inference_place = 0
-        if decoder is not None:
-            self.inference_place = list(self.queries).index(self.inference_source)
+        # In the order of the config, by which files of version 0.1 number them. They stay when the
+        # model is stripped.
+        self.query_names = [] if queries is None else list(queries)
 
     @property
     def device(self) -> torch.device:
@@ -126,7 +124,7 @@ class CoDETR(nn.Module):
     @property
     def inference_source(self) -> QuerySource:
         """The one query source that is not for training alone; needs a decoder."""
-        return next(source for source in self.queries if not source.training_only)
+        return self.queries[self.queries.inference]
 
     @property
     def detectors(self) -> list[str]:
@@ -203,7 +201,7 @@ class CoDETR(nn.Module):
         ]
         groups = [
             group
-            for source in self.queries
+            for source in (() if self.queries is None else self.queries.values())
             for group in source.training_groups(memory, truth, counts)
         ]
         branch = AuxiliaryBranch({}, [])
@@ -307,8 +305,7 @@ class CoDETR(nn.Module):
                 f"{self.evaluate_with}, which cannot be stripped."
             )
         self.auxiliary = self.evaluate_with = None
-        self.queries = nn.ModuleList([self.inference_source])
-        self.inference_source.strip()
+        self.queries.strip()
 
 
 def _in_output_resolution(found: Instances, sample: dict) -> Instances:
@@ -340,27 +337,12 @@ def check_parts(model: nn.Module) -> None:
         raise ConfigError(
             f"model.{missing[0]} is null but model.decoder is not: set it, or the decoder to null."
         )
-    inference_sources = [source for source in model.queries if not source.training_only]
-    if len(inference_sources) != 1:
+    if model.queries is None:
         raise ConfigError(
-            "model.queries needs exactly one source that is not training-only, got "
-            f"{len(inference_sources)}."
+            "model.queries is null but model.decoder is not: set it, or both to null."
         )
-    _check_names(model.queries)
     if model.evaluate_with is not None:
         _check_evaluated_detector(model)
-
-
-def _check_names(queries: Iterable[nn.Module]) -> None:
-    """Groups that are made from the data alone are checked again in every step."""
-    names = [source.name for source in queries if hasattr(source, "name")]
-    for place, source in enumerate(queries):
-        seen = getattr(source, "sees", None)
-        if seen is not None and seen not in names:
-            raise ConfigError(
-                f"model.queries.{place}.sees={seen} names no source of model.queries: it has "
-                f"{', '.join(names)}."
-            )
 
 
 def _check_class_counts(model: nn.Module) -> None:
@@ -388,8 +370,10 @@ def _check_strides(model: nn.Module) -> None:
 
 
 def _check_without_decoder(model: nn.Module) -> None:
-    if len(model.queries):
-        raise ConfigError("model.decoder is null: set model.queries=[], nothing would decode them.")
+    if model.queries is not None:
+        raise ConfigError(
+            "model.decoder is null: set model.queries=null, nothing would decode them."
+        )
     for name in OF_DECODER:
         if getattr(model, name) is not None:
             raise ConfigError(f"model.decoder is null: set model.{name}=null, too.")

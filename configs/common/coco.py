@@ -73,7 +73,7 @@ dataloader = dict(
         num_workers=min(4, os.cpu_count() or 1),
     ),
     # The best detections of each class in an image that count; 100 in COCO. For images with more
-    # objects raise it, model.queries.0.num_queries and model.postprocessor.max_detections.
+    # objects raise it, model.queries.matching.num_queries and model.postprocessor.max_detections.
     evaluator=L(CocoBoxEvaluator)(
         annotation_file="${data.val}",
         output_dir="${train.output_dir}",

@@ -9,11 +9,9 @@ from co_detr.modeling.queries import HybridMatchingQueries, LearnedQueries
 
 def single_stage(model):
     """Deformable-DETR without its two additions: learned queries, and no refinement of boxes."""
-    model.queries = [
-        L(LearnedQueries)(
-            num_queries=model.queries[0].num_queries, embed_dim="${...encoder.embed_dim}"
-        )
-    ]
+    model.queries.matching = L(LearnedQueries)(
+        num_queries=model.queries.matching.num_queries, embed_dim="${...encoder.embed_dim}"
+    )
     # Learned queries have positions of their own.
     model.decoder.update(
         look_forward_twice=False, refine_boxes=False, from_points=True, query_position=None
@@ -22,21 +20,21 @@ def single_stage(model):
 
 def hybrid_matching(model, num_extra=1500, repeats=6):
     """H-Deformable-DETR: more queries, matched to repeated ground truths, in training."""
-    model.queries[0]._target_ = HybridMatchingQueries
-    model.queries[0].update(num_extra=num_extra, repeats=repeats, loss_weight=1.0)
+    model.queries.matching._target_ = HybridMatchingQueries
+    model.queries.matching.update(num_extra=num_extra, repeats=repeats, loss_weight=1.0)
 
 
 def query_groups(model, count=11):
     """Group-DETR: `count` groups, matched one by one; the first one is that of inference."""
     for index in range(1, count):
-        group = copy.deepcopy(model.queries[0])
-        group.update(name=f"group{index}", training_only=True)
-        model.queries.append(group)
+        group = copy.deepcopy(model.queries.matching)
+        group.training_only = True
+        model.queries[f"group{index}"] = group
 
 
 def head_on_encoder(model, name):
     """The auxiliary head `name` in place of the decoder, with the weights of its own paper."""
-    model.update(decoder=None, queries=[], assigner=None, criterion=None, postprocessor=None)
+    model.update(decoder=None, queries=None, assigner=None, criterion=None, postprocessor=None)
     for other in {"roi", "atss", "retinanet", "fcos", "paa", "gfl"} - {name}:
         model.auxiliary.pop(other, None)
     model.auxiliary.update(positive_queries=None, num_decoder_layers=1, lambda_2=1.0)

@@ -6,7 +6,7 @@
 from detectron2.config import LazyCall as L
 
 from co_detr.modeling import QualityFocalLoss, ReferencePosition, SoftNMSPostprocessor
-from co_detr.modeling.queries import DenoisingQueries, TwoStageQueries
+from co_detr.modeling.queries import DenoisingQueries, QuerySources, TwoStageQueries
 
 from .auxiliary import auxiliary
 from .deformable_detr import model
@@ -21,24 +21,23 @@ model.decoder.update(
     query_position=L(ReferencePosition)(embed_dim="${..embed_dim}"),
     normalise_output=True,
 )
-model.queries = [
-    L(TwoStageQueries)(
+model.queries = L(QuerySources)(
+    matching=L(TwoStageQueries)(
         num_queries=900,
         num_classes="${...num_classes}",
         embed_dim="${...encoder.embed_dim}",
         ranking="best_class",
         with_position=False,
-        name="matching",
     ),
-    L(DenoisingQueries)(
+    denoising=L(DenoisingQueries)(
         num_queries=100,
         num_classes="${...num_classes}",
         embed_dim="${...encoder.embed_dim}",
         label_noise=0.5,
         box_noise=1.0,
-        sees="${..0.name}",
+        sees="matching",
     ),
-]
+)
 model.criterion.update(classification=L(QualityFocalLoss)(beta=2.0), class_weight=1.0)
 model.postprocessor = L(SoftNMSPostprocessor)(max_detections=300, iou_threshold=0.8)
 

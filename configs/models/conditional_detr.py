@@ -15,7 +15,7 @@ from co_detr.modeling import (
     TopKPostprocessor,
 )
 from co_detr.modeling.auxiliary import SimplePyramid
-from co_detr.modeling.queries import PointQueries
+from co_detr.modeling.queries import PointQueries, QuerySources
 from co_detr.modeling.single_scale import ConditionalDecoder, TransformerEncoder
 
 from .auxiliary import auxiliary
@@ -50,7 +50,9 @@ model = L(CoDETR)(
         activation="${..encoder.activation}",
         eps=1e-5,
     ),
-    queries=[L(PointQueries)(num_queries=300, embed_dim="${...encoder.embed_dim}")],
+    queries=L(QuerySources)(
+        matching=L(PointQueries)(num_queries=300, embed_dim="${...encoder.embed_dim}")
+    ),
     assigner=L(HungarianAssigner)(class_weight=2.0, bbox_weight=5.0, giou_weight=2.0),
     criterion=L(SetCriterion)(
         num_classes="${..num_classes}",

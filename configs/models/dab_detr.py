@@ -11,7 +11,7 @@ from .conditional_detr import auxiliary, model
 model.encoder.position_encoding.temperature = 20.0
 model.encoder.update(dropout=0.0, activation=nn.PReLU, scale_position=True)
 model.decoder.update(_target_=DABDecoder, eps=1e-3)
-model.queries = [L(AnchorQueries)(num_queries=300, embed_dim="${...encoder.embed_dim}")]
+model.queries.matching._target_ = AnchorQueries
 model.criterion.class_weight = 1.0  # in the loss; in the matching cost it stays 2
 model.postprocessor.max_detections = 300
 

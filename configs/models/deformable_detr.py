@@ -12,7 +12,7 @@ from co_detr.modeling import (
     SinePosition,
     TopKPostprocessor,
 )
-from co_detr.modeling.queries import TwoStageQueries
+from co_detr.modeling.queries import QuerySources, TwoStageQueries
 
 from .backbones import mapped_resnet50
 
@@ -43,13 +43,13 @@ model = L(CoDETR)(
         dropout="${..encoder.dropout}",
         look_forward_twice=True,
     ),
-    queries=[
-        L(TwoStageQueries)(
+    queries=L(QuerySources)(
+        matching=L(TwoStageQueries)(
             num_queries=300,
             num_classes="${...num_classes}",
             embed_dim="${...encoder.embed_dim}",
         ),
-    ],
+    ),
     assigner=L(HungarianAssigner)(class_weight=2.0, bbox_weight=5.0, giou_weight=2.0),
     criterion=L(SetCriterion)(
         num_classes="${..num_classes}",

@@ -39,7 +39,7 @@ def make_quick_to_learn(model):
     was tried, and what it gave.
     """
     model.decoder.query_position = L(ReferencePosition)(embed_dim="${..embed_dim}")
-    model.queries[0].update(with_position=False, with_features=True)
+    model.queries.matching.update(with_position=False, with_features=True)
     model.auxiliary.positive_queries.update(with_position=False, self_attention="self")
 
 
@@ -57,7 +57,7 @@ def _make_small_transformer(model):
     bottom_up.freeze_at = 0
     model.encoder.update(embed_dim=96, num_heads=4, num_layers=2, feedforward_dim=256)
     model.decoder.num_layers = 3
-    model.queries[0].num_queries = 60
+    model.queries.matching.num_queries = 60
 
 
 def _make_small_heads(auxiliary):

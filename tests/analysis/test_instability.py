@@ -139,7 +139,7 @@ def test_weights_of_training_parts_are_read_only_where_the_model_has_them(traini
     model = tiny_model(2)
     state = model.state_dict()
     if not training_parts:
-        state["queries.0.extra_content.weight"] = torch.zeros(3, 4)  # H-DETR
+        state["queries.matching.extra_content.weight"] = torch.zeros(3, 4)  # H-DETR
         model.strip_auxiliary()
     filled = tiny_model(2)
     if not training_parts:

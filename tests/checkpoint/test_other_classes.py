@@ -53,7 +53,7 @@ def assert_by_name(loaded, initial, source):
         if background:
             assert torch.equal(new[-1], old[-1])
     # Row 0 of the encoder's head means "object", whatever class 0 is.
-    head = "queries.0.class_head.weight"
+    head = "queries.matching.class_head.weight"
     assert torch.equal(loaded[head], source.state_dict()[head][:3])
     rest = "encoder.layers.0.ffn.linear1.weight"
     assert torch.equal(loaded[rest], source.state_dict()[rest])
@@ -100,11 +100,11 @@ def test_a_released_file_in_a_model_with_more_heads(source, tmp_path):
 def queries_with_labels(classes):
     queries = torch.nn.Module()
     queries.label_embedding = torch.nn.Embedding(classes, 2)
-    return torch.nn.ModuleDict({"queries": torch.nn.ModuleList([queries])})
+    return torch.nn.ModuleDict({"queries": torch.nn.ModuleDict({"denoising": queries})})
 
 
 def test_the_label_embedding_follows_the_names():
-    key = "queries.0.label_embedding.weight"
+    key = "queries.denoising.label_embedding.weight"
     model, state = queries_with_labels(3), queries_with_labels(4).state_dict()
     old, classes = state[key], match_classes(THEIRS, OURS)
     remap_classes(state, model, classes)

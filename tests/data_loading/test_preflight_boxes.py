@@ -146,7 +146,7 @@ def test_many_crowds_are_a_warning_and_only_crowds_an_error(data):
 
 def test_more_objects_than_the_model_finds(data):
     limits = Limits(
-        Limit("model.queries.0.num_queries", 2),
+        Limit("model.queries.matching.num_queries", 2),
         Limit("model.postprocessor.max_detections", 3),
         Limit("dataloader.evaluator.max_detections", 1),
     )
@@ -163,7 +163,7 @@ def test_more_objects_than_the_model_finds(data):
     ]
     queries, detections, evaluated = (f for (split, _), f in found.items() if split == "val")
     assert queries.count == 2 and queries.first == "1.jpg with 5"
-    assert queries.mend.endswith("set model.queries.0.num_queries=100")
+    assert queries.mend.endswith("set model.queries.matching.num_queries=100")
     assert detections.mend.endswith("set model.postprocessor.max_detections=100")
     assert evaluated.first == "1.jpg with 3"
     assert evaluated.mend.endswith("set dataloader.evaluator.max_detections=100")

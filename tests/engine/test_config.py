@@ -216,7 +216,7 @@ def test_learning_rate_factor_by_name():
     assert factor("backbone.bottom_up.stem.conv1.weight") == 0.1
     assert factor("backbone.lateral_convs.0.weight") == 1.0
     assert factor("decoder.layers.0.cross_attention.sampling_offsets.bias") == 0.1
-    assert factor("queries.0.reference_points.weight") == 0.1
+    assert factor("queries.matching.reference_points.weight") == 0.1
     assert factor("decoder.layers.0.cross_attention.value_proj.bias") == 1.0
 
 

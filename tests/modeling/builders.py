@@ -55,11 +55,11 @@ def shrink(cfg: DictConfig) -> DictConfig:
         model.encoder.num_points = 2
     if model.decoder is not None:
         model.decoder.num_layers = 2
-        model.queries[0].num_queries = NUM_QUERIES
-        for further in model.queries[1:]:
-            further.num_queries = 30
-        if "num_extra" in model.queries[0]:
-            model.queries[0].num_extra = NUM_EXTRA
+        for name, source in model.queries.items():
+            if name != "_target_":
+                source.num_queries = NUM_QUERIES if name == "matching" else 30
+        if "num_extra" in model.queries.matching:
+            model.queries.matching.num_extra = NUM_EXTRA
     cfg.train.update(device=NAME, init_checkpoint="")
     cfg.train.cuda.tf32 = False  # what is compared with the CPU has to be float32
     cfg.dataloader.train.num_workers = cfg.dataloader.test.num_workers = 0

@@ -78,7 +78,7 @@ def sine_code(values, features):
 
 def matched_queries(model, memory):
     """Content, references, and logits and boxes of the best encoder proposals."""
-    source, proposals = model.queries[0], []
+    source, proposals = model.queries["matching"], []
     ratios = memory.valid_ratios[0]
     token = 0
     for level, (height, width) in enumerate(memory.level_shapes):
@@ -104,9 +104,9 @@ def matched_queries(model, memory):
 
 def denoising_queries(model, image, truths, sizes, draws):
     """Content, references, block and ground truth (None for background) of every slot."""
-    embedding = model.queries[1].label_embedding.weight
+    embedding = model.queries["denoising"].label_embedding.weight
     longest = max(len(truth) for truth in truths)
-    blocks = max(1, model.queries[1].num_queries // longest) if longest else 0
+    blocks = max(1, model.queries["denoising"].num_queries // longest) if longest else 0
     contents, references, targets = [], [], []
     for block in range(blocks):
         for negative in (0, 1):

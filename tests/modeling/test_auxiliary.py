@@ -125,6 +125,6 @@ def test_parts_must_agree_on_the_number_of_classes():
 
 def test_exactly_one_source_serves_inference():
     cfg = tiny_config(0)
-    cfg.model.queries = [cfg.model.queries[0], cfg.model.queries[0]]
+    cfg.model.queries.other = cfg.model.queries.matching
     with pytest.raises(ConfigError, match="exactly one source .* got 2"):
         instantiate(cfg.model)

@@ -96,7 +96,7 @@ def test_ranks_are_dealt_out_between_the_groups():
     model = build("h_deformable_detr_r50").double()
     randomise(model)
     memory = model.encode(model.preprocess(make_batch()))
-    source = model.queries[0]
+    source = model.queries["matching"]
     first, second = source.training_groups(memory, [])
     both = copy.deepcopy(source)
     both.num_queries = NUM_QUERIES + NUM_EXTRA
@@ -107,7 +107,7 @@ def test_ranks_are_dealt_out_between_the_groups():
 
 
 def test_more_repeats_than_queries_leave_none_over():
-    model = build("h_deformable_detr_r50", "model.queries.0.repeats=30")
+    model = build("h_deformable_detr_r50", "model.queries.matching.repeats=30")
     output = output_of(model, make_batch(num_gts=(3, 1)))
     positives = (output.targets[1].labels < NUM_CLASSES).sum(-1)
     assert positives.tolist() == [[NUM_EXTRA, 30]] * 2
@@ -133,7 +133,7 @@ def test_one_to_many_queries_are_for_training_alone():
 
 
 def test_too_small_an_image_for_the_extra_queries():
-    model = build("h_deformable_detr_r50", "model.queries.0.num_extra=400")
+    model = build("h_deformable_detr_r50", "model.queries.matching.num_extra=400")
     with pytest.raises(ConfigError, match=r"420 queries .* lower num_extra of the source matching"):
         train_step(model, make_batch())
 
@@ -154,9 +154,10 @@ def test_groups_are_as_many_detectors_that_share_a_decoder():
     for index in (0, 4):
         # The plain model with the queries of one group computes its losses.
         copy_shared(plain, groups)
-        plain.queries[0].num_queries = groups.queries[index].num_queries
-        plain.queries[0].content = copy.deepcopy(groups.queries[index].content)
-        plain.queries[0].load_state_dict(groups.queries[index].state_dict())
+        ours, theirs = plain.inference_source, list(groups.queries.values())[index]
+        ours.num_queries = theirs.num_queries
+        ours.content = copy.deepcopy(theirs.content)
+        ours.load_state_dict(theirs.state_dict())
         prefix = together.groups[index].name
         for name, value in output_of(plain, batch).losses.items():
             other = together.losses[name.replace("matching", prefix)]
@@ -174,7 +175,7 @@ def test_single_stage_boxes_hang_on_their_points():
     model = build("deformable_detr_single_stage_r50").double()
     randomise(model)
     memory = model.encode(model.preprocess(make_batch()))
-    group, decoder = model.queries[0](memory), model.decoder
+    group, decoder = model.queries["matching"](memory), model.decoder
     query_set, content = QuerySet.concat([group]), group.content
     predictions = decoder(query_set, memory)
     for index, layer in enumerate(decoder.layers):  # the definition, layer by layer
@@ -185,13 +186,13 @@ def test_single_stage_boxes_hang_on_their_points():
         torch.testing.assert_close(predictions.boxes[index], boxes)
         torch.testing.assert_close(predictions.logits[index], decoder.class_heads[0](content))
     predictions.boxes.sum().backward()
-    assert model.queries[0].reference_points.weight.grad.any()
+    assert model.queries["matching"].reference_points.weight.grad.any()
 
 
 def test_first_boxes_have_an_eighth_of_the_image():
     model = build("deformable_detr_single_stage_r50")
     memory = model.encode(model.preprocess(make_batch()))
-    group = model.queries[0](memory)
+    group = model.queries["matching"](memory)
     boxes = model.decoder(QuerySet.concat([group]), memory).boxes
     torch.testing.assert_close(boxes[..., :2], group.reference.expand(2, -1, -1, -1))
     assert boxes[..., 2:].mean().item() == pytest.approx(0.119, abs=1e-3)
@@ -210,8 +211,8 @@ def test_points_can_be_refined_to_boxes():
 def test_learned_queries_have_groups_too():
     cfg = shrink(load_config(str(CONFIGS / "baselines" / "deformable_detr_single_stage_r50.py")))
     cfg.model.num_classes = NUM_CLASSES
-    cfg.model.queries.append(copy.deepcopy(cfg.model.queries[0]))
-    cfg.model.queries[1].update(name="group1", training_only=True)
+    cfg.model.queries.group1 = copy.deepcopy(cfg.model.queries.matching)
+    cfg.model.queries.group1.training_only = True
     model = instantiate(cfg.model).to(DEVICE)
     losses = train_step(model, make_batch())
     assert_complete(model, losses)
@@ -236,7 +237,7 @@ def test_points_and_boxes_do_not_mix():
     positive = co_detr.auxiliary.positive_queries["atss"]
     group = positive("atss_queries", candidates, memory.geometry)
     with pytest.raises(ConfigError, match="matching has reference points but others have boxes"):
-        QuerySet.concat([model.queries[0](memory), group])
+        QuerySet.concat([model.queries["matching"](memory), group])
 
 
 # --- a head on the encoder

@@ -45,7 +45,7 @@ def make_step(num_gts, padding="negatives"):
     cfg = shrink(load_config(str(CONFIGS / "co_dino_r50.py")))
     settings = [
         f"model.num_classes={NUM_CLASSES}",
-        f"model.queries.1.num_queries={NUM_DENOISING}",
+        f"model.queries.denoising.num_queries={NUM_DENOISING}",
         f"model.auxiliary.positive_queries.padding={padding}",
         "model.auxiliary.positive_queries.max_queries=12",
     ]
@@ -72,7 +72,7 @@ def make_step(num_gts, padding="negatives"):
     for name, each in candidates.items():
         model.auxiliary.heads[name] = FixedHead(each)
         model.auxiliary.positive_queries[name].permutation = backwards
-    draws, source = [], model.queries[1]
+    draws, source = [], model.queries["denoising"]
     usual = source.draw
     source.draw = lambda boxes: draws.append(usual(boxes)) or draws[-1]
     return SimpleNamespace(

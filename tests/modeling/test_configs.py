@@ -111,7 +111,7 @@ def test_the_reference_recipe():
     assert (cfg.optimizer.lr, cfg.optimizer.weight_decay) == (2e-4, 1e-4)
     assert cfg.train.clip_grad.max_norm == 0.1
     model = cfg.model
-    assert (model.queries[0].num_queries, model.postprocessor.max_detections) == (300, 100)
+    assert (model.queries["matching"].num_queries, model.postprocessor.max_detections) == (300, 100)
     assert (model.encoder.num_layers, model.decoder.num_layers) == (6, 6)
 
 
@@ -124,7 +124,8 @@ def family(name):
         len(model.backbone.get("in_features", [])),
         model.encoder.get("num_levels"),
         model.decoder._target_,
-        [source._target_ for source in model.queries],
+        model.queries.matching._target_,
+        list(model.queries),
         model.postprocessor._target_,
         "padding" in model,
         "roi" in heads and bool(model.auxiliary.roi.roi_heads.box_head.conv_dims),
@@ -229,8 +230,8 @@ def test_number_of_classes_reaches_every_part(name):
     counted = [module for module in counted if module not in set(model.backbone.modules())]
     assert {module.num_classes for module in counted} == {3}
     class_heads = [*model.decoder.class_heads]
-    if hasattr(model.queries[0], "class_head"):
-        class_heads.append(model.queries[0].class_head)
+    if hasattr(model.queries["matching"], "class_head"):
+        class_heads.append(model.queries["matching"].class_head)
     assert all(isinstance(head, nn.Linear) and head.out_features == 3 for head in class_heads)
     if "atss" in heads_of(model):
         assert model.auxiliary.heads.atss.class_logits.out_channels == 3
@@ -246,7 +247,7 @@ def test_overrides_reach_data_and_loss_weights(rectangles):
         "train.effective_batch_size=4",
         "model.auxiliary.lambda_2=3.0",
         "model.criterion.class_weight=4.0",
-        "model.queries.0.num_queries=12",
+        "model.queries.matching.num_queries=12",
         "model.auxiliary.atss.assigner.topk=5",
     ]
     cfg = load("co_detr_r50", *rectangles, *overrides)
@@ -259,5 +260,5 @@ def test_overrides_reach_data_and_loss_weights(rectangles):
         model = instantiate(cfg.model)
     assert model.auxiliary.loss_weight == 18.0
     assert model.criterion.class_weight == 4.0
-    assert model.queries[0].content.weight.shape[0] == 12
+    assert model.queries["matching"].content.weight.shape[0] == 12
     assert model.auxiliary.heads.atss.assigner.topk == 5

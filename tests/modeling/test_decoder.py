@@ -88,7 +88,7 @@ def test_tokens_at_the_border_or_in_the_padding_do_not_propose():
 
 
 def test_the_best_proposals_become_references():
-    source = tiny_model(0).queries[0].double()
+    source = tiny_model(0).queries["matching"].double()
     randomise(source)
     group = source(random_memory(image_sizes=((96, 128),)))
     proposals = group.proposals.predictions
@@ -99,8 +99,8 @@ def test_the_best_proposals_become_references():
 
 
 def test_queries_may_tell_what_their_token_saw():
-    overrides = ["model.queries.0.with_features=true"]
-    source = tiny_model(0, overrides).queries[0].double()
+    overrides = ["model.queries.matching.with_features=true"]
+    source = tiny_model(0, overrides).queries["matching"].double()
     randomise(source)
     memory = random_memory(image_sizes=((96, 128),))
     memory.tokens.requires_grad_()

@@ -183,21 +183,27 @@ def test_a_group_cannot_see_what_is_not_there():
         QuerySet.concat(groups)
 
 
-def test_denoising_sees_the_matched_group_whatever_it_is_called():
+def test_denoising_sees_the_matched_group_by_its_name():
     cfg = load_config(
         str(CONFIGS / "co_dino_r50.py"), ["model.auxiliary=null", "model.num_classes=5"]
     )
-    shrink(cfg).model.queries[0].name = "main"
+    queries = shrink(cfg).model.queries
+    queries.main = queries.pop("matching")
+    with pytest.raises(ConfigError, match="model.queries.denoising.sees=matching names no source"):
+        instantiate(cfg.model)
+    queries.denoising.sees = "main"
     model = instantiate(cfg.model).to(DEVICE)
     memory, truth = random_memory(dtype=torch.float32), make_truth(2, 1)
-    groups = [group for source in model.queries for group in source.training_groups(memory, truth)]
-    matched, denoising = groups
+    groups = [
+        group
+        for source in model.queries.values()
+        for group in source.training_groups(memory, truth)
+    ]
+    denoising, matched = groups
     mask = QuerySet.concat(groups).attend_mask
-    assert mask[matched.num_queries :, : matched.num_queries].all()
-    assert not mask[: matched.num_queries, matched.num_queries :].any()
-    cfg.model.queries[1].sees = "matching"
-    with pytest.raises(ConfigError, match="model.queries.1.sees=matching names no source"):
-        instantiate(cfg.model)
+    assert matched.name == "main"
+    assert mask[: denoising.num_queries, denoising.num_queries :].all()
+    assert not mask[denoising.num_queries :, : denoising.num_queries].any()
 
 
 def test_without_ground_truth_there_are_no_queries_but_a_gradient():

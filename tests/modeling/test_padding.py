@@ -51,7 +51,7 @@ def patch_model():
 def queries_and_outputs(model, batch):
     images = model.preprocess(batch)
     memory = model.encode(images)
-    group = model.queries[0](memory)
+    group = model.queries["matching"](memory)
     return group.reference, decoder_detections(model, images)
 
 

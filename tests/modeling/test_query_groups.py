@@ -20,7 +20,7 @@ def make_groups(padding):
     randomise(model)
     batch = make_batch()
     memory = model.encode(model.preprocess(batch))
-    groups = [model.queries[0](memory)]
+    groups = [model.queries["matching"](memory)]
     for seed, (name, source) in enumerate(model.auxiliary.positive_queries.items()):
         source.padding = padding
         # Images need different numbers of queries, so that "mask" has slots to mask.
@@ -198,7 +198,7 @@ def test_positive_queries_can_be_kept_to_themselves(padding):
     """Each is then decoded as if it were the only one; the matched queries notice nothing."""
     model, memory, _ = make_groups(padding)
     candidates, _ = make_candidates((5, 12), (20, 20))
-    matched = model.queries[0](memory)
+    matched = model.queries["matching"](memory)
     predictions = {}
     for attention in ("group", "self"):
         source = next(iter(model.auxiliary.positive_queries.values()))

@@ -46,7 +46,10 @@ def test_published_recipe():
         assert cfg.train.clip_grad.max_norm == 0.1
         assert cfg.train.max_iter == 50 * 7500 and cfg.train.effective_batch_size == 16
         assert list(cfg.lr_multiplier.drops) == [40 / 50]
-        assert (cfg.model.assigner.class_weight, cfg.model.queries[0].num_queries) == (2.0, 300)
+        assert (cfg.model.assigner.class_weight, cfg.model.queries.matching.num_queries) == (
+            2.0,
+            300,
+        )
     assert (conditional.model.encoder.dropout, dab.model.encoder.dropout) == (0.1, 0.0)
     assert (conditional.model.criterion.class_weight, dab.model.criterion.class_weight) == (2, 1)
 
@@ -78,7 +81,7 @@ def test_matched_queries_do_not_see_positive_queries(kind, padding):
     model = build(kind, f"{node}.padding={padding}", "model.encoder.dropout=0.0").double()
     randomise(model)
     memory = model.encode(model.preprocess(make_batch(((64, 96), (40, 64)))))
-    groups = [model.queries[0](memory)]
+    groups = [model.queries["matching"](memory)]
     for seed, (name, source) in enumerate(model.auxiliary.positive_queries.items()):
         candidates, _ = make_candidates((5 + 8 * seed, 12), (20, 20), seed=seed)
         groups.append(source(name, candidates, memory.geometry))

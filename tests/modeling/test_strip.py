@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
+from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
-from torch import nn
 
 from co_detr.checkpoint.detector import load_detector
 from co_detr.checkpoint.saving import Checkpointer
 from co_detr.errors import CheckpointError
-from co_detr.modeling.queries import TwoStageQueries
+from co_detr.modeling.queries import QuerySources, TwoStageQueries
 from tests.device import DEVICE
 from tests.modeling.builders import (
     NUM_CLASSES,
@@ -32,10 +32,9 @@ def with_training_queries(model):
         num_queries=7,
         num_classes=NUM_CLASSES,
         embed_dim=32,
-        name="one_to_many",
         training_only=True,
     )
-    model.queries = nn.ModuleList([extra, *model.queries]).to(DEVICE)
+    model.queries = QuerySources(one_to_many=extra, **model.queries).to(DEVICE)
     return model
 
 
@@ -84,7 +83,11 @@ def test_evaluation_runs_no_auxiliary_module(monkeypatch):
     def refuse(module, *_):
         raise AssertionError(f"{type(module).__name__} ran in evaluation")
 
-    training_only = [*model.auxiliary.modules(), *model.queries[0].modules(), model.assigner]
+    training_only = [
+        *model.auxiliary.modules(),
+        *model.queries["one_to_many"].modules(),
+        model.assigner,
+    ]
     hooks = [module.register_forward_pre_hook(refuse) for module in training_only]
     for module in model.auxiliary.modules():
         if hasattr(module, "inference"):
@@ -123,9 +126,9 @@ def test_an_auxiliary_head_can_detect_alone(name):
 def test_the_inference_source_may_stand_anywhere(stripped, tmp_path):
     """The training-only source before it has tensors of the same names and shapes."""
     cfg = tiny_config(1)
-    extra = copy.deepcopy(cfg.model.queries[0])
-    extra.update(name="group1", training_only=True)
-    cfg.model.queries = [extra, cfg.model.queries[0]]
+    extra = copy.deepcopy(cfg.model.queries.matching)
+    extra.training_only = True
+    cfg.model.queries = L(QuerySources)(group1=extra, matching=cfg.model.queries.matching)
     torch.manual_seed(0)
     model = instantiate(cfg.model).to(DEVICE)
     randomise(model)
@@ -145,10 +148,12 @@ def test_the_inference_source_may_stand_anywhere(stripped, tmp_path):
 def test_weights_of_another_source_do_not_pass_for_those_of_inference(tmp_path):
     cfg = tiny_config(0)
     state = instantiate(cfg.model).state_dict()
-    state = {key.replace("queries.0.", "queries.1."): value for key, value in state.items()}
+    state = {
+        key.replace("queries.matching.", "queries.other."): value for key, value in state.items()
+    }
     torch.save({"model": state, "class_names": list("abcde")}, tmp_path / "model.pth")
     with pytest.raises(
-        CheckpointError, match=r"queries\.0\.memory_proj\.weight is not in the file"
+        CheckpointError, match=r"queries\.matching\.memory_proj\.weight is not in the file"
     ):
         load_detector(cfg, tmp_path / "model.pth")
 

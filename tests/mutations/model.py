@@ -98,8 +98,8 @@ MUTATIONS = (
     _mutation(
         "padding-is-attended-to",
         "modeling/transformer.py",
-        "reference, level_shapes, padding_mask)\n        tokens",
-        "reference, level_shapes, None)\n        tokens",
+        "level_shapes, padding_mask, level_sizes\n        )\n        tokens",
+        "level_shapes, None, level_sizes\n        )\n        tokens",
         "padding",
     ),
     _mutation(
@@ -305,9 +305,9 @@ MUTATIONS = (
     ),
     _mutation(
         "always-the-first-source",
-        "checkpoint/loading.py",
-        "source = f\"queries.{getattr(model, 'inference_place', 0)}.\"",
-        'source = "queries.0."',
+        "checkpoint/reading.py",
+        "names.index(model.queries.inference) not in places",
+        "False",
         "strip",
     ),
 )

@@ -8,6 +8,7 @@ from co_detr.modeling.queries.sources import (
     LearnedQueries,
     PointQueries,
     QuerySource,
+    QuerySources,
     TwoStageQueries,
 )
 
@@ -19,5 +20,6 @@ __all__ = [
     "PointQueries",
     "PositiveQueries",
     "QuerySource",
+    "QuerySources",
     "TwoStageQueries",
 ]

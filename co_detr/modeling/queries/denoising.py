@@ -54,6 +54,7 @@ class DenoisingQueries(QuerySource):
         sees: name of the group of matched queries.
     """
 
+    name = "denoising"
     training_only = True
 
     def __init__(
@@ -118,7 +119,7 @@ class DenoisingQueries(QuerySource):
             weights=torch.ones_like(boxes[..., 0]).flatten(1)[None],
         )
         return QueryGroup(
-            name="denoising",
+            name=self.name,
             content=content.flatten(1, 3).to(memory.tokens.dtype),
             position=None,
             reference=logits.sigmoid().flatten(1, 3),

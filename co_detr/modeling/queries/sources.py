@@ -21,15 +21,54 @@ from co_detr.structures import (
 )
 
 
+class QuerySources(nn.ModuleDict):
+    """The query sources of a model, by the names of their groups.
+
+    Sources are keyword arguments: their names become prefixes of losses and paths of config
+    overrides (``model.queries.matching...``). One that is None is left out. The source that is not
+    ``training_only`` is the one that inference uses.
+
+    Raises:
+        ConfigError: if a source sees a group that no source makes, or there is not one for
+            inference.
+    """
+
+    def __init__(self, **sources: QuerySource | None):
+        super().__init__({name: source for name, source in sources.items() if source is not None})
+        for name, source in self.items():
+            source.name = name
+            seen = getattr(source, "sees", name)
+            if seen not in self:
+                raise ConfigError(
+                    f"model.queries.{name}.sees={seen} names no source of model.queries: it has "
+                    f"{', '.join(self)}."
+                )
+        found = [name for name, source in self.items() if not source.training_only]
+        if len(found) != 1:
+            raise ConfigError(
+                "model.queries needs exactly one source that is not training-only, got "
+                f"{len(found)}."
+            )
+        (self.inference,) = found
+
+    def strip(self) -> None:
+        """Removes all that only training uses."""
+        for name in [name for name in self if name != self.inference]:
+            del self[name]
+        self[self.inference].strip()
+
+
 class QuerySource(nn.Module):
     """Makes query groups for the decoder from the encoder memory.
 
     A model has one source that inference uses; the others are ``training_only``.
 
     Attributes:
+        name: of its group, which it gets from `QuerySources`.
         training_modules: names of the modules that only ``training_groups`` uses.
     """
 
+    name = "matching"
     training_only = False
     training_modules: tuple[str, ...] = ()
 
@@ -83,12 +122,10 @@ class LearnedQueries(QuerySource):
         *,
         num_queries: int,
         embed_dim: int,
-        name: str = "matching",
         training_only: bool = False,
     ):
         super().__init__()
         self.num_queries = num_queries
-        self.name = name
         self.training_only = training_only
         self.content = nn.Embedding(num_queries, embed_dim)
         self.position = nn.Embedding(num_queries, embed_dim)
@@ -120,9 +157,8 @@ class AnchorQueries(QuerySource):
     Source: DAB-DETR section 4.2; its code without patterns and without fixed centres.
     """
 
-    def __init__(self, *, num_queries: int, embed_dim: int, name: str = "matching"):
+    def __init__(self, *, num_queries: int, embed_dim: int):
         super().__init__()
-        self.name = name
         self.num_queries = num_queries
         self.embed_dim = embed_dim
         self.anchors = nn.Embedding(num_queries, 4)
@@ -148,9 +184,8 @@ class PointQueries(QuerySource):
     Source: Conditional-DETR section 3.2; ``ref_point_head`` of its code.
     """
 
-    def __init__(self, *, num_queries: int, embed_dim: int, name: str = "matching"):
+    def __init__(self, *, num_queries: int, embed_dim: int):
         super().__init__()
-        self.name = name
         self.num_queries = num_queries
         self.position = nn.Embedding(num_queries, embed_dim)
         self.point_head = perceptron(embed_dim, 2)
@@ -207,7 +242,6 @@ class TwoStageQueries(QuerySource):
         ranking: Literal["first_class", "best_class"] = "first_class",
         with_position: bool = True,
         with_features: bool = False,
-        name: str = "matching",
         training_only: bool = False,
     ):
         super().__init__()
@@ -217,7 +251,6 @@ class TwoStageQueries(QuerySource):
         self.with_position = with_position
         self.with_features = with_features
         self.training_only = training_only
-        self.name = name
         self.num_queries = num_queries
         self.num_classes = num_classes
         self.memory_proj = nn.Linear(embed_dim, embed_dim)
@@ -331,7 +364,6 @@ class HybridMatchingQueries(TwoStageQueries):
         ranking: Literal["first_class", "best_class"] = "first_class",
         with_position: bool = True,
         with_features: bool = False,
-        name: str = "matching",
         num_extra: int = 1500,
         repeats: int = 6,
         loss_weight: float = 1.0,
@@ -343,7 +375,6 @@ class HybridMatchingQueries(TwoStageQueries):
             ranking=ranking,
             with_position=with_position,
             with_features=with_features,
-            name=name,
         )
         self.repeats = repeats
         self.loss_weight = loss_weight

@@ -70,7 +70,7 @@ def _check_memory(report: Report, model: CoDETR, memory: EncoderMemory, images: 
 
 def check_decoder(report: Report, prefix: str, model: CoDETR, memory: EncoderMemory) -> None:
     """Encoder proposals and all that is decoded from the best of them, below ``prefix``."""
-    close, source = report.close, model.queries[0]
+    close, source = report.close, model.queries["matching"]
     box = tol.normalised_box(memory.image_sizes)
     output_memory, grid_logits = propose_grid(memory)
     output_memory = source.memory_norm(source.memory_proj(output_memory))

@@ -49,7 +49,7 @@ def build_model(case: Case) -> CoDETR:
     model = LazyConfig.load(str(CONFIGS / f"{names[0]}.py")).model
     model.auxiliary = LazyConfig.load(str(CONFIGS / f"{names[1]}.py")).auxiliary
     model.num_classes = meta["num_classes"]
-    model.queries[0].num_queries = meta["num_query"]
+    model.queries.matching.num_queries = meta["num_query"]
     model.decoder.num_layers = meta["dec_layers"]
     _size_encoder(model.encoder, weights, meta)
     _size_heads(model.auxiliary, weights)
@@ -75,8 +75,8 @@ def build_decoder(weights: dict[str, Tensor], num_classes: int, num_layers: int)
     content = weights[f"{TRANSFORMER}.query_embed.weight"]
     layer = f"{TRANSFORMER}.decoder.layers.0"
     model.num_classes, model.backbone = num_classes, L(RecordedBackbone)()
-    model.queries = model.queries[:1]
-    model.queries[0].num_queries = len(content)
+    model.queries.denoising = None
+    model.queries.matching.num_queries = len(content)
     model.decoder.num_layers = num_layers
     model.encoder.update(
         num_layers=0,

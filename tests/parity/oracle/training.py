@@ -122,7 +122,7 @@ def run_training(case: Case, model: CoDETR, entries: dict) -> TrainingRun:
     recorder.output("rpn", roi.rpn.rpn_head)
     recorder.output("pooled", roi.roi_heads.box_pooler)
     recorder.output("predictor", roi.roi_heads.box_predictor)
-    sources = [source for source in model.queries if isinstance(source, DenoisingQueries)]
+    sources = [source for source in model.queries.values() if isinstance(source, DenoisingQueries)]
     with ExitStack() as stack:
         stack.enter_context(EventStorage())
         stack.enter_context(reference_samples(case, model, entries))

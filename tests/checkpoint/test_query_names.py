@@ -1,0 +1,131 @@
+"""Query sources had numbers in version 0.1: its files and settings still work."""
+
+import logging
+
+import pytest
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
+
+from co_detr.checkpoint.detector import load_detector
+from co_detr.checkpoint.loading import load_weights, with_query_names
+from co_detr.checkpoint.official import restore_official
+from co_detr.checkpoint.saving import Checkpointer
+from co_detr.engine.config import config_text, load_config, save_config
+from co_detr.engine.hooks import AveragedWeights, EmaSettings
+from co_detr.errors import ConfigError
+from co_detr.modeling.queries import QuerySources
+from tests.device import DEVICE
+from tests.modeling.builders import CONFIGS, detect, make_batch, randomise, shrink
+
+OVERRIDES = ["model.auxiliary=null", "model.num_classes=5"]
+
+
+def make_config():
+    return shrink(load_config(str(CONFIGS / "co_dino_r50.py"), OVERRIDES))
+
+
+def make_model(cfg=None):
+    torch.manual_seed(0)
+    model = instantiate((cfg or make_config()).model).to(DEVICE)
+    randomise(model)
+    return model
+
+
+def with_numbers(state, names=("matching", "denoising")):
+    """Tensors under the names that version 0.1 gave them."""
+    for number, name in enumerate(names):
+        state = {key.replace(f"queries.{name}.", f"queries.{number}."): state[key] for key in state}
+    return state
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_names_of_an_old_file():
+    model = make_model()
+    old = with_numbers(model.state_dict())
+    assert "queries.1.label_embedding.weight" in old
+    assert same(with_query_names(old, model), model.state_dict())
+    assert same(with_query_names(model.state_dict(), model), model.state_dict())
+
+
+@pytest.mark.parametrize("stripped", [False, True])
+def test_an_old_file_predicts(stripped, tmp_path):
+    """Also where another source came before the one of inference, in the list as in the file."""
+    cfg = make_config()
+    sources = cfg.model.queries
+    cfg.model.queries = L(QuerySources)(denoising=sources.denoising, matching=sources.matching)
+    model = make_model(cfg)
+    expected = detect(model, make_batch())
+    names = ("denoising", "matching")
+    if stripped:
+        model.strip_auxiliary()
+        names = ("matching",)
+    torch.save({"model": with_numbers(model.state_dict(), names)}, tmp_path / "model.pth")
+    found = load_detector(cfg, tmp_path / "model.pth").model.to(DEVICE)
+    for one, other in zip(detect(found, make_batch()), expected, strict=True):
+        assert torch.equal(one.scores, other.scores)
+
+
+def test_a_training_goes_on_from_an_old_file(tmp_path):
+    """With the state of the optimizer, which knows parameters by their order, and the average."""
+    model = make_model()
+    averaged = AveragedWeights(model, EmaSettings(decay=0.9, warmup_iterations=0))
+    optimizer = torch.optim.AdamW(model.parameters())
+    sum(parameter.sum() for parameter in model.parameters()).backward()
+    optimizer.step()
+    averaged.update_parameters(model)
+    content = {"model": model.state_dict(), "ema": averaged.state_dict()}
+    content = {key: with_numbers(value) for key, value in content.items()}
+    torch.save({**content, "optimizer": optimizer.state_dict()}, tmp_path / "model_final.pth")
+
+    other = make_model()
+    parts = {
+        "ema": AveragedWeights(other, averaged.settings),
+        "optimizer": torch.optim.AdamW(other.parameters()),
+    }
+    loader = Checkpointer(other, str(tmp_path), weights=None, **parts)
+    loader.load(str(tmp_path / "model_final.pth"), resuming=True)
+    assert same(other.state_dict(), model.state_dict())
+    assert same(parts["ema"].state_dict(), averaged.state_dict())
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert same(optimizer.state[one], parts["optimizer"].state[two])
+
+
+def test_an_old_file_becomes_one_of_the_reference():
+    model = make_model()
+    old = restore_official(with_numbers(model.state_dict()), model)
+    assert same(old.state_dict, restore_official(model.state_dict(), model).state_dict)
+    assert load_weights(make_model(), {"state_dict": old.state_dict}, "model.pth").complete
+
+
+def test_an_old_override_names_the_present_key(caplog):
+    with caplog.at_level(logging.WARNING):
+        cfg = load_config(str(CONFIGS / "co_dino_r50.py"), ["model.queries.1.num_queries=40"])
+    assert cfg.model.queries.denoising.num_queries == 40
+    (warning,) = [each.getMessage() for each in caplog.records]
+    assert "model.queries.1.num_queries is called model.queries.denoising.num_queries" in warning
+    with pytest.raises(ConfigError, match="model.queries.2.num_queries names no key"):
+        load_config(str(CONFIGS / "co_dino_r50.py"), ["model.queries.2.num_queries=40"])
+
+
+def test_an_old_config_keeps_its_order_and_references(tmp_path):
+    """Names are those that the sources had; a reference to one becomes the name."""
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from detectron2.config import LazyConfig\n"
+        f"cfg = LazyConfig.load({str(CONFIGS / 'co_dino_r50.py')!r})\n"
+        "model, optimizer, data = cfg.model, cfg.optimizer, cfg.data\n"
+        "lr_multiplier, dataloader, train = cfg.lr_multiplier, cfg.dataloader, cfg.train\n"
+        "first, second = model.queries.matching, model.queries.denoising\n"
+        "first.name, second.sees = 'main', '${..1.name}'\n"
+        "model.queries = [second, first]\n"
+    )
+    cfg = load_config(str(config), ["model.queries.1.num_queries=20"])
+    assert list(cfg.model.queries) == ["denoising", "main", "_target_"]
+    assert cfg.model.queries.denoising.sees == "main"
+    assert cfg.model.queries.main.num_queries == 20 and "name" not in cfg.model.queries.main
+    save_config(cfg, str(tmp_path / "config.yaml"))
+    assert config_text(load_config(str(tmp_path / "config.yaml"))) == config_text(cfg)
