@@ -367,6 +367,33 @@ class TrainingOutput:
 
 
 @dataclass(frozen=True)
+class ClassRows:
+    """How the first axis of a layer's tensors runs over the classes.
+
+    A module whose layers have rows per class says so by ``class_layers``, a dict of such values by
+    the names of its layers: then a checkpoint of other classes can be carried over by their names.
+
+    Attributes:
+        width: rows per class.
+        background: whether a row for the background comes last.
+        repeated: whether the rows of all classes come again for every anchor of a cell.
+    """
+
+    width: int = 1
+    background: bool = False
+    repeated: bool = False
+
+    def rows(self, classes: int) -> int:
+        """Rows for all classes, once."""
+        return self.width * classes + int(self.background)
+
+    def repeats(self, number: int, classes: int) -> int:
+        """How often ``number`` rows have all classes; 0 if they do not."""
+        repeats, rest = divmod(number, self.rows(classes))
+        return 0 if rest or (repeats > 1 and not self.repeated) else repeats
+
+
+@dataclass(frozen=True)
 class HeadCounts:
     """What one auxiliary head counts in some images.
 

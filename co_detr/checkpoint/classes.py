@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,48 +12,9 @@ from torch import Tensor, nn
 
 from co_detr.checkpoint.reading import shorten, stored_class_names
 from co_detr.errors import CheckpointError
+from co_detr.structures import ClassRows
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _ClassTensor:
-    """A kind of tensor whose first axis runs over classes.
-
-    Attributes:
-        pattern: matches its names.
-        width: rows per class.
-        background: whether a row for the background comes last.
-        repeated: whether the rows of all classes come again for every anchor of a cell.
-    """
-
-    pattern: re.Pattern[str]
-    width: int = 1
-    background: bool = False
-    repeated: bool = False
-
-    def rows(self, classes: int) -> int:
-        """Rows for all classes, once."""
-        return self.width * classes + int(self.background)
-
-    def repeats(self, number: int, classes: int) -> int:
-        """How often ``number`` rows have all classes; 0 if they do not."""
-        repeats, rest = divmod(number, self.rows(classes))
-        return 0 if rest or (repeats > 1 and not self.repeated) else repeats
-
-
-_CLASS_TENSORS = (
-    _ClassTensor(re.compile(r"decoder\.class_heads\.\d+\.(weight|bias)")),
-    _ClassTensor(re.compile(r"queries\.\w+\.class_head\.(weight|bias)")),
-    _ClassTensor(re.compile(r"queries\.\w+\.label_embedding\.weight")),
-    _ClassTensor(re.compile(r"auxiliary\.heads\.\w+\.class_logits\.(weight|bias)")),
-    _ClassTensor(
-        re.compile(r"auxiliary\.heads\.\w+\.network\.cls_score\.(weight|bias)"), repeated=True
-    ),
-    _ClassTensor(re.compile(r".*\.box_predictor\.cls_score\.(weight|bias)"), background=True),
-    # With one box for all classes, the four rows are no class's and fit as they are.
-    _ClassTensor(re.compile(r".*\.box_predictor\.bbox_pred\.(weight|bias)"), width=4),
-)
 
 
 @dataclass(frozen=True)
@@ -142,8 +102,13 @@ def remap_classes(state: dict[str, Tensor], model: nn.Module, classes: ClassMap)
 
     Tensors whose rows are not those of the two lists of classes are left as they are.
     """
+    kinds = {
+        f"{path}.{layer}.": kind
+        for path, module in model.named_modules()
+        for layer, kind in getattr(module, "class_layers", {}).items()
+    }
     for key, own in model.state_dict().items():
-        kind = next((kind for kind in _CLASS_TENSORS if kind.pattern.fullmatch(key)), None)
+        kind = next((kind for prefix, kind in kinds.items() if key.startswith(prefix)), None)
         if kind is None or key not in state:
             continue
         old = state[key]
@@ -160,7 +125,7 @@ def remap_classes(state: dict[str, Tensor], model: nn.Module, classes: ClassMap)
         classes.tensors.append(key)
 
 
-def _rows(kind: _ClassTensor, classes: ClassMap, by_position: bool) -> tuple[list[int], list[int]]:
+def _rows(kind: ClassRows, classes: ClassMap, by_position: bool) -> tuple[list[int], list[int]]:
     if by_position:
         pairs = [(index, index) for index in range(min(classes.num_theirs, classes.num_ours))]
     else:

@@ -18,7 +18,7 @@ from co_detr.modeling.transformer import (
     perceptron,
     split_heads,
 )
-from co_detr.structures import EncoderMemory, Predictions, QuerySet
+from co_detr.structures import ClassRows, EncoderMemory, Predictions, QuerySet
 
 
 class TransformerEncoder(nn.Module):
@@ -134,6 +134,8 @@ class _ConditionalDecoderBase(nn.Module):
         activation: class of the feed-forward's activation.
         eps: bound of the inverse sigmoid on references.
     """
+
+    class_layers = {"class_heads": ClassRows()}
 
     def __init__(
         self,

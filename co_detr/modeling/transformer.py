@@ -19,7 +19,7 @@ from co_detr.modeling.geometry import (
     encode_boxes,
     inverse_sigmoid,
 )
-from co_detr.structures import EncoderMemory, Predictions, QuerySet
+from co_detr.structures import ClassRows, EncoderMemory, Predictions, QuerySet
 
 
 class DeformableEncoder(nn.Module):
@@ -177,6 +177,8 @@ class DeformableDecoder(nn.Module):
         from_points: the references of the queries are points. The first boxes then have about
             0.12 of the image's size.
     """
+
+    class_layers = {"class_heads": ClassRows()}
 
     def __init__(
         self,

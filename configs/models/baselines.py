@@ -4,6 +4,7 @@ import copy
 
 from detectron2.config import LazyCall as L
 
+from co_detr.modeling.auxiliary import HybridAssignmentHeads
 from co_detr.modeling.queries import HybridMatchingQueries, LearnedQueries
 
 
@@ -35,7 +36,7 @@ def query_groups(model, count=11):
 def head_on_encoder(model, name):
     """The auxiliary head `name` in place of the decoder, with the weights of its own paper."""
     model.update(decoder=None, queries=None, assigner=None, criterion=None, postprocessor=None)
-    for other in {"roi", "atss", "retinanet", "fcos", "paa", "gfl"} - {name}:
-        model.auxiliary.pop(other, None)
+    for other in set(HybridAssignmentHeads.head_names(model.auxiliary)) - {name}:
+        model.auxiliary.pop(other)
     model.auxiliary.update(positive_queries=None, num_decoder_layers=1, lambda_2=1.0)
     model.evaluate_with = name

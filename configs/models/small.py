@@ -3,18 +3,11 @@
 from detectron2.config import LazyCall as L
 
 from co_detr.modeling import ReferencePosition
+from co_detr.modeling.auxiliary import DenseHead, HybridAssignmentHeads
 from co_detr.modeling.backbones.resnet import resnet_stages
 
 LEVELS = ["p3", "p4", "p5", "p6"]  # three of the encoder and the extra one of the heads
 STRIDES = [8, 16, 32, 64]
-# Anchors and ranges at half the usual scale.
-DENSE_HEADS = {
-    "atss": {"anchor_scale": 4.0, "num_groups": 16},
-    "retinanet": {"anchor_scale": 2.0},
-    "fcos": {"num_groups": 16},
-    "paa": {"anchor_scale": 4.0, "num_groups": 16},
-    "gfl": {"anchor_scale": 4.0, "num_groups": 16},
-}
 
 
 def make_small(model):
@@ -63,11 +56,11 @@ def _make_small_transformer(model):
 def _make_small_heads(auxiliary):
     auxiliary.pyramid.num_groups = 16
     auxiliary.positive_queries.max_queries = 60
-    for name, settings in DENSE_HEADS.items():
-        if name in auxiliary:
-            auxiliary[name].update(in_features=LEVELS, strides=STRIDES, **settings)
-    if "fcos" in auxiliary:
-        auxiliary.fcos.assigner.reach = 4.0
+    for name in HybridAssignmentHeads.head_names(auxiliary):
+        head = auxiliary[name]
+        if issubclass(head._target_, DenseHead):
+            head.update(in_features=LEVELS, strides=STRIDES)
+            head._target_.make_small(head, num_groups=16)
     rpn, roi_heads = auxiliary.roi.rpn, auxiliary.roi.roi_heads
     rpn.in_features = LEVELS
     # Anchors at half the usual scale.

@@ -4,12 +4,16 @@ import logging
 
 import pytest
 import torch
+from detectron2.config import instantiate
 
 from co_detr.checkpoint.classes import match_classes, remap_classes
 from co_detr.checkpoint.official import restore_official
 from co_detr.checkpoint.saving import Checkpointer
+from co_detr.engine.config import load_config
 from co_detr.errors import CheckpointError, ConfigError
-from tests.modeling.builders import tiny_model
+from co_detr.modeling.queries import DenoisingQueries
+from tests.device import DEVICE
+from tests.modeling.builders import CONFIGS, shrink, tiny_model
 
 THEIRS = ["person", "Dog", "cat", "car"]
 OURS = ["CAT", "zebra", "person"]
@@ -100,6 +104,7 @@ def test_a_released_file_in_a_model_with_more_heads(source, tmp_path):
 def queries_with_labels(classes):
     queries = torch.nn.Module()
     queries.label_embedding = torch.nn.Embedding(classes, 2)
+    queries.class_layers = DenoisingQueries.class_layers
     return torch.nn.ModuleDict({"queries": torch.nn.ModuleDict({"denoising": queries})})
 
 
@@ -174,3 +179,17 @@ def test_names_are_saved_with_every_checkpoint(source, tmp_path):
     Checkpointer(source, str(tmp_path), class_names=THEIRS).save("m", iteration=3)
     assert torch.load(tmp_path / "m.pth")["class_names"] == THEIRS
     assert Checkpointer(source).load(str(tmp_path / "m.pth"))["iteration"] == 3
+
+
+def test_masks_follow_the_names(tmp_path):
+    models = []
+    for classes in (THEIRS, OURS):
+        overrides = [f"model.num_classes={len(classes)}"]
+        cfg = shrink(load_config(str(CONFIGS / "co_detr_r50_mask_rcnn.py"), overrides))
+        models.append(instantiate(cfg.model).to(DEVICE))
+    source, model = models
+    path = saved(source, tmp_path / "m.pth", class_names=THEIRS)
+    Checkpointer(model, mismatch="by_name", class_names=OURS).load(path)
+    key = "auxiliary.heads.roi.roi_heads.mask_head.predictor.weight"
+    old, new = (each.state_dict()[key] for each in models)
+    assert torch.equal(new[[0, 2]], old[[2, 0]])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from co_detr.engine.config import apply_overrides, load_config
 from co_detr.modeling import CoDETR
+from co_detr.modeling.auxiliary import DenseHead, HybridAssignmentHeads
 from co_detr.modeling.backbones import SwinTransformer, VisionTransformer
 from co_detr.modeling.backbones.resnet import resnet_stages
 from co_detr.modeling.detectors import DECODER, InferencePass
@@ -30,14 +31,6 @@ BY_HEADS = {
     1: "co_detr_r50_atss",
     2: "co_detr_r50",
     6: "co_detr_r50_k6",
-}
-# Settings of the dense heads at test size.
-DENSE_HEADS = {
-    "atss": {"anchor_scale": 4.0, "num_groups": 8},
-    "retinanet": {"anchor_scale": 2.0},
-    "fcos": {"num_groups": 8},
-    "paa": {"anchor_scale": 4.0, "num_groups": 8},
-    "gfl": {"anchor_scale": 4.0, "num_groups": 8},
 }
 NUM_CLASSES = 5
 NUM_QUERIES = 20
@@ -69,9 +62,9 @@ def shrink(cfg: DictConfig) -> DictConfig:
     auxiliary.pyramid.num_groups = 8
     if auxiliary.positive_queries is not None:
         auxiliary.positive_queries.max_queries = 30
-    for name, settings in DENSE_HEADS.items():
-        if name in auxiliary:
-            auxiliary[name].update(settings)
+    for name in HybridAssignmentHeads.head_names(auxiliary):
+        if issubclass(auxiliary[name]._target_, DenseHead):
+            auxiliary[name]._target_.make_small(auxiliary[name], num_groups=8)
     if "roi" in auxiliary:
         rpn, roi_heads = auxiliary.roi.rpn, auxiliary.roi.roi_heads
         strides = rpn.anchor_generator.strides

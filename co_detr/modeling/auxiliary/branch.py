@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +93,12 @@ class HybridAssignmentHeads(nn.Module):
                 source = copy.deepcopy(positive_queries)
                 source.reset_parameters()  # a copy alone would start all heads alike
                 self.positive_queries[name] = source
+
+    @classmethod
+    def head_names(cls, node: Mapping[str, Any]) -> list[str]:
+        """Names of the heads in a config of this class: what is none of its own arguments."""
+        own = {*inspect.signature(cls).parameters, "_target_"}
+        return [name for name in node if name not in own and node[name] is not None]
 
     @property
     def reads_masks(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from detectron2.layers import batched_nms
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.structures import Boxes, ImageList, Instances
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
@@ -26,13 +28,14 @@ from co_detr.structures import AuxiliaryOutput, Candidates, HeadCounts, HeadDete
 class DenseHead(nn.Module):
     """One-to-many head on all cells of a pyramid; subclasses bring the network (``predict``).
 
+    What else a subclass says of itself: ``class_layers`` (see `ClassRows`), and, if it has settings
+    that small images need otherwise, `make_small`.
+
     Args:
         in_features: names of the maps, finest first; strides: their strides in pixels.
         anchor_generator: gives every cell the same number A of anchors.
         assigner: see `co_detr.modeling.auxiliary.assigners`.
-        box_code: see `co_detr.modeling.auxiliary.dense_losses`.
-        criterion: predictions, anchors, targets, box code and totals -> losses by name; see
-            `co_detr.modeling.auxiliary.dense_losses`.
+        box_code, criterion: see `co_detr.modeling.auxiliary.dense_losses`.
         test_topk, test_nms, max_detections: used by ``detect`` only.
     """
 
@@ -64,6 +67,20 @@ class DenseHead(nn.Module):
         self.test_topk = test_topk
         self.test_nms = test_nms
         self.max_detections = max_detections
+
+    @classmethod
+    def make_small(cls, node: DictConfig, num_groups: int) -> None:
+        """Changes a config of the head, in place, for small images: anchors of half their size.
+
+        Args:
+            node: of a head of this class.
+            num_groups: of group norms, which layers of fewer channels need.
+        """
+        takes = inspect.signature(cls).parameters
+        if "anchor_scale" in takes:
+            node.anchor_scale = takes["anchor_scale"].default / 2
+        if "num_groups" in takes:
+            node.num_groups = num_groups
 
     def predict(self, maps: list[Tensor]) -> DensePredictions:
         """Maps ``(B, C, H, W)`` -> predictions of all anchors, finest level first, in float32."""

@@ -15,6 +15,7 @@ from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.meta_arch.fcos import FCOSHead as FCOSNetwork
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead as RetinaNetNetwork
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from co_detr.modeling.auxiliary.assigners import BACKGROUND, ATSSAssigner
@@ -27,6 +28,7 @@ from co_detr.modeling.auxiliary.dense_losses import (
     DenseTargets,
     DistanceCode,
 )
+from co_detr.structures import ClassRows
 
 
 class TowerHead(DenseHead):
@@ -37,6 +39,8 @@ class TowerHead(DenseHead):
         anchor_scale: side of the anchor in strides; its centre is the corner of the cell.
         num_convs: convolutions per tower; Co-DETR has one, the papers of the heads four.
     """
+
+    class_layers = {"class_logits": ClassRows()}
 
     def __init__(
         self,
@@ -210,6 +214,8 @@ class RetinaNetHead(DenseHead):
         num_convs: convolutions per tower; the paper has four.
     """
 
+    class_layers = {"network.cls_score": ClassRows(repeated=True)}
+
     def __init__(
         self,
         *,
@@ -268,6 +274,8 @@ class FCOSHead(DenseHead):
         num_convs: convolutions with GroupNorm per tower; the paper has four.
     """
 
+    class_layers = {"network.cls_score": ClassRows()}
+
     def __init__(
         self,
         *,
@@ -306,6 +314,11 @@ class FCOSHead(DenseHead):
             conv_dims=[embed_dim] * num_convs,
             norm=partial(nn.GroupNorm, num_groups),
         )
+
+    @classmethod
+    def make_small(cls, node: DictConfig, num_groups: int) -> None:
+        super().make_small(node, num_groups)
+        node.assigner.reach = 4.0  # half of the usual ranges of sizes
 
     def predict(self, maps: list[Tensor]) -> DensePredictions:
         outputs = self.network(maps)

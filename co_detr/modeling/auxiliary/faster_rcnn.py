@@ -11,7 +11,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
-from co_detr.structures import AuxiliaryOutput, Candidates, HeadCounts, HeadDetections
+from co_detr.structures import AuxiliaryOutput, Candidates, ClassRows, HeadCounts, HeadDetections
 
 
 class CollaborativeRPN(RPN):
@@ -47,6 +47,13 @@ class CollaborativeROIHeads(StandardROIHeads):
     The feature of a proposal is the mean of its pooled region. It is not detached: in the
     reference the loss of the positive queries reaches the encoder through it.
     """
+
+    class_layers = {
+        "box_predictor.cls_score": ClassRows(background=True),
+        # With one box for all classes, the four rows are no class's and fit as they are.
+        "box_predictor.bbox_pred": ClassRows(width=4),
+        "mask_head.predictor": ClassRows(),
+    }
 
     def region_features(self, features: dict[str, Tensor], boxes: list[Boxes]) -> Tensor:
         """The pooled features that samples have as ``query_features``, for other boxes.

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from co_detr.modeling.geometry import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
 from co_detr.modeling.queries.sources import QuerySource
-from co_detr.structures import AssignedTargets, EncoderMemory, GroundTruth, QueryGroup, StepCounts
+from co_detr.structures import (
+    AssignedTargets,
+    ClassRows,
+    EncoderMemory,
+    GroundTruth,
+    QueryGroup,
+    StepCounts,
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class DenoisingQueries(QuerySource):
     """
 
     name = "denoising"
+    class_layers = {"label_embedding": ClassRows()}
     training_only = True
 
     def __init__(

@@ -12,6 +12,7 @@ from co_detr.errors import ConfigError
 from co_detr.modeling.geometry import encode_boxes
 from co_detr.modeling.transformer import BoxHead, class_head, perceptron
 from co_detr.structures import (
+    ClassRows,
     EncoderMemory,
     EncoderProposals,
     GroundTruth,
@@ -230,6 +231,8 @@ class TwoStageQueries(QuerySource):
         training_only: for further groups with weights of their own beside the one of inference
             (Group-DETR).
     """
+
+    class_layers = {"class_head": ClassRows()}
 
     _lowered = "num_queries"  # where an image is too small for that many
 
