@@ -2,7 +2,7 @@
 # Builds the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer in a temporary folder
 # and runs the fuzz on them. The installed extension is left as it is.
 #
-#   bash scripts/asan_fuzz.sh [arguments of tests/layers/fuzz.py]      default: --cases 2000
+#   bash scripts/asan_fuzz.sh [arguments of tests.layers.fuzz]      default: --cases 2000
 #
 # PYTHON names the interpreter (default: .venv/bin/python if there is one, else python3).
 set -euo pipefail
@@ -15,7 +15,7 @@ trap 'rm -rf "$work"' EXIT
 
 mkdir "$work/tests"
 cp -r "$root/co_detr" "$root/setup.py" "$work"
-cp -r "$root/tests/layers" "$work/tests"
+cp -r "$root/tests/__init__.py" "$root/tests/layers" "$work/tests"
 rm -f "$work"/co_detr/_C*.so
 cd "$work"
 
@@ -30,4 +30,4 @@ preload="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-na
 [ $# -gt 0 ] || set -- --cases 2000
 LD_PRELOAD="$preload" ASAN_OPTIONS="detect_leaks=0:halt_on_error=1" \
   UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=1" PYTHONPATH="$work" \
-  "$python" tests/layers/fuzz.py "$@"
+  "$python" -m tests.layers.fuzz "$@"

@@ -6,10 +6,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def python_path(*folders: Path) -> str:
-    """A value of PYTHONPATH: this checkout, ``folders``, and what it has already.
+def python_path() -> str:
+    """A value of PYTHONPATH: this checkout, and what it has already.
 
     Packages, such as Detectron2, may be installed nowhere else.
     """
     present = os.environ.get("PYTHONPATH")
-    return os.pathsep.join([str(ROOT), *map(str, folders), *([present] if present else [])])
+    return os.pathsep.join([str(ROOT), *([present] if present else [])])

@@ -100,6 +100,28 @@ def test_tests_share_public_names_only() -> None:
     assert not wrong
 
 
+def test_tests_are_one_package() -> None:
+    bare = {name.rpartition(".")[2] for name in TESTS} - {"tests"}
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {module} without tests."
+        for path in TESTS.values()
+        for module, _ in imports(path)
+        if module in bare
+    ]
+    # A program that README starts by its path, from anywhere.
+    started = ROOT / "tests" / "mutations" / "run.py"
+    wrong += [
+        f"{path.relative_to(ROOT)} changes sys.path"
+        for path in TESTS.values()
+        if path != started and any(changes_path(node) for node in nodes(path))
+    ]
+    assert not wrong
+
+
+def changes_path(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func).startswith("sys.path.")
+
+
 def test_number_of_files() -> None:
     assert len(PACKAGE) <= MOST_FILES
     assert len(CORE) <= MOST_CORE_FILES

@@ -28,8 +28,7 @@ def ablate():
 def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Of a grid of two variants, of which the second has no val set."""
     data = make_tiny_data(tmp_path)
-    monkeypatch.syspath_prepend(str(ENGINE_TESTS))  # the config imports tiny_detector
-    monkeypatch.setenv("PYTHONPATH", python_path(ENGINE_TESTS))
+    monkeypatch.setenv("PYTHONPATH", python_path())
     grid = tmp_path / "grid.yaml"
     grid.write_text(
         f"config: {ENGINE_TESTS / 'tiny_config.py'}\n"

@@ -4,7 +4,8 @@ import importlib.util
 
 import pytest
 import torch
-from official import ROOT, distinct, same
+
+from tests.checkpoint.official import ROOT, distinct, same
 
 specification = importlib.util.spec_from_file_location(
     "convert_official", ROOT / "tools" / "convert_official.py"

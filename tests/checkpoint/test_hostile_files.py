@@ -8,12 +8,12 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from official import distinct
 from safetensors.torch import save_file
 
 from co_detr.checkpoint.reading import read_checkpoint
 from co_detr.checkpoint.saving import Checkpointer
 from co_detr.errors import CheckpointError
+from tests.checkpoint.official import distinct
 from tests.modeling.builders import tiny_model
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from official import ROOT
 
 from co_detr import model_zoo
 from co_detr.errors import CheckpointError, ConfigError
 from co_detr.model_zoo.table import ZooEntry
+from tests.checkpoint.official import ROOT
 
 
 @pytest.fixture

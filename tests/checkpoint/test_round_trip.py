@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from official import KEYS, distinct, empty_model, same
 
 from co_detr.checkpoint.official import convert_official, official_state_dict, restore_official
 from co_detr.checkpoint.official_table import DroppedRow, Row
 from co_detr.errors import CheckpointError
+from tests.checkpoint.official import KEYS, distinct, empty_model, same
 
 
 @pytest.mark.parametrize("name", KEYS)

@@ -1,14 +1,11 @@
 """Runs the tool; the layouts are in folders.py."""
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from co_detr.tools.convert.command_line import parse_arguments, run
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from folders import CLASSES, TRAIN, VAL, Picture, write_voc, write_yolo
 
 from co_detr.data.coco import class_names, load_coco
 from co_detr.data.images import ImageReader
 from co_detr.engine.config import load_config
+from tests.conversion.folders import CLASSES, TRAIN, VAL, Picture, write_voc, write_yolo
 
 ROOT = Path(__file__).parents[2]
 BCCD = ROOT.parent / "shared" / "data" / "bccd"

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from folders import TRAIN, VAL, Picture, write_voc
 from PIL import Image
 
 from co_detr.data.images import ImageReader
 from co_detr.errors import ConfigError, DataError
 from co_detr.tools.convert.dataset import ImageSize, read_size
 from co_detr.tools.convert.voc import VocRules, read_voc_labels
+from tests.conversion.folders import TRAIN, VAL, Picture, write_voc
 
 BOX = "<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>10</xmax><ymax>20</ymax></bndbox>"
 SIZE = ImageSize(40, 30)

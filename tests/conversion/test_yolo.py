@@ -4,11 +4,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from folders import CLASSES, TRAIN, VAL, write_yolo
 
 from co_detr.errors import ConfigError, DataError
 from co_detr.tools.convert.dataset import ImageSize
 from co_detr.tools.convert.yolo import read_yolo_labels
+from tests.conversion.folders import CLASSES, TRAIN, VAL, write_yolo
 
 NAMES = {p.name for p in TRAIN}
 

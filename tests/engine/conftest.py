@@ -14,7 +14,6 @@ from tests.engine.tiny_data import TinyData, make_tiny_data
 from tests.paths import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(Path(__file__).parent))  # the config imports tiny_detector
 CONFIG_FILE = str(Path(__file__).parent / "tiny_config.py")
 
 
@@ -57,8 +56,7 @@ def train_net(tiny_data: TinyData):
             text=True,
             timeout=300,
             cwd=ROOT,
-            env=os.environ
-            | {"PYTHONPATH": python_path(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"},
         )
 
     return run

@@ -97,7 +97,7 @@ def free_port() -> int:
 
 def _start_server() -> None:
     before = dict(os.environ)
-    os.environ.update(PYTHONPATH=python_path(HERE), OMP_NUM_THREADS="1")
+    os.environ.update(PYTHONPATH=python_path(), OMP_NUM_THREADS="1")
     try:
         _SERVER.set_forkserver_preload(["train_net", "co_detr.engine.train", __name__])
         forkserver.ensure_running()
@@ -117,7 +117,6 @@ def _run(
         os.dup2(said, descriptor)
     os.environ.update({key: str(value) for key, value in environment.items()})
     multiprocessing.set_start_method("fork", force=True)  # of its loading workers, as usual
-    sys.path.insert(0, str(HERE))  # the config imports tiny_detector
     if prepare is not None:
         prepare()
     import train_net

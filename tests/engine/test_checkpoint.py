@@ -5,12 +5,12 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_detector import TinyDetector
 from torch import nn
 
 from co_detr.checkpoint.saving import Checkpointer
 from co_detr.errors import CheckpointError
 from co_detr.modeling.backbones import SwinTransformer
+from tests.engine.tiny_detector import TinyDetector
 
 pytestmark = pytest.mark.cpu_only("files of weights; test_resume.py loads them on a device")
 

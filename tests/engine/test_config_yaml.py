@@ -1,5 +1,6 @@
 """A YAML config is read without running anything in it, wherever one is read."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from co_detr.tools.analyze.subjects import load_models, parse_model
 from co_detr.tools.demo import command_line as demo
 from co_detr.tools.predict import command_line as predict
 from tests.engine.conftest import CONFIG_FILE
+from tests.paths import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(
@@ -105,14 +107,15 @@ def test_targets_and_references_that_no_config_needs_are_refused(folder, node):
 
 def test_a_refused_target_leaves_python_as_it_was(folder):
     """A training after it, which imports setuptools through PyTorch, failed in the same process."""
-    script = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
+    script = """
 from co_detr.engine.config import _is_allowed
 assert not _is_allowed("pip.main")
 import setuptools
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": python_path()}
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -160,10 +163,10 @@ def test_tuples_and_classes_are_kept(tiny_cfg, tmp_path):
 def test_own_modules_may_be_named_and_installed_ones_if_allowed(tiny_cfg, tmp_path, monkeypatch):
     save_config(tiny_cfg(), str(tmp_path / "config.yaml"))
     assert type(instantiate(load_config(str(tmp_path / "config.yaml")).model)).__module__ == (
-        "tiny_detector"
+        "tests.engine.tiny_detector"
     )
     text = (tmp_path / "config.yaml").read_text()
-    text = text.replace("tiny_detector.TinyDetector", "yaml.nodes.ScalarNode")
+    text = text.replace("tests.engine.tiny_detector.TinyDetector", "yaml.nodes.ScalarNode")
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match=rf"set the environment variable {PACKAGES_VARIABLE}"):
         load_config(str(tmp_path / "config.yaml"))

@@ -7,7 +7,6 @@ import pytest
 import torch
 from detectron2.config import instantiate
 from omegaconf import OmegaConf
-from tiny_detector import TinyDetector
 
 from co_detr.data.coco import class_names
 from co_detr.data.preflight_boxes import InputSize, Limit
@@ -20,6 +19,7 @@ from co_detr.engine.data_check import (
 )
 from co_detr.engine.train import run_evaluation_only
 from co_detr.errors import DataError
+from tests.engine.tiny_detector import TinyDetector
 
 CONFIG_FILE = str(Path(__file__).parent / "tiny_config.py")
 

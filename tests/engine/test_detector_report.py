@@ -12,7 +12,7 @@ from co_detr.engine.train import run_evaluation_only, run_training
 from co_detr.tools.predict.command_line import parse_arguments
 from tests.modeling.builders import CONFIGS, shrink
 
-COMPARING = "model._target_=tiny_detector.ComparingDetector"
+COMPARING = "model._target_=tests.engine.tiny_detector.ComparingDetector"
 METRICS = {
     **{"AP": 50.04, "AP50": 80.0, "AP-red/blue": 50.0, "top_k/AP": 90.0},
     **{"roi/AP": 57.0, "roi/AP50": 89.9, "cascade/AP": 57.91, "merged/AP50": 1.0},

@@ -7,11 +7,11 @@ import detectron2.data.transforms as T
 import pytest
 import torch
 from detectron2.config import instantiate
-from tiny_detector import TinyDetector
 
 from co_detr.engine.config import load_config
 from co_detr.engine.memory_use import MANY_OBJECTS, USUAL_OBJECTS, dry_run, image_sizes
 from co_detr.errors import ConfigError, OutOfMemoryError
+from tests.engine.tiny_detector import TinyDetector
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NO_DATA = ["data.train=nowhere.json", "model.num_classes=2"]

@@ -48,7 +48,7 @@ def test_beside_nccl_too(monkeypatch):
 
 
 def fail_in_the_second_process():
-    from tiny_detector import TinyDetector
+    from tests.engine.tiny_detector import TinyDetector
 
     losses, calls = TinyDetector._losses, []
 

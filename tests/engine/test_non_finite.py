@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 from detectron2.utils import comm
-from tiny_detector import NaNDetector, TinyDetector
 from torch import nn
 
 from co_detr.engine.train import run_training
 from co_detr.errors import NonFiniteError
 from tests.engine.processes import free_port
+from tests.engine.tiny_detector import NaNDetector, TinyDetector
 
 EVERY_ITERATION = "train.checkpointer.period=1"
 
@@ -194,7 +194,7 @@ def test_infinite_gradient_is_reported_too(tiny_cfg, monkeypatch):
         # sqrt has an infinite slope at 0 but the loss itself is 0
         return {"loss": (logits.sum() * 0).sqrt()}
 
-    monkeypatch.setattr("tiny_detector.TinyDetector._losses", infinite_gradient)
+    monkeypatch.setattr("tests.engine.tiny_detector.TinyDetector._losses", infinite_gradient)
     with pytest.raises(NonFiniteError, match="the gradient became NaN or infinite at iteration 0"):
         run_training(tiny_cfg("train.non_finite.max_skips=0"), resume=False)
 
@@ -205,7 +205,7 @@ def test_divergence_that_detectron2_notices_first_names_the_images(tiny_cfg, mon
             "Predicted boxes or scores contain Inf/NaN. Training has diverged."
         )
 
-    monkeypatch.setattr("tiny_detector.TinyDetector._losses", diverged)
+    monkeypatch.setattr("tests.engine.tiny_detector.TinyDetector._losses", diverged)
     with pytest.raises(NonFiniteError, match="has diverged at iteration 0 on the images") as caught:
         run_training(tiny_cfg("train.non_finite.max_skips=0"), resume=False)
     assert ".png (id " in caught.value.sentence

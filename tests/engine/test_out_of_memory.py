@@ -30,7 +30,7 @@ def _fail(monkeypatch, error, in_training=True):
         assert self.training == in_training
         raise error
 
-    monkeypatch.setattr("tiny_detector.TinyDetector.forward", forward)
+    monkeypatch.setattr("tests.engine.tiny_detector.TinyDetector.forward", forward)
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=["cuda", "cpu", "cublas", "python"])

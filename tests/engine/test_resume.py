@@ -6,13 +6,13 @@ import shutil
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_detector import TinyDetector
 
 from co_detr.engine.config import read_yaml
 from co_detr.engine.train import run_training
 from co_detr.engine.writers import purge_events
 from co_detr.errors import CheckpointError
 from tests.engine.kill_and_resume import tensorboard_events
+from tests.engine.tiny_detector import TinyDetector
 
 
 def _losses(output_dir):

@@ -33,7 +33,7 @@ def _errors(process):
 
 
 def press_ctrl_c_in_the_second_step():
-    from tiny_detector import TinyDetector
+    from tests.engine.tiny_detector import TinyDetector
 
     losses, calls = TinyDetector._losses, []
 
@@ -100,7 +100,7 @@ class InterruptedDetector:
     """Ends the run in its second step."""
 
     def __new__(cls, **arguments):
-        from tiny_detector import TinyDetector
+        from tests.engine.tiny_detector import TinyDetector
 
         class Interrupted(TinyDetector):
             steps = 0
@@ -217,7 +217,7 @@ def finish_a_run(train_process, tmp_path):
 
 
 def no_memory_in_the_step():
-    from tiny_detector import TinyDetector
+    from tests.engine.tiny_detector import TinyDetector
 
     def fail(self, *arguments):
         raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
@@ -226,7 +226,7 @@ def no_memory_in_the_step():
 
 
 def no_memory_for_the_model():
-    from tiny_detector import TinyDetector
+    from tests.engine.tiny_detector import TinyDetector
 
     def fail(self, *arguments):
         raise RuntimeError("out of memory")

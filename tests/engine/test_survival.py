@@ -11,7 +11,6 @@ import time
 
 import pytest
 import torch
-from tiny_detector import TinyDetector
 
 from co_detr.engine import train
 from co_detr.engine.hooks import CheckpointHook
@@ -20,6 +19,7 @@ from co_detr.engine.train import run_evaluation_only, run_training
 from co_detr.errors import CheckpointError, ConfigError
 from co_detr.files import INCOMPLETE
 from tests.engine.kill_and_resume import kill_and_resume, tensorboard_events
+from tests.engine.tiny_detector import TinyDetector
 
 EVERY_ITERATION = "train.checkpointer.period=1"
 
@@ -243,7 +243,7 @@ def test_signals_of_a_whole_job_reach_the_loading_workers_too(train_process):
 
 def wait_for_ever_in_the_step():
     """Makes the third step of training hang, as a storage that is gone would."""
-    from tiny_detector import TinyDetector
+    from tests.engine.tiny_detector import TinyDetector
 
     losses, calls = TinyDetector._losses, []
 
@@ -278,7 +278,7 @@ def test_ctrl_c_is_one_sentence(train_process, tmp_path):
 
 def swallow_ctrl_c_in_the_step():
     """Makes the third step of training press Ctrl-C where Python can only forget it."""
-    from tiny_detector import TinyDetector
+    from tests.engine.tiny_detector import TinyDetector
 
     class Presses:
         def __del__(self):
@@ -299,7 +299,7 @@ def swallow_ctrl_c_in_the_step():
 
 def turn_ctrl_c_into_another_error():
     """Makes the third step of training fail as a writer of files does that is interrupted."""
-    from tiny_detector import TinyDetector
+    from tests.engine.tiny_detector import TinyDetector
 
     losses, calls = TinyDetector._losses, []
 

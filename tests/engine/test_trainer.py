@@ -6,11 +6,11 @@ import pytest
 import torch
 from detectron2.config import instantiate
 from detectron2.utils import comm
-from tiny_detector import TinyDetector
 
 from co_detr.engine import trainer
 from co_detr.engine.train import run_training
 from tests.device import NAME
+from tests.engine.tiny_detector import TinyDetector
 
 
 def _train(cfg):
@@ -31,7 +31,11 @@ def _lines(output_dir):
 def test_accumulation_equals_one_large_batch(tiny_cfg, tmp_path, model):
     """Whether losses are means over images or divided by the number of objects."""
     # In float64 the two ways of summing agree to rounding.
-    common = ["optimizer.lr=1e-3", "train.max_iter=3", f"model._target_=tiny_detector.{model}"]
+    common = [
+        "optimizer.lr=1e-3",
+        "train.max_iter=3",
+        f"model._target_=tests.engine.tiny_detector.{model}",
+    ]
     torch.set_default_dtype(torch.float64)
     try:
         whole = _train(tiny_cfg(*common, output="whole"))

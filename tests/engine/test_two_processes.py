@@ -33,7 +33,7 @@ def test_a_signal_at_one_of_them_stops_both(two, tmp_path):
 
 
 def test_a_dying_process_ends_the_other(two):
-    ranks = two("model._target_=tiny_detector.DyingDetector")
+    ranks = two("model._target_=tests.engine.tiny_detector.DyingDetector")
     assert [each.wait() for each in ranks] == [2, -signal.SIGKILL]
     (error,) = [line for line in ranks[0].output.splitlines() if "error: " in line]
     assert error.startswith("[rank 0] error: another process of this run is gone")
@@ -45,7 +45,7 @@ def test_a_dying_process_ends_the_run(train_net, tiny_data, tmp_path, launcher):
     if launcher == "num-gpus" and torch.cuda.is_available():
         pytest.skip("--num-gpus starts GPU processes here")
     arguments = [*tiny_data.overrides(tmp_path / "out")]
-    arguments.append("model._target_=tiny_detector.DyingDetector")
+    arguments.append("model._target_=tests.engine.tiny_detector.DyingDetector")
     if launcher == "torchrun":
         result = train_net(*arguments, processes=2)
         assert result.returncode not in (0, None)
@@ -112,7 +112,7 @@ def test_an_uneven_val_set_is_evaluated_once(two, tiny_data, tiny_cfg, tmp_path,
 
 
 def test_two_processes_evaluate_all_detectors_as_one_does(two, tiny_cfg, tmp_path):
-    several = "model._target_=tiny_detector.ComparingDetector"
+    several = "model._target_=tests.engine.tiny_detector.ComparingDetector"
     run_training(tiny_cfg(several, "train.max_iter=5", output="one"), resume=False)
     start = f"train.init_checkpoint={tmp_path / 'one' / 'model_final.pth'}"
     ranks = two("--eval-only", several, start)

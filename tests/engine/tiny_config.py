@@ -1,7 +1,8 @@
 """The common configs around the tiny detector."""
 
 from detectron2.config import LazyCall as L
-from tiny_detector import TinyDetector
+
+from tests.engine.tiny_detector import TinyDetector
 
 from ...configs.common.coco import data, dataloader  # noqa: F401
 from ...configs.common.optim import AdamW as optimizer

@@ -1,6 +1,5 @@
 """A tiny detector, its checkpoint, and the files that it is exported to."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +8,10 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "modeling"))
-sys.path.insert(0, str(Path(__file__).parent))
-
-from builders import CONFIGS, NUM_CLASSES, randomise, shrink
-from tiny_export import CLASSES, SIZE, Trained
-
 from co_detr.checkpoint.saving import Checkpointer
 from co_detr.engine.config import apply_overrides, load_config
+from tests.export.tiny_export import CLASSES, SIZE, Trained
+from tests.modeling.builders import CONFIGS, NUM_CLASSES, randomise, shrink
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from agreement import assert_same
 from PIL import Image
-from tiny_export import CLASSES
 
 from co_detr.tools.export import ExportedPredictor
+from tests.export.agreement import assert_same
+from tests.export.tiny_export import CLASSES
 from tests.modeling.builders import decoder_detections
 
 pytest.importorskip("onnxscript")

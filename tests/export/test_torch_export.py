@@ -4,14 +4,14 @@ import subprocess
 import sys
 
 import pytest
-from agreement import assert_same
 from PIL import Image
-from tiny_export import CLASSES
 
 from co_detr.errors import ConfigError, ExportError
 from co_detr.layers.deformable_attention import HAS_EXTENSION
 from co_detr.tools.export import ExportedPredictor
 from co_detr.tools.export.predictor import check_image
+from tests.export.agreement import assert_same
+from tests.export.tiny_export import CLASSES
 
 FIXED = (96, 128)
 

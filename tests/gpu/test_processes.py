@@ -30,7 +30,7 @@ def train(tmp_path):
             text=True,
             timeout=90,
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": python_path(ENGINE), "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"},
         )
         said = result.stdout + result.stderr
         assert result.returncode == 0, said

@@ -1,6 +1,6 @@
 """Random problems for the MSDeformAttn kernels, against the reference in fp64.
 
-    python tests/layers/fuzz.py --cases 2000
+    python -m tests.layers.fuzz --cases 2000
 
 Sizes, strides, dtypes and locations are random; NaN, infinite and huge locations among them. Output
 and all three gradients have to agree. Every case is made from its number alone, so that a failure
@@ -13,12 +13,9 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from co_detr.layers import ms_deform_attn, ms_deform_attn_reference
 from co_detr.layers.deformable_attention import KERNEL_DEVICES

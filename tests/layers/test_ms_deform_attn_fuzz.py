@@ -1,4 +1,4 @@
-"""A hundred random problems; ``python tests/layers/fuzz.py --cases 2000`` runs more."""
+"""A hundred random problems; ``python -m tests.layers.fuzz --cases 2000`` runs more."""
 
 import pytest
 

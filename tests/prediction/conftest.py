@@ -1,6 +1,5 @@
 """A tiny trained model as a run leaves it: a config file and a checkpoint with class names."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +7,11 @@ import pytest
 from detectron2.config import LazyConfig
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "modeling"))
-sys.path.insert(0, str(Path(__file__).parent))
-
-from builders import randomise, tiny_config, tiny_model
-from trained_run import CLASSES, SIZE, Run
-
 from co_detr.checkpoint.saving import Checkpointer
 from co_detr.tools.predict.predictor import Predictor
 from tests.device import CHILD, NAME
+from tests.modeling.builders import randomise, tiny_config, tiny_model
+from tests.prediction.trained_run import CLASSES, SIZE, Run
 
 
 @pytest.fixture(scope="session")

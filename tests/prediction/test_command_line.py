@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
-from trained_run import CLASSES
 
 from co_detr.data.images import image_suffixes
 from co_detr.errors import ConfigError, DataError
@@ -20,6 +19,7 @@ from co_detr.tools.predict.files import find_inputs
 from co_detr.tools.predict.predictor import Predictor
 from tests.device import CHILD, NAME
 from tests.paths import python_path
+from tests.prediction.trained_run import CLASSES
 
 ROOT = Path(__file__).resolve().parents[2]
 

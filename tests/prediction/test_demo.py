@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from trained_run import CLASSES
+
+from tests.prediction.trained_run import CLASSES
 
 pytest.importorskip("flask")
 pytest.importorskip("waitress")

@@ -7,9 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from builders import randomise, tiny_config, tiny_model
 from PIL import Image
-from trained_run import CLASSES, SIZE
 
 import co_detr
 from co_detr.checkpoint.detector import load_detector
@@ -19,6 +17,8 @@ from co_detr.engine.hooks import AveragedWeights, EmaSettings
 from co_detr.errors import CheckpointError, ConfigError, DataError
 from co_detr.tools.predict.predictor import Predictor
 from tests.device import NAME
+from tests.modeling.builders import randomise, tiny_config, tiny_model
+from tests.prediction.trained_run import CLASSES, SIZE
 
 
 def same(first, second):

@@ -1,0 +1,1 @@
+"""Tests import what they share by its full name, ``from tests.engine.tiny_data import ...``."""
