@@ -7,6 +7,14 @@ import torch
 
 from tests import device
 
+# Whose tests get the marker `tools`: what they test stands around the core, as co_detr/tools and
+# the programs in tools/ and scripts/ do. ``pytest -m "not tools"`` tests the core.
+TOOLS = (
+    *("ablation", "analysis", "conversion", "export", "mutations", "prediction", "quickstart"),
+    *("checkpoint/test_convert_tool.py", "engine/test_complexity.py"),
+    *("engine/test_inspect_data.py", "parity/test_report.py"),
+)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if device.DEVICE.type == "cuda" and not torch.cuda.is_available():
@@ -20,6 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
+        if any(item.path.is_relative_to(device.TESTS / name) for name in TOOLS):
+            item.add_marker("tools")
         if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
             if not device.can_be_emulated(item):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
