@@ -15,6 +15,7 @@ from co_detr.checkpoint.official import restore_official
 from co_detr.checkpoint.saving import Checkpointer
 from co_detr.engine.hooks import AveragedWeights, EmaSettings
 from co_detr.errors import CheckpointError, ConfigError, DataError
+from co_detr.tools.export import ExportedPredictor
 from co_detr.tools.predict.predictor import Predictor
 from tests.device import NAME
 from tests.modeling.builders import randomise, tiny_config, tiny_model
@@ -31,7 +32,7 @@ def same(first, second):
     )
 
 
-def test_the_package_loads_it_lazily():
+def test_the_package_loads_predictors_lazily():
     code = (
         "import sys, co_detr; heavy = {'torch', 'detectron2', 'numpy'} & set(sys.modules);"
         "assert not heavy, heavy; assert not hasattr(co_detr, 'Predicter');"
@@ -39,6 +40,7 @@ def test_the_package_loads_it_lazily():
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
     assert co_detr.Predictor is Predictor
+    assert co_detr.ExportedPredictor is ExportedPredictor
 
 
 def test_all_kinds_of_images_give_the_same(predictor, photos):
