@@ -164,7 +164,7 @@ if [ -n "$detectron2" ]; then
 else
     # The wheel is tagged for Python 3.10; --target is what lets pip install it on another Python.
     phase "install Detectron2 ($(sed -n 's/^\(sal-[^ ]*\) .*/\1/p' scripts/detectron2.txt), hash checked)" \
-        "$network_mend README says how to use a source build instead." \
+        "$network_mend docs/get_started.md says how to use a source build instead." \
         pip_install --no-deps --require-hashes --only-binary=:all: --python-version 3.10 --upgrade \
         --target "$("$PY" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" \
         -r scripts/detectron2.txt
