@@ -7,6 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = "co_detr.tools"
+# The lower rooms of the core, with those that they may import; see docs/design.md.
+BELOW = {"layers": (), "modeling": ("layers",), "data": ()}
 # Files of the package, and of its core, around which the tools stand. They may only become fewer:
 # what is read together stands together.
 MOST_FILES = 110
@@ -82,6 +84,20 @@ def test_the_core_does_not_know_the_tools() -> None:
         if is_in(module, TOOLS) or is_in(f"{module}.{member}", TOOLS)
     ]
     assert set(wrong) == lazy
+
+
+def test_the_lower_rooms_import_no_others() -> None:
+    rooms = [path.parent.name for path in (ROOT / "co_detr").glob("*/__init__.py")]
+    wrong = [
+        f"{name} imports {module}"
+        for room, below in BELOW.items()
+        for name, path in CORE.items()
+        if is_in(name, f"co_detr.{room}")
+        for module, _ in imports(path)
+        for other in rooms
+        if other not in (room, *below) and is_in(module, f"co_detr.{other}")
+    ]
+    assert not wrong
 
 
 def test_no_module_needs_itself() -> None:

@@ -85,7 +85,7 @@ def test_mentioned_files_exist(page: Path) -> None:
 def test_mentioned_modules_exist(page: Path) -> None:
     """Dotted names of the package: the module, or its folder, has to be there."""
     missing = []
-    for name in set(re.findall(r"\bco_detr(?!\.json)(?:\.\w+)+", page.read_text())):
+    for name in set(re.findall(r"\bco_detr(?!\.(?:json|py)\b)(?:\.\w+)+", page.read_text())):
         parts = name.split(".")
         source = ROOT / parts[0]
         while len(parts) > 1 and (source / parts[1]).is_dir():
