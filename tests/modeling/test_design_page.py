@@ -32,6 +32,8 @@ def test_what_the_page_adds_is_trained_and_detects(part: str) -> None:
     assert_complete(model, losses)
     prefix = ADDED[part]
     assert prefix is None or any(name.startswith(prefix) for name in losses)
+    if part == "query source":
+        assert set(re.findall(r"`(\w+\.[\w.]*loss_\w+)`", PAGE)) <= set(losses)
     if part == "head":
         assert any(name.startswith("plain_queries.") for name in losses)
         assert "plain" in model.detectors
