@@ -21,12 +21,13 @@ from co_detr.modeling.detectors import (
     detector_names,
     require_detector,
 )
-from co_detr.modeling.geometry import BatchPadding, ImageBatch, normalise_boxes
+from co_detr.modeling.geometry import BatchPadding, ImageBatch
 from co_detr.modeling.losses import (
     Assignment,
     HungarianAssigner,
     SetCriterion,
     assign_targets,
+    normalise_boxes,
     score_groups,
 )
 from co_detr.modeling.postprocess import TopKPostprocessor
@@ -187,17 +188,16 @@ class CoDETR(nn.Module):
             gt_instances: with ``gt_boxes`` (absolute) and ``gt_classes``, on any device.
             counts: of all micro-batches of the step; None: this batch is all of it.
         """
-        images = ImageBatch.of(images)
         gt_instances = self._on_device(images, gt_instances)
         memory = self.encode(images)
+        geometry = memory.levels.images
         # Not in the precision of the memory: half precision would move boxes by pixels.
         dtype = torch.promote_types(memory.tokens.dtype, torch.float32)
-        factors = images.geometry.factors
         truth = [
             GroundTruth(
                 each.gt_classes, normalise_boxes(each.gt_boxes.tensor.to(dtype), factor), factor
             )
-            for each, factor in zip(gt_instances, factors, strict=True)
+            for each, factor in zip(gt_instances, geometry.factors, strict=True)
         ]
         groups = [
             group
@@ -213,9 +213,7 @@ class CoDETR(nn.Module):
             query_set = QuerySet.concat(groups)
             predictions = query_set.split(self.decoder(query_set, memory))
             assignment = assign_targets(groups, predictions, truth, self.assigner, self.num_classes)
-            losses = score_groups(
-                groups, predictions, assignment, images.geometry, self.criterion, counts
-            )
+            losses = score_groups(groups, predictions, assignment, geometry, self.criterion, counts)
         for name, output in branch.outputs.items():
             losses.update({f"{name}.{key}": value for key, value in output.losses.items()})
         return TrainingOutput(
@@ -230,12 +228,21 @@ class CoDETR(nn.Module):
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageBatch:
         """Normalises the images and pads them to a common size; see `BatchPadding`."""
-        images = [to_device(each["image"], self.device) for each in batched_inputs]
-        return self.padding(images, self.pixel_mean, self.pixel_std, self.backbone)
+        device = self.device
+        images = [to_device(each["image"], device) for each in batched_inputs]
+        backbone = self.backbone
+        return self.padding(
+            images,
+            self.pixel_mean,
+            self.pixel_std,
+            divisibility=backbone.size_divisibility,
+            constraints=backbone.padding_constraints,
+        )
 
     def encode(self, images: ImageList) -> EncoderMemory:
         """Backbone and encoder, of images that are normalised and padded."""
-        images = ImageBatch.of(images)
+        if not isinstance(images, ImageBatch):
+            images = ImageBatch(images.tensor, images.image_sizes)
         return self.encoder(list(self.backbone(images.tensor).values()), images.geometry)
 
     def decode(self, memory: EncoderMemory) -> tuple[Tensor, Tensor]:
@@ -269,14 +276,13 @@ class CoDETR(nn.Module):
         Other fields are left out: heads would index them again and again. The sizes are those of
         the network input, which may count padding in.
         """
-        reads_masks = self.auxiliary is not None and self.auxiliary.reads_masks
-        truths = []
+        device, auxiliary, truths = self.device, self.auxiliary, []
         for size, instances in zip(images.image_sizes, gt_instances, strict=True):
             truth = Instances(tuple(size))
-            truth.gt_boxes = Boxes(to_device(instances.gt_boxes.tensor, self.device))
-            truth.gt_classes = to_device(instances.gt_classes, self.device)
-            if reads_masks and instances.has("gt_masks"):
-                truth.gt_masks = instances.gt_masks.to(self.device)
+            truth.gt_boxes = Boxes(to_device(instances.gt_boxes.tensor, device))
+            truth.gt_classes = to_device(instances.gt_classes, device)
+            if instances.has("gt_masks") and auxiliary is not None and auxiliary.reads_masks:
+                truth.gt_masks = instances.gt_masks.to(device)
             truths.append(truth)
         return truths
 

@@ -1,17 +1,13 @@
-"""Boxes, grids and padding: how images become a batch, and where its cells and boxes lie.
-
-Units are in the names: xyxy absolute, cxcywh normalized.
-"""
+"""How images become a batch, and where they and the cells of its maps lie."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from detectron2.modeling import Backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
@@ -30,19 +26,31 @@ class Geometry:
             reads without waiting for the device.
         sizes: ``(B, 2)`` int64, the same on the device.
         padded: (height, width) of the whole batch.
+        factors: ``(B, 4)`` = (w, h, w, h) float32, from normalised to absolute boxes.
     """
 
     image_sizes: list[tuple[int, int]]
     sizes: Tensor
     padded: tuple[int, int]
+    factors: Tensor
 
     @classmethod
     def of(
-        cls, image_sizes: Sequence[tuple[int, int]], padded: Sequence[int], device: torch.device
+        cls,
+        image_sizes: Sequence[tuple[int, int]],
+        padded: Sequence[int],
+        device: torch.device,
+        sizes: Tensor | None = None,
     ) -> Geometry:
-        """From sizes on the host, in one copy that does not wait."""
-        sizes = [tuple(size) for size in image_sizes]
-        return cls(sizes, tensor_on(sizes, torch.long, device), tuple(padded))
+        """From sizes on the host, in one copy that does not wait.
+
+        Args:
+            sizes: the same on the device, where they are an input (of an exported graph).
+        """
+        image_sizes = [tuple(size) for size in image_sizes]
+        if sizes is None:
+            sizes = tensor_on(image_sizes, torch.long, device)
+        return cls(image_sizes, sizes, tuple(padded), sizes.flip(1).repeat(1, 2).float())
 
     @cached_property
     def padding_mask(self) -> Tensor:
@@ -51,11 +59,6 @@ class Geometry:
         rows = torch.arange(self.padded[0], device=self.sizes.device)[None, :, None]
         columns = torch.arange(self.padded[1], device=self.sizes.device)[None, None, :]
         return (rows >= heights) | (columns >= widths)
-
-    @cached_property
-    def factors(self) -> Tensor:
-        """``(B, 4)`` = (w, h, w, h) float32, from normalised to absolute boxes."""
-        return self.sizes.flip(1).repeat(1, 2).float()
 
     def at_levels(
         self,
@@ -166,17 +169,14 @@ class Levels:
 class ImageBatch(ImageList):
     """Padded images as Detectron2 has them, with their geometry."""
 
-    def __init__(self, tensor: Tensor, geometry: Geometry) -> None:
-        super().__init__(tensor, geometry.image_sizes)
-        self.geometry = geometry
-
-    @classmethod
-    def of(cls, images: ImageList) -> ImageBatch:
-        """Images that may come without it."""
-        if isinstance(images, cls):
-            return images
-        pixels = images.tensor
-        return cls(pixels, Geometry.of(images.image_sizes, pixels.shape[-2:], pixels.device))
+    def __init__(
+        self,
+        tensor: Tensor,
+        image_sizes: Sequence[tuple[int, int]],
+        geometry: Geometry | None = None,
+    ) -> None:
+        super().__init__(tensor, list(image_sizes))
+        self.geometry = geometry or Geometry.of(image_sizes, tensor.shape[-2:], tensor.device)
 
 
 @dataclass(frozen=True)
@@ -196,14 +196,20 @@ class BatchPadding:
     masked: bool = True
 
     def __call__(
-        self, images: list[Tensor], mean: Tensor, std: Tensor, backbone: Backbone
+        self,
+        images: list[Tensor],
+        mean: Tensor,
+        std: Tensor,
+        divisibility: int,
+        constraints: Mapping[str, int],
     ) -> ImageBatch:
         """Normalises and pads.
 
         Args:
             images: ``(C, H, W)`` each.
             mean, std: ``(C, 1, 1)``.
-            backbone: states what its input has to be divisible by.
+            divisibility, constraints: of the backbone's input, as Detectron2's backbones state
+                them.
 
         Returns:
             the batch with the un-padded sizes (height, width), or, if not ``masked``, with the
@@ -212,7 +218,7 @@ class BatchPadding:
         Raises:
             ConfigError: if an image is larger than the square (of ``square_size`` or the backbone).
         """
-        constraints = dict(backbone.padding_constraints)
+        constraints = dict(constraints)
         if self.square_size:
             constraints["square_size"] = self.square_size
         square_size = constraints.get("square_size", 0)
@@ -225,17 +231,16 @@ class BatchPadding:
             )
         batch = ImageList.from_tensors(
             [(image - mean) / std for image in images],
-            backbone.size_divisibility,
+            divisibility,
             padding_constraints=constraints,
         )
-        pixels, padded = batch.tensor, tuple(batch.tensor.shape[-2:])
-        geometry = Geometry.of(batch.image_sizes, padded, pixels.device)
+        pixels, sizes, geometry = batch.tensor, batch.image_sizes, None
         if self.value is not None:
-            padding = geometry.padding_mask[:, None]
-            pixels = torch.where(padding, self.fill(mean, std), pixels)
+            geometry = Geometry.of(sizes, pixels.shape[-2:], pixels.device)
+            pixels = torch.where(geometry.padding_mask[:, None], self.fill(mean, std), pixels)
         if not self.masked:
-            geometry = Geometry.of([padded] * len(images), padded, pixels.device)
-        return ImageBatch(pixels, geometry)
+            sizes, geometry = [tuple(pixels.shape[-2:])] * len(images), None
+        return ImageBatch(pixels, sizes, geometry)
 
     def fill(self, mean: Tensor, std: Tensor) -> Tensor:
         """What stands in the padding of normalised images, ``(C, 1, 1)``."""
@@ -327,69 +332,3 @@ def sine_features(angle: Tensor, num_features: int, temperature: float) -> Tenso
     exponent = 2 * exponent.div(2, rounding_mode="floor") / num_features
     phase = angle[..., None] / temperature**exponent
     return torch.stack([phase[..., 0::2].sin(), phase[..., 1::2].cos()], dim=-1).flatten(-2)
-
-
-def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """``(..., 4)`` centre and size -> corners, in the unit of the input."""
-    centre, size = boxes.split(2, dim=-1)
-    return torch.cat([centre - 0.5 * size, centre + 0.5 * size], dim=-1)
-
-
-def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """``(..., 4)`` corners -> centre and size, in the unit of the input."""
-    low, high = boxes.split(2, dim=-1)
-    return torch.cat([(low + high) / 2, high - low], dim=-1)
-
-
-def normalise_boxes(xyxy: Tensor, factor: Tensor) -> Tensor:
-    """Absolute xyxy ``(..., 4)`` -> normalised cxcywh; ``factor`` is of `Geometry.factors`."""
-    return xyxy_to_cxcywh(xyxy / factor.to(xyxy.dtype))
-
-
-def generalised_iou(first: Tensor, second: Tensor) -> Tensor:
-    """GIoU of corner boxes, broadcast over leading dimensions: ``(..., 4), (..., 4) -> (...)``.
-
-    Areas are bounded below by 1e-6 as in the reference (mmdet ``bbox_overlaps``), so degenerate
-    boxes give a number. No assertion looks at the values: that would stall a GPU each step.
-    Source: Rezatofighi et al., "Generalized Intersection over Union", CVPR 2019.
-    """
-    overlap, union = _overlap_and_union(first, second)
-    hull = _area(
-        torch.minimum(first[..., :2], second[..., :2]),
-        torch.maximum(first[..., 2:], second[..., 2:]),
-    ).clamp(min=1e-6)
-    return overlap / union - (hull - union) / hull
-
-
-def iou(first: Tensor, second: Tensor) -> Tensor:
-    """IoU of corner boxes, broadcast: ``(..., 4), (..., 4) -> (...)``; see `generalised_iou`."""
-    overlap, union = _overlap_and_union(first, second)
-    return overlap / union
-
-
-def _overlap_and_union(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    overlap = _area(
-        torch.maximum(first[..., :2], second[..., :2]),
-        torch.minimum(first[..., 2:], second[..., 2:]),
-    )
-    areas = [_product(box[..., 2:] - box[..., :2]) for box in (first, second)]
-    return overlap, (areas[0] + areas[1] - overlap).clamp(min=1e-6)
-
-
-def _area(low: Tensor, high: Tensor) -> Tensor:
-    return _product((high - low).clamp(min=0))
-
-
-def _product(size: Tensor) -> Tensor:
-    """``(..., 2) -> (...)``. Not ``prod``, whose gradient asks the device for zeros and waits."""
-    return size[..., 0] * size[..., 1]
-
-
-def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """Logit of ``x`` with both sides of the fraction bounded below by ``eps``.
-
-    ``x`` is clamped to [0, 1] first; this is Deformable-DETR's definition, not ``torch.logit``
-    (which would clamp ``x`` itself and so cut the gradient earlier).
-    """
-    x = x.clamp(min=0, max=1)
-    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))

@@ -1,4 +1,8 @@
-"""From decoded query groups to losses: matching, one criterion for all groups, normalizers."""
+"""From decoded query groups to losses: matching, one criterion for all groups, normalizers.
+
+Boxes and how they overlap stand at the end. Units are in the names: xyxy absolute, cxcywh
+normalized.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from co_detr.modeling.geometry import (
-    Geometry,
-    cxcywh_to_xyxy,
-    generalised_iou,
-    iou,
-)
+from co_detr.modeling.geometry import Geometry
 from co_detr.structures import AssignedTargets, GroundTruth, Predictions, QueryGroup, StepCounts
 from co_detr.transfer import to_device
 
@@ -450,3 +449,59 @@ class _InParts(torch.autograd.Function):
                 (found,) = torch.autograd.grad(ctx.loss(some, *rest), some, grad_part)
             into.copy_(found)
         return None, None, result, *(None for _ in others)
+
+
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """``(..., 4)`` centre and size -> corners, in the unit of the input."""
+    centre, size = boxes.split(2, dim=-1)
+    return torch.cat([centre - 0.5 * size, centre + 0.5 * size], dim=-1)
+
+
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """``(..., 4)`` corners -> centre and size, in the unit of the input."""
+    low, high = boxes.split(2, dim=-1)
+    return torch.cat([(low + high) / 2, high - low], dim=-1)
+
+
+def normalise_boxes(xyxy: Tensor, factor: Tensor) -> Tensor:
+    """Absolute xyxy ``(..., 4)`` -> normalised cxcywh; ``factor`` is of `Geometry.factors`."""
+    return xyxy_to_cxcywh(xyxy / factor.to(xyxy.dtype))
+
+
+def generalised_iou(first: Tensor, second: Tensor) -> Tensor:
+    """GIoU of corner boxes, broadcast over leading dimensions: ``(..., 4), (..., 4) -> (...)``.
+
+    Areas are bounded below by 1e-6 as in the reference (mmdet ``bbox_overlaps``), so degenerate
+    boxes give a number. No assertion looks at the values: that would stall a GPU each step.
+    Source: Rezatofighi et al., "Generalized Intersection over Union", CVPR 2019.
+    """
+    overlap, union = _overlap_and_union(first, second)
+    hull = _area(
+        torch.minimum(first[..., :2], second[..., :2]),
+        torch.maximum(first[..., 2:], second[..., 2:]),
+    ).clamp(min=1e-6)
+    return overlap / union - (hull - union) / hull
+
+
+def iou(first: Tensor, second: Tensor) -> Tensor:
+    """IoU of corner boxes, broadcast: ``(..., 4), (..., 4) -> (...)``; see `generalised_iou`."""
+    overlap, union = _overlap_and_union(first, second)
+    return overlap / union
+
+
+def _overlap_and_union(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    overlap = _area(
+        torch.maximum(first[..., :2], second[..., :2]),
+        torch.minimum(first[..., 2:], second[..., 2:]),
+    )
+    areas = [_product(box[..., 2:] - box[..., :2]) for box in (first, second)]
+    return overlap, (areas[0] + areas[1] - overlap).clamp(min=1e-6)
+
+
+def _area(low: Tensor, high: Tensor) -> Tensor:
+    return _product((high - low).clamp(min=0))
+
+
+def _product(size: Tensor) -> Tensor:
+    """``(..., 2) -> (...)``. Not ``prod``, whose gradient asks the device for zeros and waits."""
+    return size[..., 0] * size[..., 1]

@@ -11,7 +11,8 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from co_detr.errors import NonFiniteError
-from co_detr.modeling.geometry import Geometry, cxcywh_to_xyxy, iou
+from co_detr.modeling.geometry import Geometry
+from co_detr.modeling.losses import cxcywh_to_xyxy, iou
 from co_detr.transfer import to_device
 
 

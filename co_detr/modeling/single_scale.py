@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
-from co_detr.modeling.geometry import Geometry, encode_boxes, inverse_sigmoid
+from co_detr.modeling.geometry import Geometry, encode_boxes
 from co_detr.modeling.transformer import (
     BoxHead,
     FeedForward,
@@ -15,6 +15,7 @@ from co_detr.modeling.transformer import (
     SelfAttention,
     class_head,
     dropout_rate,
+    inverse_sigmoid,
     perceptron,
     split_heads,
 )

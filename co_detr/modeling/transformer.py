@@ -14,11 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from co_detr.errors import ConfigError
 from co_detr.layers import MultiScaleDeformableAttention
-from co_detr.modeling.geometry import (
-    Geometry,
-    encode_boxes,
-    inverse_sigmoid,
-)
+from co_detr.modeling.geometry import Geometry, encode_boxes
 from co_detr.structures import ClassRows, EncoderMemory, Predictions, QuerySet
 
 
@@ -102,16 +98,11 @@ class DeformableEncoder(nn.Module):
         # Half precision could not number the cells of a large map.
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         levels = geometry.at_levels(level_shapes, self.strides, dtype)
-        position = torch.cat(
-            [
-                code + embed
-                for code, embed in zip(
-                    levels.positions(self.position_encoding), self.level_embed, strict=True
-                )
-            ],
-            dim=1,
-        )
+        codes = levels.positions(self.position_encoding)
         reference = levels.reference_points()
+        position = torch.cat(
+            [code + embed for code, embed in zip(codes, self.level_embed, strict=True)], dim=1
+        )
         constants = (position, reference, level_shapes, levels.padding_mask, levels.sizes)
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -248,7 +239,7 @@ class DeformableDecoder(nn.Module):
         content, position = queries.content, queries.position
         reference = queries.reference  # what the next layer attends around
         base = reference  # what the next prediction starts from
-        level_scale = torch.cat([memory.valid_ratios] * 2, dim=-1)[:, None]  # (B, 1, L, 4)
+        level_scale = torch.cat([memory.levels.valid_ratios] * 2, dim=-1)[:, None]  # (B, 1, L, 4)
         for layer, to_logits, to_deltas in zip(
             self.layers, self.class_heads, self.box_heads, strict=True
         ):
@@ -338,8 +329,8 @@ class DeformableDecoderLayer(nn.Module):
             content + position,
             memory.tokens,
             reference,
-            memory.level_shapes,
-            memory.padding_mask,
+            memory.levels.level_shapes,
+            memory.levels.padding_mask,
         )
         content = self.cross_attention_norm(content + self.dropout(attended))
         return self.ffn_norm(content + self.dropout(self.ffn(content)))
@@ -500,3 +491,13 @@ def perceptron(in_dim: int, out_dim: int) -> nn.Sequential:
     for linear in (layers[0], layers[2]):
         nn.init.xavier_uniform_(linear.weight)
     return layers
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Logit of ``x`` with both sides of the fraction bounded below by ``eps``.
+
+    ``x`` is clamped to [0, 1] first; this is Deformable-DETR's definition, not ``torch.logit``
+    (which would clamp ``x`` itself and so cut the gradient earlier).
+    """
+    x = x.clamp(min=0, max=1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))

@@ -10,7 +10,7 @@ from detectron2.config import instantiate
 from co_detr.checkpoint.detector import Detector, load_detector
 from co_detr.engine.config import apply_overrides, load_config
 from co_detr.errors import ConfigError
-from co_detr.modeling.geometry import inverse_sigmoid
+from co_detr.modeling.transformer import inverse_sigmoid
 from co_detr.structures import QuerySet
 from co_detr.tools.export.exporting import ExportSettings, export_detector
 from tests.device import DEVICE

@@ -8,14 +8,9 @@ from torchvision.ops import generalized_box_iou
 
 from co_detr.errors import ConfigError
 from co_detr.modeling import SinePosition
-from co_detr.modeling.geometry import (
-    cxcywh_to_xyxy,
-    encode_boxes,
-    generalised_iou,
-    inverse_sigmoid,
-    normalise_boxes,
-    xyxy_to_cxcywh,
-)
+from co_detr.modeling.geometry import encode_boxes
+from co_detr.modeling.losses import cxcywh_to_xyxy, generalised_iou, normalise_boxes, xyxy_to_cxcywh
+from co_detr.modeling.transformer import inverse_sigmoid
 from tests.modeling.builders import factor_of, random_boxes
 
 

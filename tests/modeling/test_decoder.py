@@ -5,8 +5,8 @@ import torch
 
 from co_detr.errors import ConfigError, NonFiniteError
 from co_detr.modeling import DeformableDecoder, TopKPostprocessor
-from co_detr.modeling.geometry import inverse_sigmoid
 from co_detr.modeling.queries.sources import propose_grid
+from co_detr.modeling.transformer import inverse_sigmoid
 from co_detr.structures import QueryGroup, QuerySet
 from tests.device import DEVICE
 from tests.modeling.builders import geometry_of, random_memory, randomise, tiny_model

@@ -7,8 +7,7 @@ import torch
 from torchvision.ops import generalized_box_iou
 
 from co_detr.modeling import FocalLoss, HungarianAssigner, SetCriterion
-from co_detr.modeling.geometry import cxcywh_to_xyxy
-from co_detr.modeling.losses import MatchingProblem, name_layers
+from co_detr.modeling.losses import MatchingProblem, cxcywh_to_xyxy, name_layers
 from co_detr.structures import AssignedTargets, GroundTruth, Predictions
 from tests.modeling.builders import geometry_of
 

@@ -5,7 +5,7 @@ import torch
 from detectron2.utils.events import EventStorage
 
 from co_detr.modeling.auxiliary import ATSSAssigner
-from co_detr.modeling.geometry import normalise_boxes
+from co_detr.modeling.losses import normalise_boxes
 from co_detr.modeling.queries import AnchorQueries, LearnedQueries, PointQueries
 from tests.device import DEVICE, NAME
 from tests.modeling.builders import (

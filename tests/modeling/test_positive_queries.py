@@ -7,7 +7,7 @@ import torch
 
 from co_detr.errors import ConfigError
 from co_detr.modeling.auxiliary import HybridAssignmentHeads
-from co_detr.modeling.geometry import normalise_boxes
+from co_detr.modeling.losses import normalise_boxes
 from co_detr.modeling.queries import PositiveQueries
 from tests.device import DEVICE
 from tests.modeling.builders import NUM_CLASSES, factor_of, geometry_of, make_candidates, randomise

@@ -147,14 +147,14 @@ MUTATIONS = (
     ),
     _mutation(
         "hull-is-added",
-        "modeling/geometry.py",
+        "modeling/losses.py",
         "overlap / union - (hull - union) / hull",
         "overlap / union + (hull - union) / hull",
         "boxes",
     ),
     _mutation(
         "gradient-that-waits",
-        "modeling/geometry.py",
+        "modeling/losses.py",
         "return size[..., 0] * size[..., 1]",
         "return size.prod(-1)",
         "emulated_cuda",

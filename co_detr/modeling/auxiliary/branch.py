@@ -176,7 +176,9 @@ class HybridAssignmentHeads(nn.Module):
             if name in self.positive_queries:
                 source = self.positive_queries[name]
                 positives = None if totals is None else totals.positives
-                group = source(f"{name}_queries", output.candidates, memory.geometry, positives)
+                group = source(
+                    f"{name}_queries", output.candidates, memory.levels.images, positives
+                )
                 groups.append(group)
         return AuxiliaryBranch(outputs, groups)
 

@@ -37,7 +37,13 @@ class DenseHead(nn.Module):
         assigner: see `co_detr.modeling.auxiliary.assigners`.
         box_code, criterion: see `co_detr.modeling.auxiliary.dense_losses`.
         test_topk, test_nms, max_detections: used by ``detect`` only.
+
+    Attributes:
+        pads_candidates: whether anchors in the padding are background candidates, as empty boxes at
+            the origin; else they are no candidates at all.
     """
+
+    pads_candidates = False
 
     def __init__(
         self,
@@ -170,38 +176,45 @@ class DenseHead(nn.Module):
         gt_instances: list[Instances],
     ) -> DenseTargets:
         """Assigns all images; anchors whose cell lies in the padding never get a ground truth."""
-        return DenseTargets.stack(
-            [
-                self._assign_image(anchors, maps, size, instances)
-                for size, instances in zip(image_sizes, gt_instances, strict=True)
-            ]
-        )
-
-    def _assign_image(
-        self,
-        anchors: list[Tensor],
-        maps: list[Tensor],
-        size: tuple[int, int],
-        instances: Instances,
-    ) -> DenseTargets:
-        """Of one image, tensors without B."""
         corners = [
-            InsideCells.of(each, stride, size, self.num_anchors)
-            for each, stride in zip(maps, self.strides, strict=True)
+            [
+                InsideCells.of(level, stride, size, self.num_anchors)
+                for level, stride in zip(maps, self.strides, strict=True)
+            ]
+            for size in image_sizes
         ]
-        gt_boxes = instances.gt_boxes.tensor
-        kept = [corner.cut(level) for corner, level in zip(corners, anchors, strict=True)]
-        found = self.assigner(kept, gt_boxes).split([len(level) for level in kept])
+        kept = [
+            [corner.cut(level) for corner, level in zip(image, anchors, strict=True)]
+            for image in corners
+        ]
+        found = [
+            self.assigner(levels, each.gt_boxes.tensor)
+            for levels, each in zip(kept, gt_instances, strict=True)
+        ]
+        images = [
+            self._image_targets(*each) for each in zip(corners, found, gt_instances, strict=True)
+        ]
+        return DenseTargets(*(torch.stack(each) for each in zip(*images, strict=True)))
+
+    def _image_targets(
+        self, corners: list[InsideCells], found: Tensor, instances: Instances
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The tensors of `DenseTargets` of one image, without B.
+
+        Args:
+            found: what the assigner says about the anchors of all corners.
+        """
+        levels = found.split([corner.number for corner in corners])
         assigned = torch.cat(
-            [corner.pad(each, BACKGROUND) for corner, each in zip(corners, found, strict=True)]
+            [corner.pad(each, BACKGROUND) for corner, each in zip(corners, levels, strict=True)]
         )
         inside = torch.cat([corner.mask(assigned.device) for corner in corners])
         # One more row, so that an image without ground truth has something to index.
         gt_classes = F.pad(instances.gt_classes, (0, 1), value=self.num_classes)
-        padded_boxes = F.pad(gt_boxes, (0, 0, 0, 1))
-        row = torch.where(assigned >= 0, assigned, len(gt_boxes))
+        gt_boxes = F.pad(instances.gt_boxes.tensor, (0, 0, 0, 1))
+        row = torch.where(assigned >= 0, assigned, len(instances))
         labels = torch.where(assigned == IGNORED, -1, gt_classes[row])
-        return DenseTargets(labels, padded_boxes[row], inside, truths=assigned)
+        return labels, gt_boxes[row], inside, assigned
 
     def refine(
         self, targets: DenseTargets, predictions: DensePredictions, anchors: list[Tensor]
@@ -226,7 +239,9 @@ class DenseHead(nn.Module):
     def _candidates(
         self, anchors: list[Tensor], maps: list[Tensor], targets: DenseTargets, images: ImageList
     ) -> Candidates:
-        flat, labels = torch.cat(anchors), self.candidate_labels(targets)
+        flat, labels = torch.cat(anchors), targets.labels
+        if not self.pads_candidates:
+            labels = torch.where(targets.inside, labels, -1)
         instances = [
             Instances(
                 size,
@@ -241,10 +256,6 @@ class DenseHead(nn.Module):
             return gather_cells(maps, image, indices // self.num_anchors)
 
         return Candidates(instances, gather_features)
-
-    def candidate_labels(self, targets: DenseTargets) -> Tensor:
-        """``(B, R)``: anchors in the padding are no candidates at all."""
-        return torch.where(targets.inside, targets.labels, -1)
 
     def rescore(self, scores: Tensor, quality: Tensor) -> Tensor:
         """Final scores from class scores and predicted quality, ``(n,)`` each, both in [0, 1]."""
@@ -296,11 +307,6 @@ class DenseHead(nn.Module):
         return torch.cat(kept)
 
 
-def flatten_map(x: Tensor, num_anchors: int = 1) -> Tensor:
-    """Map ``(B, A*X, H, W)`` of A anchors per cell -> rows ``(B, H*W*A, X)``."""
-    return x.unflatten(1, (num_anchors, -1)).permute(0, 3, 4, 1, 2).flatten(1, 3)
-
-
 @dataclass(frozen=True)
 class InsideCells:
     """The cells of a level that begin inside the un-padded image: a corner of its map.
@@ -329,6 +335,11 @@ class InsideCells:
         rows, columns = (-(-side // stride) for side in image_size)
         return cls(height, width, min(rows, height), min(columns, width), num_anchors)
 
+    @property
+    def number(self) -> int:
+        """Of the anchors in the corner."""
+        return self.rows * self.columns * self.num_anchors
+
     def cut(self, values: Tensor) -> Tensor:
         """``(H*W*A, ...)`` values of all anchors -> those of the corner, ``(n, ...)``."""
         grid = values.unflatten(0, (self.height, self.width, self.num_anchors))
@@ -342,8 +353,7 @@ class InsideCells:
 
     def mask(self, device: torch.device | None = None) -> Tensor:
         """``(H*W*A,)`` bool, True in the corner."""
-        number = self.rows * self.columns * self.num_anchors
-        return self.pad(torch.ones(number, dtype=torch.bool, device=device), 0)
+        return self.pad(torch.ones(self.number, dtype=torch.bool, device=device), 0)
 
 
 def gather_cells(maps: list[Tensor], image: int, indices: Tensor) -> Tensor:

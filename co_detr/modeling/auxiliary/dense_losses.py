@@ -10,7 +10,7 @@ it). ``counts_predictions`` says whether ``counts`` reads predictions, which may
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,8 +18,14 @@ import torch.nn.functional as F
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 from torch import Tensor, nn
 
-from co_detr.modeling.geometry import generalised_iou, iou
-from co_detr.modeling.losses import EPS, FocalLoss, QualityFocalLoss, average_over_processes
+from co_detr.modeling.losses import (
+    EPS,
+    FocalLoss,
+    QualityFocalLoss,
+    average_over_processes,
+    generalised_iou,
+    iou,
+)
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,6 @@ class DenseTargets:
     boxes: Tensor
     inside: Tensor
     truths: Tensor
-
-    @classmethod
-    def stack(cls, images: Sequence[DenseTargets]) -> DenseTargets:
-        """A batch of images, whose tensors are without B."""
-        names = [each.name for each in fields(cls)]
-        return cls(*(torch.stack([getattr(one, name) for one in images]) for name in names))
 
     @property
     def counted(self) -> Tensor:
@@ -242,13 +242,13 @@ class CentrenessCriterion(nn.Module):
         found = Positives.of(targets, anchors, predictions.num_classes)
         decoded = box_code.decode(found.pick(predictions.deltas), found.anchors)
         quality = self.quality(found, decoded.detach()).to(predictions.quality.dtype)
-        totals = _number_and_sum(found, quality) if totals is None else totals.to(quality.dtype)
-        num_positives, quality_sum = average_over_processes(totals)
-        overlap = generalised_iou(decoded, found.boxes)
         quality_loss = F.binary_cross_entropy_with_logits(
             found.pick(predictions.quality), quality, reduction="sum"
         )
+        totals = _number_and_sum(found, quality) if totals is None else totals.to(quality.dtype)
         class_sum = _class_sum(self.classification, predictions.logits, targets)
+        overlap = generalised_iou(decoded, found.boxes)
+        num_positives, quality_sum = average_over_processes(totals)
         return {
             "loss_cls": self.class_weight * class_sum / (num_positives + EPS),
             "loss_bbox": self.box_weight * _weighted_mean(1 - overlap, quality, quality_sum),
@@ -446,4 +446,5 @@ def _class_sum(
 ) -> Tensor:
     """Sum of ``loss`` over the anchors that are trained."""
     labels = torch.where(targets.labels < 0, logits.shape[-1], targets.labels)
-    return (loss(logits, labels, quality) * targets.counted).sum()
+    counted = targets.counted
+    return (loss(logits, labels, quality) * counted).sum()

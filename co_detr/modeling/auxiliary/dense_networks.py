@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from co_detr.modeling.auxiliary.assigners import BACKGROUND, ATSSAssigner
-from co_detr.modeling.auxiliary.dense_head import DenseHead, flatten_map
+from co_detr.modeling.auxiliary.dense_head import DenseHead
 from co_detr.modeling.auxiliary.dense_losses import (
     BoxCode,
     CentrenessCriterion,
@@ -130,6 +130,8 @@ class ATSSHead(TowerHead):
         test_topk, test_nms, max_detections: used by ``detect`` only.
     """
 
+    pads_candidates = True  # as in the reference
+
     def __init__(
         self,
         *,
@@ -161,11 +163,6 @@ class ATSSHead(TowerHead):
             test_nms=test_nms,
             max_detections=max_detections,
         )
-
-    def candidate_labels(self, targets: DenseTargets) -> Tensor:
-        """As in the reference, anchors in the padding stay in the pool of background candidates,
-        as empty boxes at the origin."""
-        return targets.labels
 
 
 class PAAHead(TowerHead):
@@ -325,3 +322,8 @@ class FCOSHead(DenseHead):
         return DensePredictions.of_levels(
             *([flatten_map(level) for level in levels] for levels in outputs)
         )
+
+
+def flatten_map(x: Tensor, num_anchors: int = 1) -> Tensor:
+    """Map ``(B, A*X, H, W)`` of A anchors per cell -> rows ``(B, H*W*A, X)``."""
+    return x.unflatten(1, (num_anchors, -1)).permute(0, 3, 4, 1, 2).flatten(1, 3)

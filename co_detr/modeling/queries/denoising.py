@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from co_detr.modeling.geometry import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
+from co_detr.modeling.losses import cxcywh_to_xyxy, xyxy_to_cxcywh
 from co_detr.modeling.queries.sources import QuerySource
+from co_detr.modeling.transformer import inverse_sigmoid
 from co_detr.structures import (
     AssignedTargets,
     ClassRows,

@@ -11,7 +11,9 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
-from co_detr.modeling.geometry import Geometry, encode_boxes, inverse_sigmoid, normalise_boxes
+from co_detr.modeling.geometry import Geometry, encode_boxes
+from co_detr.modeling.losses import normalise_boxes
+from co_detr.modeling.transformer import inverse_sigmoid
 from co_detr.structures import AssignedTargets, Candidates, QueryGroup
 from co_detr.transfer import to_device
 
@@ -169,12 +171,16 @@ class PositiveQueries(nn.Module):
             rows = zip(chosen, fields, strict=True)
             return torch.stack([slots.fill(field, padding) for slots, field in rows])
 
-        factors = geometry.factors[:, None]
-        boxes = filled([each.proposal_boxes.tensor.to(dtype) for each in picked])
-        targets = filled([each.gt_boxes.tensor.to(dtype) for each in picked])
-        boxes, targets = (normalise_boxes(each, factors) for each in (boxes, targets))
+        if self.with_features:
+            gather = candidates.gather_features
+            features = [gather(image, slots.indices) for image, slots in enumerate(chosen)]
+            features = filled(features)
         labels = filled([each.gt_classes for each in picked], padding=self.num_classes)
         valid = filled([torch.ones_like(slots.indices) for slots in chosen])
+        boxes = filled([each.proposal_boxes.tensor.to(dtype) for each in picked])
+        targets = filled([each.gt_boxes.tensor.to(dtype) for each in picked])
+        factors = geometry.factors[:, None]
+        boxes, targets = normalise_boxes(boxes, factors), normalise_boxes(targets, factors)
         # Anchors may be larger than the image: attention uses them as they are, their code is
         # that of the box cut to (0, 1).
         code = encode_boxes(inverse_sigmoid(boxes).sigmoid(), self.embed_dim // 2)
@@ -183,12 +189,6 @@ class PositiveQueries(nn.Module):
             position, content = content.chunk(2, dim=-1)
             position = position + self.head_embedding
         if self.with_features:
-            features = filled(
-                [
-                    candidates.gather_features(image, slots.indices)
-                    for image, slots in enumerate(chosen)
-                ]
-            )
             content = content + self.feature_norm(self.feature_proj(features))
         all_seen = self.padding == "unmasked" or all(
             len(slots.indices) == slots.num_slots for slots in chosen

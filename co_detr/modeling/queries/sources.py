@@ -442,6 +442,6 @@ def propose_grid(memory: EncoderMemory) -> tuple[Tensor, Tensor]:
     """
     grid = memory.levels.grid_priors()
     usable = ((grid > 0.01) & (grid < 0.99)).all(-1, keepdim=True)
-    usable &= ~memory.padding_mask[..., None]
+    usable &= ~memory.levels.padding_mask[..., None]
     logits = torch.log(grid / (1 - grid)).masked_fill(~usable, float("inf"))
     return memory.tokens.masked_fill(~usable, 0.0), logits

@@ -17,8 +17,7 @@ from torch import Tensor
 from co_detr.checkpoint.detector import read_weights
 from co_detr.checkpoint.loading import load_weights
 from co_detr.modeling import CoDETR
-from co_detr.modeling.geometry import normalise_boxes
-from co_detr.modeling.losses import solve_assignment
+from co_detr.modeling.losses import normalise_boxes, solve_assignment
 from co_detr.structures import EncoderMemory, GroundTruth, QuerySet
 from co_detr.tools.analyze.report import Chart, Section, Table
 from co_detr.tools.analyze.subjects import Progress, Sample, Subject

@@ -21,7 +21,8 @@ from co_detr.data.loader import ResizeShortestEdge
 from co_detr.errors import ConfigError, ExportError
 from co_detr.layers.deformable_attention import KERNEL_DEVICES, standard_operators
 from co_detr.modeling import CoDETR
-from co_detr.modeling.geometry import Geometry, ImageBatch, cxcywh_to_xyxy
+from co_detr.modeling.geometry import Geometry, ImageBatch
+from co_detr.modeling.losses import cxcywh_to_xyxy
 from co_detr.modeling.postprocess import SoftNMSPostprocessor, choose_pairs
 
 INPUTS = ("images", "sizes")
@@ -99,7 +100,7 @@ class DetectionGraph(nn.Module):
         """
         model = self.model
         padded = tuple(images.shape[2:])
-        geometry = Geometry([padded], sizes, padded)
+        geometry = Geometry.of([padded], padded, sizes.device, sizes)
         pixels = images.to(model.pixel_mean.dtype)
         if self.reverse_colours:
             pixels = pixels.flip(1)
@@ -108,8 +109,8 @@ class DetectionGraph(nn.Module):
         pixels = torch.where(padding, model.padding.fill(mean, std), (pixels - mean) / std)
         if not model.padding.masked:
             sizes = torch.zeros_like(sizes) + torch.tensor(padded, device=sizes.device)
-            geometry = Geometry([padded], sizes, padded)
-        logits, boxes = model.decode(model.encode(ImageBatch(pixels, geometry)))
+            geometry = Geometry.of([padded], padded, sizes.device, sizes)
+        logits, boxes = model.decode(model.encode(ImageBatch(pixels, [padded], geometry)))
         pairs = choose_pairs(logits, boxes, self.number)
         extent = geometry.factors[:, None]
         absolute = (cxcywh_to_xyxy(pairs.boxes) * extent).clamp(min=0)

@@ -22,7 +22,7 @@ from co_detr.data.images import MAX_PIXELS, ImageReader, ImageSource
 from co_detr.data.loader import in_format
 from co_detr.errors import ConfigError, ExportError
 from co_detr.modeling import CoDETR
-from co_detr.modeling.geometry import cxcywh_to_xyxy
+from co_detr.modeling.losses import cxcywh_to_xyxy
 from co_detr.modeling.postprocess import SoftNMSPostprocessor, choose_pairs
 from co_detr.tools.export.exporting import OnnxModel, TorchModel
 from co_detr.tools.export.graph import Description, Detections, num_pairs

@@ -12,9 +12,9 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
 
 from co_detr.modeling import CoDETR
-from co_detr.modeling.geometry import inverse_sigmoid
 from co_detr.modeling.postprocess import TopKPostprocessor
 from co_detr.modeling.queries.sources import propose_grid
+from co_detr.modeling.transformer import inverse_sigmoid
 from co_detr.structures import EncoderMemory, QueryGroup, QuerySet
 from tests.parity.oracle import tolerances as tol
 from tests.parity.oracle.golden import Case

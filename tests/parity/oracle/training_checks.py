@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from co_detr.checkpoint.official import rename_official
-from co_detr.modeling.geometry import normalise_boxes
+from co_detr.modeling.losses import normalise_boxes
 from co_detr.structures import AssignedTargets, QueryGroup, QuerySet
 from tests.parity.oracle import tolerances as tol
 from tests.parity.oracle.eval_mode import check_denoising

@@ -14,13 +14,16 @@ from detectron2.structures.boxes import matched_pairwise_iou
 from co_detr.modeling.auxiliary import ATSSAssigner, ATSSHead
 from co_detr.modeling.auxiliary.dense_head import InsideCells
 from co_detr.modeling.auxiliary.dense_losses import centreness_target, decode_deltas
-from co_detr.modeling.geometry import Geometry, generalised_iou, normalise_boxes, xyxy_to_cxcywh
+from co_detr.modeling.geometry import Geometry
 from co_detr.modeling.losses import (
     FocalLoss,
     HungarianAssigner,
     MatchingProblem,
     SetCriterion,
+    generalised_iou,
+    normalise_boxes,
     solve_assignment,
+    xyxy_to_cxcywh,
 )
 from co_detr.structures import AssignedTargets, GroundTruth, Predictions
 from tests.parity.oracle.head_checks import RPNAssignment, match, rpn_matcher

@@ -14,18 +14,11 @@ from co_detr.layers import (
     ms_deform_attn_reference,
 )
 from co_detr.modeling import QualityFocalLoss, ReferencePosition, SetCriterion, SoftNMSPostprocessor
-from co_detr.modeling.geometry import (
-    Geometry,
-    Levels,
-    SinePosition,
-    encode_boxes,
-    inverse_sigmoid,
-    normalise_boxes,
-    valid_ratio,
-)
+from co_detr.modeling.geometry import Geometry, Levels, SinePosition, encode_boxes, valid_ratio
+from co_detr.modeling.losses import normalise_boxes
 from co_detr.modeling.queries import DenoisingQueries
 from co_detr.modeling.queries.sources import TwoStageQueries, propose_grid
-from co_detr.modeling.transformer import DeformableEncoder
+from co_detr.modeling.transformer import DeformableEncoder, inverse_sigmoid
 from co_detr.structures import (
     AssignedTargets,
     EncoderMemory,
