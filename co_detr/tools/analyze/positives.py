@@ -141,7 +141,7 @@ def _count_image(
         group = groups.get(f"{name}_queries")
         if group is not None:
             targets = group.targets
-            boxes = normalised_truth(truth, size, targets.boxes)
+            boxes = normalised_truth(truth, memory.geometry.factors[0], targets.boxes)
             used = count_per_truth(
                 targets.labels[0, 0], targets.boxes[0, 0], truth.gt_classes, boxes
             )
