@@ -67,7 +67,7 @@ def without_chance(model, monkeypatch):
     sources = [] if model.auxiliary is None else model.auxiliary.positive_queries.values()
     for source in sources:
         source.permutation = lambda n: torch.arange(n - 1, -1, -1, device="cpu")
-    for source in model.queries.values():
+    for source in (model.queries or {}).values():
         if isinstance(source, DenoisingQueries):
             source.draw = noise_of_boxes
 
