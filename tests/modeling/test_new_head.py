@@ -8,8 +8,13 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from torch import nn
 
 from co_detr.checkpoint.saving import Checkpointer
-from co_detr.modeling.auxiliary import DeltaCode, DenseHead, MaxIoUAssigner, SmoothL1Criterion
-from co_detr.modeling.auxiliary.dense_losses import DensePredictions
+from co_detr.modeling.auxiliary import (
+    DeltaCode,
+    DenseHead,
+    DensePredictions,
+    MaxIoUAssigner,
+    SmoothL1Criterion,
+)
 from co_detr.structures import ClassRows
 from tests.device import DEVICE
 from tests.modeling.builders import (

@@ -16,6 +16,7 @@ from co_detr.modeling.auxiliary.dense_head import DenseHead
 from co_detr.modeling.auxiliary.dense_losses import (
     CentrenessCriterion,
     DeltaCode,
+    DensePredictions,
     DistanceCode,
     DistributionCode,
     DistributionCriterion,
@@ -28,6 +29,7 @@ from co_detr.modeling.auxiliary.dense_networks import (
     PAAHead,
     RetinaNetHead,
     TowerHead,
+    flatten_map,
 )
 from co_detr.modeling.auxiliary.faster_rcnn import (
     CollaborativeROIHeads,
@@ -45,6 +47,7 @@ __all__ = [
     "CollaborativeRPN",
     "DeltaCode",
     "DenseHead",
+    "DensePredictions",
     "DistanceCode",
     "DistributionCode",
     "DistributionCriterion",
@@ -60,4 +63,5 @@ __all__ = [
     "SimplePyramid",
     "SmoothL1Criterion",
     "TowerHead",
+    "flatten_map",
 ]
