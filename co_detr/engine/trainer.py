@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from co_detr.checkpoint.reading import with_query_names
 from co_detr.data.loader import BatchPlan
 from co_detr.engine.non_finite import BadStep, NonFiniteGuard, facts_of
 from co_detr.engine.optim import layout_of, with_own_settings
@@ -219,11 +220,12 @@ class Trainer(SimpleTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        model, saved = self.guard.model, state_dict.get("optimizer_layout")
+        if saved is not None:
+            names = with_query_names(dict.fromkeys(saved["parameters"]), model)
+            saved = {**saved, "parameters": list(names)}
         optimizer_state = with_own_settings(
-            state_dict["optimizer"],
-            state_dict.get("optimizer_layout"),
-            self.optimizer,
-            layout_of(self.optimizer, self.guard.model),
+            state_dict["optimizer"], saved, self.optimizer, layout_of(self.optimizer, model)
         )
         super().load_state_dict({**state_dict, "optimizer": optimizer_state})
         if state_dict["grad_scaler"]:  # empty when the run that saved it had no scaler

@@ -7,12 +7,13 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from co_detr.engine.config import read_yaml
+from co_detr.engine.config import load_config, read_yaml
 from co_detr.engine.train import run_training
 from co_detr.engine.writers import purge_events
 from co_detr.errors import CheckpointError
 from tests.engine.kill_and_resume import tensorboard_events
 from tests.engine.tiny_detector import TinyDetector
+from tests.modeling.builders import CONFIGS, shrink
 
 
 def _losses(output_dir):
@@ -263,3 +264,35 @@ def test_a_new_run_in_the_folder_begins_its_curves(tiny_cfg, tmp_path):
     run_training(tiny_cfg("train.max_iter=2"), resume=False)
     reader = EventAccumulator(str(tmp_path / "out")).Reload()
     assert [each.step for each in reader.Scalars("total_loss")] == [0, 1]
+
+
+def test_a_training_of_version_0_1_goes_on(tiny_data, tmp_path):
+    """Query sources had numbers there, also in the names that the optimizer's state keeps."""
+
+    def numbered(name):
+        return name.replace("queries.matching.", "queries.0.")
+
+    def train(output, max_iter, resume=False):
+        cfg = load_config(
+            str(CONFIGS / "deformable_detr_r50.py"),
+            [*tiny_data.overrides(tmp_path / output), f"train.max_iter={max_iter}"],
+        )
+        cfg.model.num_classes = 2
+        cfg.dataloader.test.mapper.augmentations.short_edge = 64
+        cfg.dataloader.train.mapper.augmentations.update(short_edges=[64], crop_probability=0.0)
+        cfg.train.update(effective_batch_size=2, eval_period=0)
+        torch.manual_seed(0)
+        run_training(shrink(cfg), resume)
+        return tmp_path / output / "model_final.pth"
+
+    whole = torch.load(train("whole", 3))["model"]
+    path = train("parts", 2)
+    content = torch.load(path)
+    content["model"] = {numbered(key): value for key, value in content["model"].items()}
+    layout = content["trainer"]["optimizer_layout"]
+    layout["parameters"] = [numbered(name) for name in layout["parameters"]]
+    assert "queries.0.content.weight" in layout["parameters"]
+    torch.save(content, path)
+    resumed = torch.load(train("parts", 3, resume=True))["model"]
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
