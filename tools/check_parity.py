@@ -16,12 +16,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+# The comparisons are part of the tests of this checkout, and they are of its package.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from co_detr.process_setup import silence_dependencies
 
 silence_dependencies()
-
-# The comparisons are part of the tests of this checkout.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.parity.oracle.check import check_file
 from tests.parity.oracle.golden import golden_files, of_instance_segmentation
