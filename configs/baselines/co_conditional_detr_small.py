@@ -1,6 +1,7 @@
-"""A small Co-Conditional-DETR-C5 for CPUs, on the data and with the schedule of `co_detr_small.py`.
+"""A small single-scale Co-Conditional-DETR that learns the generated digits on a CPU.
 
-`model.auxiliary=null` trains the plain Conditional-DETR of the same size.
+On the map of stride 16, with the encoder's proposals as queries. `model.auxiliary=null` trains the
+plain Conditional-DETR of the same size.
 """
 
 from ..co_conditional_detr_r50 import model
@@ -8,5 +9,8 @@ from ..co_detr_small import data, dataloader, lr_multiplier, optimizer, train
 from ..models.small import make_small_single_scale
 
 model.num_classes = 10
+model.compare_detectors = True
 make_small_single_scale(model)
+dataloader.train.mapper.augmentations.flip_probability = 0.0  # a mirrored digit is no digit
+optimizer.lr = 1e-3
 train.output_dir = "output/co_conditional_detr_small"

@@ -5,6 +5,7 @@ from detectron2.config import LazyCall as L
 from co_detr.modeling import ReferencePosition
 from co_detr.modeling.auxiliary import DenseHead, HybridAssignmentHeads
 from co_detr.modeling.backbones.resnet import resnet_stages
+from co_detr.modeling.queries import TwoStageQueries
 
 LEVELS = ["p3", "p4", "p5", "p6"]  # three of the encoder and the extra one of the heads
 STRIDES = [8, 16, 32, 64]
@@ -37,9 +38,21 @@ def make_quick_to_learn(model):
 
 
 def make_small_single_scale(model):
-    """The same for a model that encodes the last map of its backbone alone."""
+    """The same for a model that encodes one map of its backbone. It takes the one of stride 16: in
+    cells of 32 pixels an object of 24 is less than one. The queries are the encoder's proposals,
+    since learned anchors and points do not find the objects in the time that this is made for."""
     _make_small_transformer(model)
-    model.encoder.stride = 32
+    model.backbone.bottom_up.out_features = model.backbone.in_features = ["res4"]
+    model.backbone.num_groups = 16
+    model.encoder.stride = model.auxiliary.pyramid.stride = 16
+    model.queries.matching = L(TwoStageQueries)(
+        num_queries=60,
+        num_classes="${...num_classes}",
+        embed_dim="${...encoder.embed_dim}",
+        with_position=model.auxiliary.positive_queries.get("with_position", True),
+        with_features=True,
+    )
+    model.criterion.class_weight = 2.0
     _make_small_heads(model.auxiliary)
 
 

@@ -124,7 +124,7 @@ def test_there_is_a_small_one_of_each_kind():
 def test_small_models(kind, overrides):
     cfg = load(f"baselines/co_{kind}_detr_small", *overrides)
     model = instantiate(cfg.model).to(DEVICE)
-    batch = make_batch(((64, 96),), num_gts=(2,))
+    batch = make_batch(((128, 160),), num_gts=(2,))  # 80 tokens for 60 queries
     losses = train_step(model, batch)
     assert_complete(model, losses)
     prefixes = {name.split(".")[0] for name in losses}
