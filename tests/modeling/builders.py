@@ -225,7 +225,7 @@ def geometry_of(
 ) -> Geometry:
     """Of images in a batch of a size, or of the size of the largest."""
     padded = padded or tuple(max(sides) for sides in zip(*image_sizes, strict=True))
-    return Geometry.of(image_sizes, padded, torch.get_default_device())
+    return Geometry.of(image_sizes, padded, DEVICE)
 
 
 def factor_of(image_size: tuple[int, int]) -> Tensor:

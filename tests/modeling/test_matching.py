@@ -9,11 +9,10 @@ from torchvision.ops import generalized_box_iou
 from co_detr.modeling import FocalLoss, HungarianAssigner, SetCriterion
 from co_detr.modeling.losses import MatchingProblem, cxcywh_to_xyxy, name_layers
 from co_detr.structures import AssignedTargets, GroundTruth, Predictions
-from tests.modeling.builders import geometry_of
+from tests.modeling.builders import factor_of, geometry_of
 
 LAYERS, QUERIES, CLASSES = 2, 6, 4
 SIZE = (90, 160)
-FACTOR = torch.tensor([160.0, 90.0, 160.0, 90.0])
 
 
 def make_problem(num_gts, seed=0):
@@ -25,7 +24,7 @@ def make_problem(num_gts, seed=0):
         GroundTruth(
             torch.randint(0, CLASSES, (number,), generator=generator),
             0.1 + 0.5 * torch.rand(number, 4, generator=generator),
-            FACTOR,
+            factor_of(SIZE),
         )
         for number in num_gts
     ]
@@ -37,7 +36,7 @@ def pair_cost(logit, box, label, true_box):
     p = logit[label].double().sigmoid()
     focal = -0.25 * (1 - p) ** 2 * p.log() + 0.75 * p**2 * (1 - p).log()
     distance = (box - true_box).abs().sum()
-    corners = [(cxcywh_to_xyxy(each) * FACTOR)[None] for each in (box, true_box)]
+    corners = [(cxcywh_to_xyxy(each) * factor_of(SIZE))[None] for each in (box, true_box)]
     return float(2 * focal + 5 * distance - 2 * generalized_box_iou(*corners)[0, 0])
 
 
@@ -89,7 +88,7 @@ def test_equals_brute_force(seed):
 def test_order_of_the_ground_truth_does_not_matter():
     problem = make_problem([5, 2])
     shuffled = [
-        GroundTruth(truth.labels.flip(0), truth.boxes.flip(0), FACTOR)
+        GroundTruth(truth.labels.flip(0), truth.boxes.flip(0), factor_of(SIZE))
         for truth in problem.ground_truth
     ]
     (first,) = HungarianAssigner()([problem])
@@ -144,7 +143,7 @@ def test_losses_by_their_definitions():
             if label < CLASSES:
                 pair = [predictions.boxes[layer, image, query], targets.boxes[layer, image, query]]
                 bbox += float((pair[0] - pair[1]).abs().sum())
-                corners = [(cxcywh_to_xyxy(each) * FACTOR)[None] for each in pair]
+                corners = [(cxcywh_to_xyxy(each) * factor_of(SIZE))[None] for each in pair]
                 giou += 1 - float(generalized_box_iou(*corners)[0, 0])
         assert losses["loss_cls"][layer].item() == pytest.approx(2 * focal / 2, rel=1e-5)
         assert losses["loss_bbox"][layer].item() == pytest.approx(5 * bbox / 2, rel=1e-5)
