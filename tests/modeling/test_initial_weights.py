@@ -1,6 +1,7 @@
 """What is drawn at the start, row by row as docs/fidelity.md has it, by statistics of full-size
 modules: a distribution shows in the spread of some ten thousand numbers."""
 
+import copy
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from detectron2.config import instantiate
 from torch import nn
 
 from co_detr.engine.config import load_config
+from tests.device import DEVICE
 from tests.modeling.builders import CONFIGS
 
 
@@ -92,7 +94,7 @@ def test_classes_start_at_one_percent(models):
 def test_positions_tell_queries_apart_from_the_start(models):
     """With PyTorch's own weights, what differs between boxes would be 0.6 long beside content
     queries of 16."""
-    positions = models["co_dino_r50"].decoder.query_position
+    positions = copy.deepcopy(models["co_dino_r50"].decoder.query_position).to(DEVICE)
     boxes = torch.rand(1, 2000, 4, generator=torch.Generator().manual_seed(0))
     boxes[..., 2:] = 0.05 + 0.3 * boxes[..., 2:]
     with torch.no_grad():
