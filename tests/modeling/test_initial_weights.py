@@ -99,4 +99,4 @@ def test_positions_tell_queries_apart_from_the_start(models):
     boxes[..., 2:] = 0.05 + 0.3 * boxes[..., 2:]
     with torch.no_grad():
         codes = positions(boxes)[0]
-    assert (codes - codes.mean(0)).norm(dim=-1).mean() == pytest.approx(2.2, rel=0.15)
+    assert (codes - codes.mean(0)).norm(dim=-1).mean().item() == pytest.approx(2.2, rel=0.15)
