@@ -17,7 +17,7 @@ from co_detr.tools.analyze.conflict import (
     log_distribution,
     measure_conflict,
 )
-from co_detr.tools.analyze.discriminability import Geometry, score_maps
+from co_detr.tools.analyze.discriminability import LevelLayout, score_maps
 from tests.analysis.cases import encoder_only_subject, plain, tiny_samples, tiny_subject
 from tests.modeling.builders import random_memory
 
@@ -65,8 +65,8 @@ def test_activation_map_is_grad_cam():
     shapes, size, padded = [(4, 6), (2, 3)], (32, 32), (32, 48)
     memory = random_memory(shapes, [size], channels=5)
     factors = torch.randn(memory.tokens.shape, dtype=torch.float64)
-    geometry = Geometry(size, padded, shapes)
-    found = activation_map(memory, -(memory.tokens * factors).sum(), geometry)
+    layout = LevelLayout(size, padded, shapes)
+    found = activation_map(memory, -(memory.tokens * factors).sum(), layout)
     maps, start = [], 0
     for (height, width), (rows, columns) in zip(shapes, [(4, 4), (2, 2)], strict=True):
         expected = torch.zeros(height, width, dtype=torch.float64)
@@ -80,14 +80,14 @@ def test_activation_map_is_grad_cam():
                 expected[row, column] = max(0.0, float(features @ weights))
         maps.append(expected)
         start += height * width
-    torch.testing.assert_close(found, score_maps(maps, geometry).fused)
+    torch.testing.assert_close(found, score_maps(maps, layout).fused)
     assert 0 < found.max() <= 1 and found.shape == size
 
 
 def test_a_constant_loss_has_a_map_of_zeros():
     memory = random_memory(((4, 4),), ((32, 32),))
     loss = torch.ones((), requires_grad=True) * 2
-    assert not activation_map(memory, loss, Geometry((32, 32), (32, 32), [(4, 4)])).any()
+    assert not activation_map(memory, loss, LevelLayout((32, 32), (32, 32), [(4, 4)])).any()
 
 
 def test_losses_are_those_of_a_training_step():

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from co_detr.modeling.geometry import shrink_mask
-from co_detr.tools.analyze.discriminability import Geometry, fold, score_maps
+from co_detr.tools.analyze.discriminability import LevelLayout, fold, score_maps
 from tests.modeling.builders import geometry_of
 
 
@@ -16,19 +16,19 @@ def _shapes(padded):
 @pytest.mark.parametrize("size, padded", [((90, 70), (96, 128)), ((33, 65), (33, 65))])
 def test_cells_inside_are_those_that_the_encoder_does_not_mask(size, padded):
     shapes = _shapes(padded)
-    geometry = Geometry(size, padded, shapes)
+    layout = LevelLayout(size, padded, shapes)
     mask = geometry_of([size], padded).padding_mask
     for level, shape in enumerate(shapes):
         inside = ~shrink_mask(mask, *shape)[0]
-        rows, columns = geometry.cells_inside(level)
+        rows, columns = layout.cells_inside(level)
         assert inside.sum() == rows * columns and inside[:rows, :columns].all()
 
 
 def test_equation_7():
     size, generator = (64, 96), torch.Generator().manual_seed(0)
-    geometry = Geometry(size, size, _shapes(size))
-    values = [torch.rand(shape, generator=generator) * 5 for shape in geometry.level_shapes]
-    maps = score_maps(values, geometry)
+    layout = LevelLayout(size, size, _shapes(size))
+    values = [torch.rand(shape, generator=generator) * 5 for shape in layout.level_shapes]
+    maps = score_maps(values, layout)
     resized = [
         F.interpolate((each / each.max())[None, None], size, mode="bilinear")[0, 0]
         for each in values
@@ -42,22 +42,22 @@ def test_equation_7():
 
 def test_padding_changes_nothing():
     size, padded = (64, 48), (64, 96)
-    geometry = Geometry(size, padded, _shapes(padded))
+    layout = LevelLayout(size, padded, _shapes(padded))
     generator = torch.Generator().manual_seed(0)
-    values = [torch.rand(shape, generator=generator) for shape in geometry.level_shapes]
-    alone = Geometry(size, size, _shapes(size))
+    values = [torch.rand(shape, generator=generator) for shape in layout.level_shapes]
+    alone = LevelLayout(size, size, _shapes(size))
     expected = score_maps(
         [each[: shape[0], : shape[1]] for each, shape in zip(values, _shapes(size), strict=True)],
         alone,
     )
     for each, shape in zip(values, _shapes(size), strict=True):
         each[:, shape[1] :] = 1e6
-    torch.testing.assert_close(score_maps(values, geometry).fused, expected.fused)
+    torch.testing.assert_close(score_maps(values, layout).fused, expected.fused)
 
 
 def test_a_level_of_zeros_scores_zero():
-    geometry = Geometry((16, 16), (16, 16), [(2, 2)])
-    assert not score_maps([torch.zeros(2, 2)], geometry).fused.any()
+    layout = LevelLayout((16, 16), (16, 16), [(2, 2)])
+    assert not score_maps([torch.zeros(2, 2)], layout).fused.any()
 
 
 def test_fold_gives_every_level_its_tokens():

@@ -21,7 +21,7 @@ from co_detr.engine.validation import training_without_trace
 from co_detr.modeling import CoDETR
 from co_detr.seeding import seed_everything
 from co_detr.structures import EncoderMemory, TrainingOutput
-from co_detr.tools.analyze.discriminability import Geometry, geometry_of, score_maps
+from co_detr.tools.analyze.discriminability import LevelLayout, layout_of, score_maps
 from co_detr.tools.analyze.report import (
     FONT_SIZE,
     Chart,
@@ -161,8 +161,8 @@ def activation_maps(model: CoDETR, sample: Sample) -> dict[str, Tensor]:
     """`activation_map` of every head; needs training mode and an event storage."""
     images = model.preprocess([sample.input])
     memory, losses = head_losses(model, images, sample.input["instances"].to(model.device))
-    geometry = geometry_of(sample, images, memory)
-    return {name: activation_map(memory, loss, geometry) for name, loss in losses.items()}
+    layout = layout_of(sample, images, memory)
+    return {name: activation_map(memory, loss, layout) for name, loss in losses.items()}
 
 
 def _average_table(found: dict[str, Distances]) -> Table:
@@ -231,7 +231,7 @@ def _matching_loss(model: CoDETR, output: TrainingOutput) -> Tensor:
     return sum(term.sum() for term in terms.values())
 
 
-def activation_map(memory: EncoderMemory, loss: Tensor, geometry: Geometry) -> Tensor:
+def activation_map(memory: EncoderMemory, loss: Tensor, layout: LevelLayout) -> Tensor:
     """Grad-CAM of a head, ``(H, W)`` in [0, 1].
 
     What Grad-CAM explains is the class score; here it is the head's negative loss, which every
@@ -249,10 +249,10 @@ def activation_map(memory: EncoderMemory, loss: Tensor, geometry: Geometry) -> T
         cells = slice(start, start + height * width)
         start = cells.stop
         features = memory.tokens[0, cells].detach().view(height, width, -1)
-        rows, columns = geometry.cells_inside(level)
+        rows, columns = layout.cells_inside(level)
         weights = gradient[0, cells].view(height, width, -1)[:rows, :columns].mean((0, 1))  # (C,)
         levels.append((features @ weights).relu())
-    return score_maps(levels, geometry).fused
+    return score_maps(levels, layout).fused
 
 
 def log_distribution(activation: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ _LINE_STYLES = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True)
-class Geometry:
+class LevelLayout:
     """How the levels of one image lie over its pixels.
 
     Attributes:
@@ -86,7 +86,7 @@ class ScoreMaps:
         return {FUSED: self.fused, **levels}
 
 
-def score_maps(values: Sequence[Tensor], geometry: Geometry) -> ScoreMaps:
+def score_maps(values: Sequence[Tensor], layout: LevelLayout) -> ScoreMaps:
     """Score maps of one image as the paper makes them.
 
     Every level is divided by its maximum, resized to the image, and the mean over levels is taken.
@@ -100,11 +100,11 @@ def score_maps(values: Sequence[Tensor], geometry: Geometry) -> ScoreMaps:
     """
     levels = []
     for level, each in enumerate(values):
-        rows, columns = geometry.cells_inside(level)
+        rows, columns = layout.cells_inside(level)
         inside = each[:rows, :columns]
         inside = inside / inside.max().clamp(min=torch.finfo(inside.dtype).tiny)
         resized = F.interpolate(
-            inside[None, None], geometry.image_size, mode="bilinear", align_corners=False
+            inside[None, None], layout.image_size, mode="bilinear", align_corners=False
         )
         levels.append(resized[0, 0])
     return ScoreMaps(levels, torch.stack(levels).mean(0))
@@ -357,14 +357,14 @@ def feature_maps(model: CoDETR, sample: Sample) -> dict[str, Tensor]:
     """
     images = model.preprocess([sample.input])
     memory = model.encode(images)
-    geometry = geometry_of(sample, images, memory)
+    layout = layout_of(sample, images, memory)
     norms = fold(memory.tokens[0].float().norm(dim=-1), memory.level_shapes)
-    return score_maps(norms, geometry).named()
+    return score_maps(norms, layout).named()
 
 
-def geometry_of(sample: Sample, images: ImageList, memory: EncoderMemory) -> Geometry:
+def layout_of(sample: Sample, images: ImageList, memory: EncoderMemory) -> LevelLayout:
     """Of a batch of one image."""
-    return Geometry(
+    return LevelLayout(
         image_size=tuple(sample.input["image"].shape[-2:]),
         padded_size=tuple(images.tensor.shape[-2:]),
         level_shapes=memory.level_shapes,
