@@ -15,6 +15,7 @@ from collections.abc import Sequence
 # program shares the cores, that makes a step several times slower; must be set before torch loads.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+from co_detr.errors import add_debug_argument
 from co_detr.process_setup import silence_dependencies
 
 silence_dependencies()
@@ -46,12 +47,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--num-machines", type=int, default=1, help="number of machines")
     add("--machine-rank", type=int, default=0, help="number of this machine, from 0")
     add("--dist-url", default="auto", help="tcp://ADDRESS_OF_MACHINE_0:PORT; auto: a free port")
-    add(
-        "--debug",
-        action="store_true",
-        default=os.environ.get("CO_DETR_DEBUG") == "1",
-        help="show the traceback of errors that are otherwise one sentence (CO_DETR_DEBUG=1)",
-    )
+    add_debug_argument(parser)
     add("opts", nargs="*", metavar="KEY=VALUE", help="override of a config key")
     return parser.parse_intermixed_args(argv)
 

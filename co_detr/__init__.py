@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from co_detr.tools.export import ExportedPredictor
     from co_detr.tools.predict.predictor import Predictor
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["ExportedPredictor", "Predictor", "__version__"]
 
 

@@ -6,6 +6,8 @@ prints that sentence and exits with code 2, without a traceback.
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 from collections.abc import Callable
 
@@ -67,6 +69,16 @@ class ExportError(UserError):
 def first_line(error: Exception) -> str:
     """What another library's error says, to be quoted in a sentence; else the name of its class."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def add_debug_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--debug`, for `exit_code`."""
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        default=os.environ.get("CO_DETR_DEBUG") == "1",
+        help="show the traceback of errors that are otherwise one sentence (CO_DETR_DEBUG=1)",
+    )
 
 
 def exit_code(run: Callable[[], int | None], debug: bool = False) -> int:

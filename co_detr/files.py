@@ -7,6 +7,7 @@ import glob
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from typing import IO, Any
 
 INCOMPLETE = ".incomplete"
@@ -75,3 +76,8 @@ def _flush_folder(folder: str) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def time_stamp() -> str:
+    """Date and time with its zone, to the second."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")

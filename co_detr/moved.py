@@ -7,7 +7,7 @@ a class or a function that a config may name moves, its old name goes into this 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from co_detr.errors import ConfigError
@@ -53,17 +53,15 @@ MOVED: dict[str, str] = {
 }
 
 
-# In version 0.1 model.queries was a list. A source had a name of its own, or that of its kind.
-_KIND_OF_NAMES = {"DenoisingQueries": "denoising"}
+def named_sources(sources: Sequence[Any]) -> dict[str, Any] | None:
+    """The list of query sources in a config of version 0.1 as the group by names that it is now.
 
+    A source had a name of its own, or that of its kind.
 
-def named_sources(sources: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The list of query sources in a config of version 0.1 as the group by names that it is now."""
-    names = []
-    for source in sources:
-        target = source["_target_"]
-        kind = target if isinstance(target, str) else target.__name__
-        names.append(source.get("name", _KIND_OF_NAMES.get(kind.rpartition(".")[2], "matching")))
+    Raises:
+        ConfigError: if one is no query source, or two have one name.
+    """
+    names = [_name_of(source) for source in sources]
     if len(set(names)) < len(names):
         raise ConfigError(f"model.queries has two sources of one name ({', '.join(names)}).")
     named: dict[str, Any] = {}
@@ -71,8 +69,24 @@ def named_sources(sources: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         named[name] = {key: value for key, value in source.items() if key != "name"}
         # As ${..0.name}, a source referred to the name of another.
         if reference := re.fullmatch(r"\$\{\.\.(\d+)\.name\}", str(source.get("sees"))):
-            named[name]["sees"] = names[int(reference[1])]
+            place = int(reference[1])
+            if place >= len(names):
+                raise ConfigError(
+                    f"model.queries: {name} sees number {place} of {len(names)} sources (from 0)."
+                )
+            named[name]["sees"] = names[place]
     return {**named, "_target_": "co_detr.modeling.queries.QuerySources"} if named else None
+
+
+def _name_of(source: Any) -> str:
+    target = source.get("_target_") if isinstance(source, Mapping) else None
+    kind = target if isinstance(target, str) else getattr(target, "__name__", None)
+    if kind is None:
+        raise ConfigError(
+            f"model.queries has {source!r}, which is no query source: give it a _target_."
+        )
+    default = "denoising" if kind.endswith("DenoisingQueries") else "matching"
+    return str(source.get("name", default))
 
 
 def present_name(name: str) -> str:

@@ -12,7 +12,7 @@ from tests import device
 TOOLS = (
     *("ablation", "analysis", "conversion", "export", "mutations", "prediction", "quickstart"),
     *("checkpoint/test_convert_tool.py", "engine/test_complexity.py"),
-    *("engine/test_inspect_data.py", "parity/test_report.py"),
+    *("engine/test_inspect_data.py", "parity/test_report.py", "test_help.py"),
 )
 
 

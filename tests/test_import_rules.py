@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+from tests.conftest import TOOLS as MARKED
+
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = "co_detr.tools"
 # The lower rooms of the core, with those that they may import; see docs/design.md.
@@ -89,15 +91,20 @@ def test_the_core_does_not_know_the_tools() -> None:
 def test_the_lower_rooms_import_no_others() -> None:
     rooms = [path.parent.name for path in (ROOT / "co_detr").glob("*/__init__.py")]
     wrong = [
-        f"{name} imports {module}"
+        f"{name} imports {module}.{member}"
         for room, below in BELOW.items()
         for name, path in CORE.items()
         if is_in(name, f"co_detr.{room}")
-        for module, _ in imports(path)
+        for module, member in imports(path)
         for other in rooms
-        if other not in (room, *below) and is_in(module, f"co_detr.{other}")
+        if other not in (room, *below)
+        and (is_in(module, f"co_detr.{other}") or is_in(f"{module}.{member}", f"co_detr.{other}"))
     ]
     assert not wrong
+
+
+def test_what_is_marked_as_tools_exists() -> None:
+    assert all((ROOT / "tests" / name).exists() for name in MARKED)
 
 
 def test_no_module_needs_itself() -> None:

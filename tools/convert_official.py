@@ -85,7 +85,7 @@ def convert(options: argparse.Namespace) -> None:
 def _state_dict(content: dict[str, Any], options: argparse.Namespace) -> dict[str, Tensor]:
     if options.reverse:
         return plain_state(content, options.input)
-    return official_state_dict(content, options.ema, options.input)
+    return official_state_dict(content, options.input, options.ema)
 
 
 def _write(conversion: Conversion, content: dict[str, Any], options: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ model's must be in it, unless the caller allows for differences; `LoadReport` sa
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,8 +27,6 @@ from co_detr.modeling.queries.sources import training_module_names
 Mismatch = Literal["error", "by_name", "reset"]
 Parts = Literal["any", "whole", "inference"]
 
-_PIXELS = ("pixel_mean", "pixel_std")  # set by the config; Detectron2 lets them be missing, too
-_OLD_ANCHORS = "anchor_generator.cell_anchors"  # in files of old versions of Detectron2
 _NUM_LISTED = 6
 
 
@@ -90,8 +89,8 @@ def load_weights(
     wrong = [key for key, value in state.items() if key in own and value.shape != own[key].shape]
     # Beside a backbone, the model keeps its initial values: that is what such a file is for.
     # Not the missing keys that torch reports: frozen norms fill in absent statistics silently.
-    missing = [] if backbone_alone else [key for key in own if key not in {*state, *_PIXELS}]
-    foreign = [key for key in state if key not in own and _OLD_ANCHORS not in key]
+    missing = [] if backbone_alone else [key for key in own if key not in state]
+    foreign = [key for key in state if key not in own]
     report.kept = [
         f"{key} is {tuple(state[key].shape)} in the file but {tuple(own[key].shape)} in the model"
         for key in wrong
@@ -99,7 +98,10 @@ def load_weights(
     report.kept += [f"{key} is not in the file" for key in missing]
     report.unused = [*foreign, *unknown]
     if mismatch != "reset" and (report.kept or report.unused):
-        problems = [*report.kept, *(f"{key} is not in the model" for key in report.unused)]
+        # By turns, since only the first are told: each kind of them says something.
+        foreign_too = [f"{key} is not in the model" for key in report.unused]
+        turns = itertools.zip_longest(report.kept, foreign_too)
+        problems = [problem for turn in turns for problem in turn if problem is not None]
         raise _mismatch_error(problems, _advice(model, missing, parts, resuming))
     if report.num_loaded == 0:
         raise _mismatch_error(

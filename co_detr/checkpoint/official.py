@@ -151,16 +151,16 @@ def is_official(checkpoint: Mapping[str, Any]) -> bool:
 
 
 def official_state_dict(
-    checkpoint: Mapping[str, Any], ema: bool = False, path: str = "of the reference"
+    checkpoint: Mapping[str, Any], path: str, ema: bool = False
 ) -> dict[str, Tensor]:
     """The state dict inside a loaded official checkpoint, without wrappers and prefixes.
 
     Args:
         checkpoint: the state dict itself, or a dict with it under ``state_dict`` or ``model``.
+        path: of the file, for the error.
         ema: take the tensors named ``ema_...`` (dots replaced by underscores) instead of the plain
             ones. mmdet's hook swaps the two sets before it saves at the end of an epoch: then the
             plain names hold the average already, and these the weights of the optimiser.
-        path: of the file, for the error.
 
     Raises:
         CheckpointError: if there is no state dict, or no second set for ``ema``.

@@ -113,7 +113,8 @@ def plain_state(checkpoint: Mapping[str, Any], path: str) -> dict[str, Tensor]:
         found = shorten([str(key) for key in checkpoint]) or "nothing"
         raise CheckpointError(
             f"checkpoint {path} holds no state dict, only {found}: name a file that training "
-            'wrote, or save the model as {"model": model.state_dict()}.'
+            "wrote, ours or the reference's, or save the model as "
+            '{"model": model.state_dict()}.'
         )
     return {key.removeprefix(_MODULE): torch.as_tensor(value) for key, value in state.items()}
 

@@ -15,7 +15,6 @@ import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from co_detr.checkpoint.reading import (
 )
 from co_detr.engine.launch import raise_jointly
 from co_detr.errors import CheckpointError, ConfigError
-from co_detr.files import write_error_of, written_whole
+from co_detr.files import time_stamp, write_error_of, written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -141,8 +140,11 @@ class Checkpointer:
         return comm.all_gather(has_checkpoints(self.save_dir))[0]
 
     def get_checkpoint_file(self) -> str:
-        """Path of the last checkpoint, or "" if there is none."""
-        last = _marked(self.save_dir)
+        """Path of the last checkpoint, or "" if none is there or its mark cannot be read."""
+        try:
+            last = _marked(self.save_dir)
+        except OSError:  # what cannot be read is not offered; `last_readable` says why
+            return ""
         return "" if last is None else os.path.join(self.save_dir, last)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
@@ -182,6 +184,7 @@ class Checkpointer:
         if not path:
             logger.info("No checkpoint is given: the weights stay as they were initialised.")
             return {}
+        logger.info("Loading %s", path)
         content = read_checkpoint(_local(path), self.unsafe)
         if self.weights is not None:
             content = choose_weights(content, self.weights, path)
@@ -203,7 +206,7 @@ class Checkpointer:
         logger.log(logging.INFO if report.complete else logging.WARNING, report.text())
         for key in self.checkpointables if checkpointables is None else checkpointables:
             if key in content:
-                logger.info("Loading %s from %s", key, path)
+                logger.info("Loading %s", key)
                 saved = content.pop(key)
                 if key == AVERAGED:
                     saved = with_query_names(saved, self.model)
@@ -248,7 +251,7 @@ class RunIdentity:
 
     @classmethod
     def new(cls, adopts_unnamed: bool = False, run_id: str | None = None) -> RunIdentity:
-        return cls(run_id or uuid.uuid4().hex[:12], now(), adopts_unnamed)
+        return cls(run_id or uuid.uuid4().hex[:12], time_stamp(), adopts_unnamed)
 
     def owns(self, run_id: str | None) -> bool:
         """Whether a checkpoint with this id belongs to the run."""
@@ -277,11 +280,6 @@ def read_identity(folder: str) -> RunIdentity | None:
             f"{path} is damaged ({error}): remove it to continue from the checkpoints that are "
             "there, whichever run they are of."
         ) from error
-
-
-def now() -> str:
-    """Date and time, to the second."""
-    return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def numbered_name(iteration: int) -> str:

@@ -27,11 +27,11 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.utils.data import DataLoader
 
-from co_detr.checkpoint.saving import RUN_FILE, now
+from co_detr.checkpoint.saving import MARKER, RUN_FILE
 from co_detr.engine.config import config_content, in_present_terms, leaves, read_yaml, to_text
 from co_detr.engine.launch import raise_jointly
 from co_detr.errors import ConfigError, UserError, WriteError
-from co_detr.files import written_whole
+from co_detr.files import time_stamp, written_whole
 from co_detr.process_setup import keep_freed_memory
 
 logger = logging.getLogger(__name__)
@@ -258,7 +258,7 @@ def _locked(folder: str) -> int | None:
             *(folder, error.strerror),
         )
         return None
-    holder = {"process": os.getpid(), "host": socket.gethostname(), "since": now()}
+    holder = {"process": os.getpid(), "host": socket.gethostname(), "since": time_stamp()}
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(holder).encode(), 0)
     return descriptor
@@ -276,7 +276,7 @@ def holds_training(folder: str) -> bool:
     """Whether a training has left something in `folder`."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return any(
-        name in (RUN_FILE, METRICS_FILE, "last_checkpoint")
+        name in (RUN_FILE, METRICS_FILE, MARKER)
         or (name.startswith("model_") and name.endswith(".pth"))
         for name in names
     )

@@ -240,11 +240,11 @@ def build_evaluation(cfg: DictConfig, folder: str | None = None) -> Callable[...
         node.output_dir = output_dir
     evaluator = instantiate(node)
 
-    def run(model: nn.Module, **arguments: Any) -> dict[str, float]:
+    def run_evaluation(model: nn.Module, **arguments: Any) -> dict[str, float]:
         with explain_out_of_memory(cfg.train.device, "evaluation", lambda: evaluation_advice(cfg)):
             return evaluate(model, loader, evaluator, output_dir, **arguments)
 
-    return run
+    return run_evaluation
 
 
 def _checkpointer(

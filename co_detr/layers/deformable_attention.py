@@ -368,8 +368,8 @@ class MultiScaleDeformableAttention(nn.Module):
                 padded level (already multiplied by the valid ratios).
             level_shapes: ``(height, width)`` of every level as Python integers.
             padding_mask: ``(B, S)`` bool, True = padding, whose projected value is zero.
-            level_sizes: ``(L, 2)`` width and height of every level on the device, which points are
-                moved in; None: they are copied there.
+            level_sizes: ``(L, 2)`` of ``level_shapes``, width before height, on the device, which
+                points are moved in; None: they are copied there.
 
         Returns:
             ``(B, Q, C)``: output projection applied, no residual, no dropout.
@@ -378,6 +378,11 @@ class MultiScaleDeformableAttention(nn.Module):
             ValueError: a shape does not fit; the message names the argument.
         """
         self._check(query, value, reference, level_shapes, padding_mask)
+        if level_sizes is not None and level_sizes.shape != (self.num_levels, 2):
+            raise ValueError(
+                f"level_sizes must have shape ({self.num_levels}, 2), got "
+                f"{tuple(level_sizes.shape)}."
+            )
         projected = self.value_proj(value)
         if padding_mask is not None:
             projected = projected.masked_fill(padding_mask.unsqueeze(-1), 0.0)

@@ -177,7 +177,7 @@ class CoDETR(nn.Module):
 
     def forward_training(
         self,
-        images: ImageList,
+        images: ImageBatch,
         gt_instances: list[Instances],
         counts: StepCounts | None = None,
     ) -> TrainingOutput:
@@ -239,10 +239,8 @@ class CoDETR(nn.Module):
             constraints=backbone.padding_constraints,
         )
 
-    def encode(self, images: ImageList) -> EncoderMemory:
+    def encode(self, images: ImageBatch) -> EncoderMemory:
         """Backbone and encoder, of images that are normalised and padded."""
-        if not isinstance(images, ImageBatch):
-            images = ImageBatch(images.tensor, images.image_sizes)
         return self.encoder(list(self.backbone(images.tensor).values()), images.geometry)
 
     def decode(self, memory: EncoderMemory) -> tuple[Tensor, Tensor]:
@@ -321,7 +319,7 @@ def _in_output_resolution(found: Instances, sample: dict) -> Instances:
     return detector_postprocess(found, sample.get("height", size[0]), sample.get("width", size[1]))
 
 
-OF_DECODER = ("assigner", "criterion", "postprocessor")
+OF_DECODER = ("queries", "assigner", "criterion", "postprocessor")
 
 
 def check_parts(model: nn.Module) -> None:
@@ -342,10 +340,6 @@ def check_parts(model: nn.Module) -> None:
     if missing:
         raise ConfigError(
             f"model.{missing[0]} is null but model.decoder is not: set it, or the decoder to null."
-        )
-    if model.queries is None:
-        raise ConfigError(
-            "model.queries is null but model.decoder is not: set it, or both to null."
         )
     if model.evaluate_with is not None:
         _check_evaluated_detector(model)
@@ -376,10 +370,6 @@ def _check_strides(model: nn.Module) -> None:
 
 
 def _check_without_decoder(model: nn.Module) -> None:
-    if model.queries is not None:
-        raise ConfigError(
-            "model.decoder is null: set model.queries=null, nothing would decode them."
-        )
     for name in OF_DECODER:
         if getattr(model, name) is not None:
             raise ConfigError(f"model.decoder is null: set model.{name}=null, too.")

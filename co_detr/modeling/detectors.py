@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from detectron2.layers import batched_nms
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from co_detr.errors import ConfigError
-from co_detr.modeling.geometry import Geometry
+from co_detr.modeling.geometry import Geometry, ImageBatch
 from co_detr.modeling.postprocess import TopKPostprocessor, absolute_boxes, require_finite
 from co_detr.structures import EncoderMemory, HeadDetections, QuerySet
 
@@ -165,7 +165,7 @@ class InferencePass:
         images: normalised and padded.
     """
 
-    def __init__(self, model: CoDETR, images: ImageList) -> None:
+    def __init__(self, model: CoDETR, images: ImageBatch) -> None:
         self._model = model
         self._images = images
         self._known: dict[str, list[Instances]] = {}

@@ -148,7 +148,7 @@ class HungarianAssigner(nn.Module):
         positive = -(probability + eps).log() * self.alpha * (1 - probability) ** self.gamma
         negative = -(1 - probability + eps).log() * (1 - self.alpha) * probability**self.gamma
         distance = torch.cdist(boxes, true_boxes.expand(len(boxes), -1, -1), p=1)
-        factor = truth.factor.float()
+        factor = truth.factor
         overlap = generalised_iou(
             (cxcywh_to_xyxy(boxes) * factor)[:, :, None],
             (cxcywh_to_xyxy(true_boxes) * factor)[None, None],

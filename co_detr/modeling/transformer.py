@@ -139,9 +139,12 @@ class DeformableEncoderLayer(nn.Module):
         reference: Tensor,
         level_shapes: list[tuple[int, int]],
         padding_mask: Tensor,
-        level_sizes: Tensor | None = None,
+        level_sizes: Tensor,
     ) -> Tensor:
-        """``tokens, position (B, S, C)``, ``reference (B, S, L, 2)`` -> ``(B, S, C)``."""
+        """``tokens, position (B, S, C)``, ``reference (B, S, L, 2)`` -> ``(B, S, C)``.
+
+        ``level_shapes`` and ``level_sizes`` are those of `Levels`.
+        """
         attended = self.attention(
             tokens + position, tokens, reference, level_shapes, padding_mask, level_sizes
         )

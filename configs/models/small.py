@@ -9,6 +9,7 @@ from co_detr.modeling.queries import TwoStageQueries
 
 LEVELS = ["p3", "p4", "p5", "p6"]  # three of the encoder and the extra one of the heads
 STRIDES = [8, 16, 32, 64]
+NUM_QUERIES = 60
 
 
 def make_small(model):
@@ -46,7 +47,7 @@ def make_small_single_scale(model):
     model.backbone.num_groups = 16
     model.encoder.stride = model.auxiliary.pyramid.stride = 16
     model.queries.matching = L(TwoStageQueries)(
-        num_queries=60,
+        num_queries=NUM_QUERIES,
         num_classes="${...num_classes}",
         embed_dim="${...encoder.embed_dim}",
         with_position=model.auxiliary.positive_queries.get("with_position", True),
@@ -63,7 +64,7 @@ def _make_small_transformer(model):
     bottom_up.freeze_at = 0
     model.encoder.update(embed_dim=96, num_heads=4, num_layers=2, feedforward_dim=256)
     model.decoder.num_layers = 3
-    model.queries.matching.num_queries = 60
+    model.queries.matching.num_queries = NUM_QUERIES
 
 
 def _make_small_heads(auxiliary):

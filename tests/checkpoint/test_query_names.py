@@ -13,8 +13,10 @@ from co_detr.checkpoint.official import restore_official
 from co_detr.checkpoint.saving import Checkpointer
 from co_detr.engine.config import config_text, load_config, save_config
 from co_detr.engine.hooks import AveragedWeights, EmaSettings
-from co_detr.errors import ConfigError
+from co_detr.errors import CheckpointError, ConfigError
+from co_detr.model_zoo import choose_config
 from co_detr.modeling.queries import QuerySources
+from co_detr.moved import named_sources
 from tests.device import DEVICE
 from tests.modeling.builders import CONFIGS, detect, make_batch, randomise, shrink
 
@@ -101,6 +103,39 @@ def test_an_old_file_becomes_one_of_the_reference():
     assert load_weights(make_model(), {"state_dict": old.state_dict}, "model.pth").complete
 
 
+def test_the_config_of_an_old_file_is_found():
+    cfg = load_config(str(CONFIGS / "co_detr_r50.py"))
+    with torch.device("meta"):
+        state = with_numbers(instantiate(cfg.model).state_dict())
+    state["decoder.class_heads.0.bias"] = torch.zeros(80)  # tells the number of classes
+    assert choose_config(state, official=False).name == "co_detr_r50"
+
+
+@pytest.mark.parametrize(
+    ("sources", "sentence"),
+    [
+        ([None], "None, which is no query source: give it a _target_"),
+        ([{"num_queries": 3}], "no query source"),
+        ([{"_target_": {}}], "no query source"),
+        (
+            [{"_target_": "a.TwoStageQueries"}] * 2,
+            r"two sources of one name \(matching, matching\)",
+        ),
+        ([{"_target_": "a.DenoisingQueries", "sees": "${..1.name}"}], "sees number 1 of 1 sources"),
+    ],
+)
+def test_a_wrong_list_is_one_sentence(sources, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        named_sources(sources)
+
+
+def test_names_of_a_list():
+    assert named_sources([]) is None
+    kinds = ["co_detr.modeling.queries.TwoStageQueries", "mine.MyDenoisingQueries"]
+    named = named_sources([{"_target_": kind} for kind in kinds])
+    assert list(named) == ["matching", "denoising", "_target_"]
+
+
 def test_an_old_override_names_the_present_key(caplog):
     with caplog.at_level(logging.WARNING):
         cfg = load_config(str(CONFIGS / "co_dino_r50.py"), ["model.queries.1.num_queries=40"])
@@ -129,3 +164,13 @@ def test_an_old_config_keeps_its_order_and_references(tmp_path):
     assert cfg.model.queries.main.num_queries == 20 and "name" not in cfg.model.queries.main
     save_config(cfg, str(tmp_path / "config.yaml"))
     assert config_text(load_config(str(tmp_path / "config.yaml"))) == config_text(cfg)
+
+
+def test_an_unfit_file_is_told_from_both_sides():
+    """What the file lacks, and what it has instead."""
+    state = make_model().state_dict()
+    state = {key.replace("decoder.layers.", "decoder.blocks."): state[key] for key in state}
+    with pytest.raises(CheckpointError) as found:
+        load_weights(make_model(), {"model": state}, "model.pth")
+    assert "decoder.layers.0.self_attention.in_proj_weight is not in" in str(found.value)
+    assert "decoder.blocks.0.self_attention.in_proj_weight is not in" in str(found.value)

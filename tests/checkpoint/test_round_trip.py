@@ -65,13 +65,13 @@ def test_the_second_set_of_weights():
     copies = {"ema_query_head_a_weight": torch.ones(2)}
     state = {"module." + key: value for key, value in (plain | copies).items()}
     # A buffer without a copy keeps its plain tensor.
-    second = official_state_dict({"state_dict": state}, ema=True)
+    second = official_state_dict({"state_dict": state}, "x.pth", ema=True)
     assert same(second, {"query_head.a.weight": torch.ones(2), "backbone.b": torch.zeros(3)})
-    assert official_state_dict({"model": state}).keys() == (plain | copies).keys()
+    assert official_state_dict({"model": state}, "x.pth").keys() == (plain | copies).keys()
     with pytest.raises(CheckpointError, match="has none"):
-        official_state_dict(plain, ema=True)
+        official_state_dict(plain, "x.pth", ema=True)
     with pytest.raises(CheckpointError, match="ema_stranger without a plain tensor"):
-        official_state_dict(plain | {"ema_stranger": torch.zeros(1)}, ema=True)
+        official_state_dict(plain | {"ema_stranger": torch.zeros(1)}, "x.pth", ema=True)
 
 
 def test_copies_are_left_out_and_counted():

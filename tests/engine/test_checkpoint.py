@@ -174,3 +174,15 @@ def test_a_failing_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     assert (tmp_path / "model_final.pth").read_bytes() == before
     assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_final.pth")
     assert not (tmp_path / "model_0000009.pth").exists()
+
+
+def test_a_failing_save_is_told_where_the_mark_cannot_be_read_either(tmp_path, monkeypatch):
+    checkpointer = Checkpointer(TinyDetector(2), str(tmp_path))
+    (tmp_path / "last_checkpoint").mkdir()
+
+    def fail(data, file):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(CheckpointError, match=r"\(disk full\); there is no earlier one"):
+        checkpointer.save("model_final")

@@ -117,3 +117,12 @@ def test_missing_packages_are_named(trained, tmp_path, monkeypatch):
     (tmp_path / "b.onnx").touch()
     with pytest.raises(ConfigError, match="pip install -r requirements-export.txt"):
         ExportedPredictor(tmp_path / "b.onnx")
+
+
+def test_a_model_that_measures_in_fractions_of_a_cell(train, tmp_path, photos):
+    trained = train("co_detr_small")
+    file = trained.export(tmp_path / "small.pt2", "torch_export")
+    exported, predictor = ExportedPredictor(file), trained.predictor()
+    assert predictor.model.encoder.strides is not None
+    for photo in photos:
+        assert_same(exported(photo), predictor(photo), at_least=20)

@@ -123,5 +123,7 @@ def test_module_names_bad_arguments(module):
         module(query, value, reference, SHAPES[:2])
     with pytest.raises(ValueError, match="padding_mask must be a bool"):
         module(query, value, reference, SHAPES, torch.zeros(1, 55))
+    with pytest.raises(ValueError, match=r"level_sizes must have shape \(3, 2\), got \(2, 2\)"):
+        module(query, value, reference, SHAPES, level_sizes=torch.ones(2, 2))
     with pytest.raises(ValueError, match="multiple of num_heads"):
         MultiScaleDeformableAttention(16, num_heads=3)

@@ -274,7 +274,7 @@ def test_without_a_decoder_a_head_has_to_detect(overrides, sentence):
         build("atss_on_encoder_r50", *overrides)
 
 
-@pytest.mark.parametrize("part", ["assigner", "criterion", "postprocessor", "decoder"])
+@pytest.mark.parametrize("part", ["queries", "assigner", "criterion", "postprocessor", "decoder"])
 def test_a_decoder_is_whole_or_absent(part):
     with pytest.raises(ConfigError, match=r"model.decoder is (not|null)|decoder to null"):
         build("h_deformable_detr_r50", f"model.{part}=null")

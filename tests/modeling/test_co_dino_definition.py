@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from detectron2.config import instantiate
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from co_detr.engine.config import apply_overrides, load_config
+from co_detr.modeling.geometry import ImageBatch
 from co_detr.structures import AuxiliaryOutput
 from tests.device import DEVICE
 from tests.modeling.builders import (
@@ -55,7 +56,7 @@ def make_step(num_gts, padding="negatives"):
     randomise(model)
     generator = torch.Generator().manual_seed(sum(num_gts))
     pixels = torch.randn(len(num_gts), 3, 96, 128, generator=generator, dtype=torch.float64)
-    images = ImageList(pixels, SIZES[: len(num_gts)])
+    images = ImageBatch(pixels, SIZES[: len(num_gts)])
     truth = []
     for size, number in zip(images.image_sizes, num_gts, strict=True):
         boxes = Boxes(random_boxes(number, size, generator).double())

@@ -132,12 +132,12 @@ def test_the_table_of_head_embeddings_is_cut_by_head():
 def test_wrappers_and_prefixes_are_removed():
     state = {"query_head.x": torch.zeros(1), "neck.y": torch.ones(1)}
     wrapped = {"state_dict": {f"module.{key}": value for key, value in state.items()}, "meta": 1}
-    assert official_state_dict(wrapped) == official_state_dict(state) == state
+    assert official_state_dict(wrapped, "x.pth") == official_state_dict(state, "x.pth") == state
     assert is_official(wrapped) and is_official(state)
     assert not is_official({"decoder.x": torch.zeros(1)})
     for nothing in ({}, {"state_dict": {"a": "b"}}):
         with pytest.raises(CheckpointError, match="holds no state dict"):
-            official_state_dict(nothing)
+            official_state_dict(nothing, "x.pth")
 
 
 def test_training_and_evaluation_load_an_official_file(shapes, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -78,13 +78,15 @@ class DenseHead(nn.Module):
     def make_small(cls, node: DictConfig, num_groups: int) -> None:
         """Changes a config of the head, in place, for small images: anchors of half their size.
 
+        A head that has neither ``anchor_scale`` nor ``num_groups`` stays as it is.
+
         Args:
             node: of a head of this class.
             num_groups: of group norms, which layers of fewer channels need.
         """
         takes = inspect.signature(cls).parameters
         if "anchor_scale" in takes:
-            node.anchor_scale = takes["anchor_scale"].default / 2
+            node.anchor_scale = node.get("anchor_scale", takes["anchor_scale"].default) / 2
         if "num_groups" in takes:
             node.num_groups = num_groups
 
@@ -194,12 +196,15 @@ class DenseHead(nn.Module):
         images = [
             self._image_targets(*each) for each in zip(corners, found, gt_instances, strict=True)
         ]
-        return DenseTargets(*(torch.stack(each) for each in zip(*images, strict=True)))
+        names = [field.name for field in fields(DenseTargets)]
+        return DenseTargets(
+            **{name: torch.stack([getattr(each, name) for each in images]) for name in names}
+        )
 
     def _image_targets(
         self, corners: list[InsideCells], found: Tensor, instances: Instances
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The tensors of `DenseTargets` of one image, without B.
+    ) -> DenseTargets:
+        """Of one image, its tensors without B.
 
         Args:
             found: what the assigner says about the anchors of all corners.
@@ -214,7 +219,7 @@ class DenseHead(nn.Module):
         gt_boxes = F.pad(instances.gt_boxes.tensor, (0, 0, 0, 1))
         row = torch.where(assigned >= 0, assigned, len(instances))
         labels = torch.where(assigned == IGNORED, -1, gt_classes[row])
-        return labels, gt_boxes[row], inside, assigned
+        return DenseTargets(labels=labels, boxes=gt_boxes[row], inside=inside, truths=assigned)
 
     def refine(
         self, targets: DenseTargets, predictions: DensePredictions, anchors: list[Tensor]

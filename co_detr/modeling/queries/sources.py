@@ -30,7 +30,7 @@ class QuerySources(nn.ModuleDict):
     ``training_only`` is the one that inference uses.
 
     Raises:
-        ConfigError: if a source sees a group that no source makes, or there is not one for
+        ConfigError: if a source sees a group that no source makes, or not exactly one is for
             inference.
     """
 

@@ -6,7 +6,6 @@ combinations of heads, positive queries and loss weights (`combine`).
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 from collections import Counter
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -34,7 +33,13 @@ NO_HEADS = "none"
 ON, OFF = "on", "off"
 _AUXILIARY = "model.auxiliary"
 _QUERIES = f"{_AUXILIARY}.positive_queries"
-_Choice = tuple[str, tuple[str, ...]]  # what a value adds to the name, and to the overrides
+
+
+class _Choice(NamedTuple):
+    """What the value of an axis adds to the label and to the overrides of a variant."""
+
+    label: str = ""
+    overrides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -290,21 +295,20 @@ def combine(config: str, axes: Axes, seeds: Sequence[int], overrides: Sequence[s
     variants = []
     for heads in axes.heads or ("+".join(present),):
         if heads == NO_HEADS:
-            choices = [("K=0", (f"{_AUXILIARY}=null",))]
+            choices = [_Choice("K=0", (f"{_AUXILIARY}=null",))]
         else:
             head = _choice_of_heads(heads, present, config)
             choices = [_join(head, *rest) for rest in _other_axes(axes)]
-        for label, own in choices:
-            variants.append(Variant(label, config, (*overrides, *own), tuple(seeds)))
+        for choice in choices:
+            own = (*overrides, *choice.overrides)
+            variants.append(Variant(choice.label, config, own, tuple(seeds)))
     return Grid(tuple(variants))
 
 
 def _head_names(config: str, auxiliary: DictConfig | None) -> list[str]:
     if auxiliary is None:
         raise ConfigError(f"{config} has no auxiliary heads to combine: choose another config.")
-    parameters = inspect.signature(HybridAssignmentHeads).parameters
-    no_heads = {"_target_", *parameters}
-    return [name for name in auxiliary if name not in no_heads and auxiliary[name] is not None]
+    return HybridAssignmentHeads.head_names(auxiliary)
 
 
 def _choice_of_heads(text: str, present: Sequence[str], config: str) -> _Choice:
@@ -319,27 +323,27 @@ def _choice_of_heads(text: str, present: Sequence[str], config: str) -> _Choice:
         raise ConfigError(f"--heads {text} names a head twice: name each once.")
     kept = [name for name in present if name in asked]
     off = tuple(f"{_AUXILIARY}.{name}=null" for name in present if name not in asked)
-    return f"K={len(kept)} {'+'.join(kept)}", off
+    return _Choice(f"K={len(kept)} {'+'.join(kept)}", off)
 
 
 def _other_axes(axes: Axes) -> list[tuple[_Choice, ...]]:
-    own: list[_Choice] = [("", ())]
+    own = [_Choice()]
     lambda_1 = [_weight("lambda_1", f"{_QUERIES}.loss_weight", value) for value in axes.lambda_1]
     lambda_2 = [_weight("lambda_2", f"{_AUXILIARY}.lambda_2", value) for value in axes.lambda_2]
     combinations: list[tuple[_Choice, ...]] = []
     for switch in axes.positive_queries or ("",):
         if switch == OFF:
-            queries, weights = ("queries off", (f"{_QUERIES}=null",)), own
+            queries, weights = _Choice("queries off", (f"{_QUERIES}=null",)), own
         else:
-            queries, weights = (f"queries {ON}" if switch else "", ()), lambda_1 or own
+            queries, weights = _Choice(f"queries {ON}" if switch else ""), lambda_1 or own
         combinations += product((queries,), weights, lambda_2 or own)
     return combinations
 
 
 def _weight(label: str, key: str, value: float) -> _Choice:
-    return f"{label}={value:g}", (f"{key}={value!r}",)
+    return _Choice(f"{label}={value:g}", (f"{key}={value!r}",))
 
 
 def _join(*choices: _Choice) -> _Choice:
-    label = ", ".join(label for label, _ in choices if label)
-    return label, tuple(text for _, overrides in choices for text in overrides)
+    label = ", ".join(choice.label for choice in choices if choice.label)
+    return _Choice(label, tuple(text for choice in choices for text in choice.overrides))

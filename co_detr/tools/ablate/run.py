@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,7 +26,7 @@ from co_detr.checkpoint.saving import FINAL, MARKER, has_checkpoints
 from co_detr.engine.trainer import GPU_PEAK
 from co_detr.engine.validation import HISTORY_FILE
 from co_detr.errors import CheckpointError, ConfigError
-from co_detr.files import written_whole
+from co_detr.files import time_stamp, written_whole
 from co_detr.tools.ablate.grid import RunSpec
 
 TRAIN_NET = Path(__file__).resolve().parents[3] / "train_net.py"
@@ -308,7 +307,7 @@ class TrainingProcess:
         self.spec = state.spec
         folder = state.spec.folder
         folder.mkdir(parents=True, exist_ok=True)
-        started = datetime.now().astimezone().isoformat(timespec="seconds")
+        started = time_stamp()
         attempt = Attempt(started, environment_line, state.outcome.saved_iterations)
         self._record = state.record.starting(attempt)
         self._record.write(folder)

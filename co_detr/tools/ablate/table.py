@@ -73,7 +73,8 @@ class VariantSummary:
     def as_dict(self) -> dict[str, Any]:
         """For results.json."""
         content = dataclasses.asdict(self)
-        return content | content.pop("spreads")
+        spreads = content.pop("spreads")
+        return content | spreads
 
     def as_row(self) -> dict[str, Any]:
         """For table.csv."""

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 import co_detr
-from co_detr.errors import ConfigError
+from co_detr.errors import ConfigError, add_debug_argument
 from co_detr.layers.deformable_attention import HAS_EXTENSION
 from co_detr.seeding import seed_everything
 from co_detr.tools.analyze.attention import measure_attention
@@ -45,7 +45,7 @@ from co_detr.tools.analyze.subjects import (
     load_samples,
     parse_model,
 )
-from co_detr.tools.predict.command_line import add_debug_argument, add_device_argument
+from co_detr.tools.predict.command_line import add_device_argument
 from co_detr.tools.predict.predictor import choose_device
 
 DESCRIPTION = """Measures what trained models do, and writes a report as one HTML file.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -102,9 +103,9 @@ def count_positives(
             seed_everything("positive queries", seed, number)
             truth = sample.input["instances"].to(model.device)
             areas.append(truth.gt_boxes.area().cpu().numpy())
-            for name, (assigned, used) in _count_image(model, sample.input, truth).items():
-                counts[name].append(assigned)
-                queries[name].append(used)
+            for name, counted in _count_image(model, sample.input, truth).items():
+                counts[name].append(counted.assigned)
+                queries[name].append(counted.queries)
     return PositiveCounts(
         _joined(areas),
         {name: _joined(each) for name, each in counts.items()},
@@ -112,17 +113,23 @@ def count_positives(
     )
 
 
-def _count_image(
-    model: CoDETR, batched_input: dict, truth: Instances
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By source, ``(G,)`` candidates that it assigned to each object, and its queries of them."""
+class _Counts(NamedTuple):
+    """Of each object of an image, ``(G,)``: candidates that a source assigned to it, and those of
+    them that became its queries."""
+
+    assigned: np.ndarray
+    queries: np.ndarray
+
+
+def _count_image(model: CoDETR, batched_input: dict, truth: Instances) -> dict[str, _Counts]:
+    """By source."""
     images = model.preprocess([batched_input])
     memory = model.encode(images)
     found = {}
     if model.decoder is not None:
         matched = match_queries(model, memory, truth).truths
         each_once = np.bincount(matched[matched >= 0], minlength=len(truth))
-        found[MATCHED] = each_once, each_once
+        found[MATCHED] = _Counts(each_once, each_once)
     if model.auxiliary is None:
         return found
     size = tuple(images.image_sizes[0])
@@ -145,7 +152,7 @@ def _count_image(
             used = count_per_truth(
                 targets.labels[0, 0], targets.boxes[0, 0], truth.gt_classes, boxes
             )
-        found[name] = assigned, used
+        found[name] = _Counts(assigned, used)
     return found
 
 

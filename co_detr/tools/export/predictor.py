@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.structures import ImageList, Instances
+from detectron2.structures import Instances
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from co_detr.data.images import MAX_PIXELS, ImageReader, ImageSource
 from co_detr.data.loader import in_format
 from co_detr.errors import ConfigError, ExportError
 from co_detr.modeling import CoDETR
+from co_detr.modeling.geometry import ImageBatch
 from co_detr.modeling.losses import cxcywh_to_xyxy
 from co_detr.modeling.postprocess import SoftNMSPostprocessor, choose_pairs
 from co_detr.tools.export.exporting import OnnxModel, TorchModel
@@ -208,7 +209,7 @@ def _detect(
     batch = model.preprocess([{"image": image}])
     height, width = batch.tensor.shape[-2:]
     tensor = F.pad(batch.tensor, (0, padded[1] - width, 0, padded[0] - height))
-    memory = model.encode(ImageList(tensor, batch.image_sizes))
+    memory = model.encode(ImageBatch(tensor, batch.image_sizes))
     logits, boxes = model.decode(memory)
     pairs = choose_pairs(logits, boxes, num_pairs(model))
     factor = memory.geometry.factors[0]

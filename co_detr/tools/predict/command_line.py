@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from co_detr.errors import ConfigError
+from co_detr.errors import ConfigError, add_debug_argument
 
 EPILOG = """
 examples:
@@ -64,16 +63,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--unsafe", action="store_true", help="let the checkpoint run code; only if you trust it")
     add_debug_argument(parser)
-
-
-def add_debug_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds `--debug`."""
-    parser.add_argument(
-        "--debug",
-        action="store_true",
-        default=os.environ.get("CO_DETR_DEBUG") == "1",
-        help="show the traceback of errors that are otherwise one sentence (CO_DETR_DEBUG=1)",
-    )
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
+
+from co_detr.modeling.geometry import ImageBatch
 
 SUFFIXES = (".pt", ".pt.xz")
 
@@ -184,13 +186,13 @@ class Case:
         named = (*self.meta.get("dropped", ()), *BULKY)
         return named if self.own is self.base else (*named, *VARIANT_DROPS)
 
-    def images(self) -> ImageList:
+    def images(self) -> ImageBatch:
         """The padded network input; without a backbone only its shape means anything."""
         if self.has_backbone:
-            return ImageList(self.base["batch"], self.image_sizes)
+            return ImageBatch(self.base["batch"], self.image_sizes)
         height, width = (max(sides) for sides in zip(*self.image_sizes, strict=True))
         shape = (len(self.image_sizes), 3, height, width)
-        return ImageList(torch.zeros(1).expand(shape), self.image_sizes)
+        return ImageBatch(torch.zeros(1).expand(shape), self.image_sizes)
 
     def ground_truth(self) -> list[Instances]:
         return [
