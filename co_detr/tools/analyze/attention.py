@@ -26,7 +26,7 @@ from co_detr.tools.analyze.discriminability import (
     curve_numbers,
     examine,
     fold,
-    geometry_of,
+    layout_of,
     heat_map_pictures,
     score_maps,
 )
@@ -64,7 +64,7 @@ def attention_maps(model: CoDETR, sample: Sample) -> dict[str, Tensor]:
     """
     images = model.preprocess([sample.input])
     memory = model.encode(images)
-    geometry = geometry_of(sample, images, memory)
+    layout = layout_of(sample, images, memory)
     truth = sample.input["instances"].to(model.device)
     with captured_attention(model.decoder) as captured:
         matched = match_queries(model, memory, truth).truths >= 0
@@ -74,10 +74,10 @@ def attention_maps(model: CoDETR, sample: Sample) -> dict[str, Tensor]:
         layers = [layer.maps(chosen) for layer in captured]
         mean = [torch.stack(level).mean(0) for level in zip(*layers, strict=True)]
         for key, values in ((LAST, layers[-1]), (MEAN, mean)):
-            for part, scores in score_maps(values, geometry).named().items():
+            for part, scores in score_maps(values, layout).named().items():
                 maps[_key(name, key, part)] = scores
         for number, values in enumerate(layers[:-1], start=1):
-            maps[_key(name, f"layer {number}", FUSED)] = score_maps(values, geometry).fused
+            maps[_key(name, f"layer {number}", FUSED)] = score_maps(values, layout).fused
     return maps
 
 
