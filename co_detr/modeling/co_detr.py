@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.modeling import Backbone
-from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
@@ -30,7 +29,7 @@ from co_detr.modeling.losses import (
     normalise_boxes,
     score_groups,
 )
-from co_detr.modeling.postprocess import TopKPostprocessor
+from co_detr.modeling.postprocess import TopKPostprocessor, in_output_resolution
 from co_detr.modeling.queries.sources import QuerySource, QuerySources
 from co_detr.modeling.transformer import DeformableDecoder, DeformableEncoder
 from co_detr.structures import (
@@ -171,7 +170,7 @@ class CoDETR(nn.Module):
                 found = one_pass.detections(kind)
                 detections[f"instances_{kind}"] = [boxes_only(each) for each in found]
         return [
-            {key: _in_output_resolution(found[index], each) for key, found in detections.items()}
+            {key: in_output_resolution(found[index], each) for key, found in detections.items()}
             for index, each in enumerate(batched_inputs)
         ]
 
@@ -310,13 +309,6 @@ class CoDETR(nn.Module):
             )
         self.auxiliary = self.evaluate_with = None
         self.queries.strip()
-
-
-def _in_output_resolution(found: Instances, sample: dict) -> Instances:
-    """Scales detections of one input to its output size; what lies in its padding is dropped."""
-    size = tuple(sample["image"].shape[-2:])
-    found = Instances(size, **found.get_fields())
-    return detector_postprocess(found, sample.get("height", size[0]), sample.get("width", size[1]))
 
 
 OF_DECODER = ("queries", "assigner", "criterion", "postprocessor")

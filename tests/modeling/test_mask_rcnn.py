@@ -62,7 +62,7 @@ def test_the_head_detects_masks_in_output_resolution(model):
     model.evaluate_with = "roi"
     (found, _) = detect(model, batch)
     assert set(found.get_fields()) == {*BOXES, "pred_masks"}
-    assert found.pred_masks.shape == (len(found), 192, 64) and found.pred_masks.any()
+    assert found.pred_masks.shape == (len(found), 192, 64) and found.pred_masks.tensor.any()
     # A mask lies in its box.
     for mask, box in zip(found.pred_masks, found.pred_boxes.tensor, strict=True):
         rows, columns = mask.nonzero(as_tuple=True)
