@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from torch import Tensor
 
 from co_detr.errors import ConfigError
@@ -84,6 +84,23 @@ class GroundTruth:
     labels: Tensor
     boxes: Tensor
     factor: Tensor
+
+
+def bitmaps_of(masks: BitMasks | PolygonMasks, image_size: tuple[int, int]) -> Tensor:
+    """``gt_masks`` of an image as one tensor.
+
+    Data sets give `BitMasks`; polygons may come from elsewhere, and are drawn on the host.
+
+    Args:
+        masks: of G objects, in pixels of the network input without padding.
+        image_size: (height, width) of that.
+
+    Returns:
+        ``(G, height, width)`` bool, where the masks are; polygons on the CPU.
+    """
+    if isinstance(masks, BitMasks):
+        return masks.tensor
+    return BitMasks.from_polygon_masks(masks, *image_size).tensor
 
 
 @dataclass(frozen=True)
