@@ -1,13 +1,14 @@
-"""Names that parts had in earlier versions.
+"""Names that parts, settings, tensors and losses had in earlier versions.
 
-A finished training keeps a `config.yaml` with the dotted names of what its run was built from. When
-a class or a function that a config may name moves, its old name goes into this table.
+A finished training keeps a `config.yaml` with the dotted names of what its run was built from, and
+its checkpoints and logs have names of tensors and losses. When one of these changes, the old name
+goes into a table here, and stays for at least one release.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 from co_detr.errors import ConfigError
@@ -20,6 +21,15 @@ MOVED: dict[str, str] = {
     "co_detr.data.objects365": "co_detr.data.coco",
     "co_detr.engine.evaluation.CocoBoxEvaluator": "co_detr.engine.evaluators.CocoBoxEvaluator",
     "co_detr.engine.lvis_evaluation": "co_detr.engine.evaluators",
+    "co_detr.modeling.auxiliary.CentreSamplingAssigner": (
+        "co_detr.modeling.auxiliary.CenterSamplingAssigner"
+    ),
+    "co_detr.modeling.auxiliary.CentrenessCriterion": (
+        "co_detr.modeling.auxiliary.CenternessCriterion"
+    ),
+    "co_detr.modeling.auxiliary.assigners.CentreSamplingAssigner": (
+        "co_detr.modeling.auxiliary.assigners.CenterSamplingAssigner"
+    ),
     "co_detr.modeling.auxiliary.assigners.atss": "co_detr.modeling.auxiliary.assigners",
     "co_detr.modeling.auxiliary.assigners.centre_sampling": "co_detr.modeling.auxiliary.assigners",
     "co_detr.modeling.auxiliary.assigners.max_iou": "co_detr.modeling.auxiliary.assigners",
@@ -27,6 +37,9 @@ MOVED: dict[str, str] = {
     "co_detr.modeling.auxiliary.atss": "co_detr.modeling.auxiliary.dense_networks",
     "co_detr.modeling.auxiliary.box_codes": "co_detr.modeling.auxiliary.dense_losses",
     "co_detr.modeling.auxiliary.dense_criteria": "co_detr.modeling.auxiliary.dense_losses",
+    "co_detr.modeling.auxiliary.dense_losses.CentrenessCriterion": (
+        "co_detr.modeling.auxiliary.dense_losses.CenternessCriterion"
+    ),
     "co_detr.modeling.auxiliary.fcos": "co_detr.modeling.auxiliary.dense_networks",
     "co_detr.modeling.auxiliary.hybrid": "co_detr.modeling.auxiliary.branch",
     "co_detr.modeling.auxiliary.paa": "co_detr.modeling.auxiliary.dense_networks",
@@ -51,6 +64,47 @@ MOVED: dict[str, str] = {
     "co_detr.modeling.single_scale.decoder": "co_detr.modeling.single_scale",
     "co_detr.modeling.single_scale.encoder": "co_detr.modeling.single_scale",
 }
+
+# Old key of a config -> the last part that it has now.
+RENAMED_KEYS = {"model.decoder.normalise_output": "normalize_output"}
+# Old name of a module of an auxiliary head -> the new one: part of the names of its tensors.
+RENAMED_MODULES = {"centreness": "centerness"}
+# Old name of a loss -> the new one, in the logs of a run.
+RENAMED_LOSSES = {"loss_centreness": "loss_centerness"}
+
+
+def present_key(key: str) -> str:
+    """What a key of a config of an earlier version is called now; any other key as it is."""
+    if key not in RENAMED_KEYS:
+        return key
+    return ".".join([*key.split(".")[:-1], RENAMED_KEYS[key]])
+
+
+def rename_keys(config: MutableMapping[str, Any]) -> dict[str, str]:
+    """Gives the keys of a config, in place, the names that they have now.
+
+    Where a config has both names, as one in Python that changes another one, the value of the old
+    name counts: whoever set it knew no other.
+
+    Returns:
+        Those that were found, old -> new.
+    """
+    renamed = {}
+    for old in RENAMED_KEYS:
+        *parents, last = old.split(".")
+        node: Any = config
+        for part in parents:
+            node = node.get(part) if isinstance(node, MutableMapping) else None
+        if isinstance(node, MutableMapping) and last in node:
+            node[RENAMED_KEYS[old]] = node.pop(last)
+            renamed[old] = present_key(old)
+    return renamed
+
+
+def present_loss(name: str) -> str:
+    """What a logged loss of an earlier version, such as "atss.loss_centreness", is called now."""
+    *parts, last = name.split(".")
+    return ".".join([*parts, RENAMED_LOSSES.get(last, last)])
 
 
 def named_sources(sources: Sequence[Any]) -> dict[str, Any] | None:
@@ -90,9 +144,12 @@ def _name_of(source: Any) -> str:
 
 
 def present_name(name: str) -> str:
-    """What a dotted name of an earlier version is called now; any other name as it is."""
+    """What a dotted name of an earlier version is called now; any other name as it is.
+
+    A part may have moved first and been renamed later.
+    """
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         if (prefix := ".".join(parts[:length])) in MOVED:
-            return ".".join([MOVED[prefix], *parts[length:]])
+            return present_name(".".join([MOVED[prefix], *parts[length:]]))
     return name

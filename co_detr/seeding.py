@@ -18,7 +18,7 @@ import torch
 
 
 def mix_seed(*key: int | str) -> int:
-    """Hashes `key` to 63 bits, so that neighbouring keys give unrelated generators."""
+    """Hashes `key` to 63 bits, so that neighboring keys give unrelated generators."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

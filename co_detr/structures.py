@@ -4,7 +4,7 @@ Letters used in shapes: B images, L levels, S tokens (all levels), Q queries, G 
 R candidates, C channels, D decoder layers, K foreground classes.
 
 Boxes come in two units only. *Absolute* boxes are xyxy pixels of the network input and live in
-``detectron2.structures.Boxes`` inside ``Instances``. *Normalised* boxes are cxcywh in [0, 1] of
+``detectron2.structures.Boxes`` inside ``Instances``. *Normalized* boxes are cxcywh in [0, 1] of
 the un-padded image and are bare tensors.
 """
 
@@ -77,7 +77,7 @@ class GroundTruth:
 
     Attributes:
         labels: ``(G,)`` int64 in [0, K).
-        boxes: ``(G, 4)`` normalised cxcywh.
+        boxes: ``(G, 4)`` normalized cxcywh.
         factor: ``(4,)`` of `Geometry.factors`, to get back to pixels.
     """
 
@@ -105,7 +105,7 @@ def bitmaps_of(masks: BitMasks | PolygonMasks, image_size: tuple[int, int]) -> T
 
 @dataclass(frozen=True)
 class Predictions:
-    """Class logits ``(D, B, Q, K)`` and normalised boxes ``(D, B, Q, 4)`` of D layers."""
+    """Class logits ``(D, B, Q, K)`` and normalized boxes ``(D, B, Q, 4)`` of D layers."""
 
     logits: Tensor
     boxes: Tensor
@@ -117,8 +117,8 @@ class AssignedTargets:
 
     Attributes:
         labels: ``(D, B, Q)`` int64 in [0, K]; K is background.
-        boxes: ``(D, B, Q, 4)`` normalised; meaningless where the label is background.
-        weights: ``(D, B, Q)``; 0 takes a slot out of every loss and every normaliser.
+        boxes: ``(D, B, Q, 4)`` normalized; meaningless where the label is background.
+        weights: ``(D, B, Q)``; 0 takes a slot out of every loss and every normalizer.
     """
 
     labels: Tensor
@@ -154,11 +154,11 @@ class QueryGroup:
         content: ``(B, Q, C)`` content queries.
         position: ``(B, Q, C)`` positional queries; None where the decoder derives them from the
             reference boxes.
-        reference: ``(B, Q, 4)`` normalised reference boxes, or ``(B, Q, 2)`` points; detached,
+        reference: ``(B, Q, 4)`` normalized reference boxes, or ``(B, Q, 2)`` points; detached,
             except where they are parameters that learn.
         valid: ``(B, Q)`` bool, False for slots that only fill up the batch; None: all valid.
         targets: assigned targets, or None for Hungarian matching.
-        num_positives: of the assigned targets, in all micro-batches of an optimiser step; None
+        num_positives: of the assigned targets, in all micro-batches of an optimizer step; None
             where the source does not know it.
         proposals: encoder proposals that share the group's ground truth.
         truth_repeats: how many queries every ground truth is matched to.
@@ -231,7 +231,7 @@ class QuerySet:
         if len({group.reference.shape[-1] for group in groups}) > 1:
             points = next(group.name for group in groups if group.reference.shape[-1] == 2)
             raise ConfigError(
-                f"query group {points} has reference points but others have boxes: customised "
+                f"query group {points} has reference points but others have boxes: customized "
                 "positive queries and denoising need model.queries of boxes (TwoStageQueries)."
             )
         for group in groups:
@@ -298,7 +298,7 @@ def _attend_mask(groups: list[QueryGroup], sizes: list[int]) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Everything an auxiliary head may turn into customised positive queries.
+    """Everything an auxiliary head may turn into customized positive queries.
 
     Attributes:
         instances: per image, R candidates with the fields ``proposal_boxes`` (absolute),
@@ -415,25 +415,25 @@ class HeadCounts:
     """What one auxiliary head counts in some images.
 
     Attributes:
-        normalisers: ``(n,)`` sums that its losses are divided by, in the head's own order.
+        normalizers: ``(n,)`` sums that its losses are divided by, in the head's own order.
         positives: of each image, the candidates for positive queries.
     """
 
-    normalisers: Tensor
+    normalizers: Tensor
     positives: list[int]
 
     @classmethod
     def join(cls, parts: Sequence[HeadCounts]) -> HeadCounts:
         """The counts of all images of the parts."""
         return cls(
-            normalisers=sum(part.normalisers for part in parts),
+            normalizers=sum(part.normalizers for part in parts),
             positives=[number for part in parts for number in part.positives],
         )
 
 
 @dataclass(frozen=True)
 class StepCounts:
-    """What is counted in the images of a micro-batch, or of all of them in an optimiser step.
+    """What is counted in the images of a micro-batch, or of all of them in an optimizer step.
 
     A sum over positives divided by their number is not the mean of such quotients of parts. So all
     micro-batches of a step are counted first, and each then divides its sums by the counts of the
@@ -447,7 +447,7 @@ class StepCounts:
     * The same holds for how long a group of queries is, which is what the longest image needs.
 
     "Of the step" means: of all micro-batches of this process. As in the reference, other processes
-    matter to normalisers only, which are averaged over them where they are used
+    matter to normalizers only, which are averaged over them where they are used
     (`average_over_processes`).
 
     Attributes:

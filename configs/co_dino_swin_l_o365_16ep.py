@@ -1,7 +1,7 @@
 """Co-DINO, Swin-L, from Objects365 to COCO, 16 epochs.
 
 Starts from the reference's Objects365 checkpoint, whose class heads have 365 classes and so are
-initialised anew.
+initialized anew.
 """
 
 from .co_dino_swin_l_12ep import data, dataloader, lr_multiplier, model, optimizer, train

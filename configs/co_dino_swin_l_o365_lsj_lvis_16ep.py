@@ -1,7 +1,7 @@
 """Co-DINO, Swin-L, from Objects365 to LVIS, large-scale jitter, 16 epochs.
 
 For testing, as the reference calls its file. Starts from the reference's Objects365 checkpoint,
-whose class heads have 365 classes and so are initialised anew.
+whose class heads have 365 classes and so are initialized anew.
 """
 
 from .co_dino_swin_l_lsj_lvis_36ep import data, dataloader, lr_multiplier, model, optimizer, train

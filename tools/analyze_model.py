@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Analyses, prints and writes what the options ask for."""
+    """Analyzes, prints and writes what the options ask for."""
     cfg = load_config(options.config_file, options.opts)
     torch.manual_seed(0)
     model = instantiate(cfg.model)

@@ -43,15 +43,15 @@ class Case:
         """Random tensors; points lie around the query's own pixel or a random place."""
         generator = torch.Generator().manual_seed(seed)
         sizes = torch.tensor([(width, height) for height, width in self.level_shapes])
-        centres = self._pixel_centres()
+        centers = self._pixel_centers()
         if self.queries is not None:
-            centres = torch.rand(self.queries, 2, generator=generator)
-        shape = (self.batch, len(centres), HEADS, len(self.level_shapes), POINTS)
+            centers = torch.rand(self.queries, 2, generator=generator)
+        shape = (self.batch, len(centers), HEADS, len(self.level_shapes), POINTS)
         if SPREADS[spread] is None:
             locations = torch.rand(*shape, 2, generator=generator)
         else:
             offsets = torch.randn(*shape, 2, generator=generator) * SPREADS[spread]
-            locations = centres[None, :, None, None, None] + offsets / sizes[:, None]
+            locations = centers[None, :, None, None, None] + offsets / sizes[:, None]
         weights = torch.rand(shape, generator=generator).flatten(3).softmax(-1).view(shape)
 
         def normal(*shape: int) -> Tensor:
@@ -61,9 +61,9 @@ class Case:
         areas = shapes_tensor.prod(1)
         return Inputs(
             value=normal(self.batch, self.pixels, HEADS, CHANNELS).requires_grad_(),
-            locations=_off_centres(locations, sizes).to(device).requires_grad_(),
+            locations=_off_centers(locations, sizes).to(device).requires_grad_(),
             weights=weights.to(device).requires_grad_(),
-            grad_output=normal(self.batch, len(centres), HEADS * CHANNELS),
+            grad_output=normal(self.batch, len(centers), HEADS * CHANNELS),
             level_shapes=list(self.level_shapes),
             shapes_tensor=shapes_tensor,
             level_starts=areas.cumsum(0) - areas,
@@ -91,7 +91,7 @@ class Case:
             "forward+backward": forward + backward,
         }
 
-    def _pixel_centres(self) -> Tensor:
+    def _pixel_centers(self) -> Tensor:
         """(S, 2): x and y of all pixels of all levels."""
         grids = []
         for height, width in self.level_shapes:
@@ -104,7 +104,7 @@ class Case:
         return torch.cat(grids)
 
 
-def _off_centres(locations: Tensor, sizes: Tensor) -> Tensor:
+def _off_centers(locations: Tensor, sizes: Tensor) -> Tensor:
     """Moves points by 0.01 px from where gradients jump, so that rounding cannot choose a side."""
     sizes = sizes[:, None].double()
     pixels = locations.double() * sizes - 0.5

@@ -89,4 +89,4 @@ class Subject(Protocol):
         """Detects in the batch; returns how many boxes were found."""
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """The optimiser of the recipe; the worker sets its learning rate to zero."""
+        """The optimizer of the recipe; the worker sets its learning rate to zero."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from co_detr.checkpoint.classes import ClassMap, match_stored_classes, remap_classes
 from co_detr.checkpoint.official import convert_official, is_official, rename_official
-from co_detr.checkpoint.reading import plain_state, shorten, with_query_names
+from co_detr.checkpoint.reading import plain_state, shorten, with_present_names
 from co_detr.errors import CheckpointError
 from co_detr.modeling import CoDETR
 from co_detr.modeling.queries.sources import training_module_names
@@ -60,7 +60,7 @@ def load_weights(
     Raises:
         CheckpointError: if the file holds no weights, or they do not fit.
     """
-    state = with_query_names(plain_state(content, path), model)
+    state = with_present_names(plain_state(content, path), model)
     report = LoadReport(os.path.basename(path), len(model.state_dict()))
     unknown: list[str] = []
     backbone_alone = False

@@ -21,7 +21,7 @@ from co_detr.checkpoint.official_table import (
     TableRow,
     table,
 )
-from co_detr.checkpoint.reading import plain_state, shorten, unwrap, with_query_names
+from co_detr.checkpoint.reading import plain_state, shorten, unwrap, with_present_names
 from co_detr.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def restore_official(state: Mapping[str, Tensor], model: CoDETR) -> Conversion:
     Raises:
         CheckpointError: naming missing, unknown and differently shaped tensors of ``state``.
     """
-    state = with_query_names(state, model)
+    state = with_present_names(state, model)
     rows = table(model)
     conversion = Conversion({})
     splits = {name: row for row in rows if isinstance(row, SplitRow) for name in row.ours}
@@ -160,7 +160,7 @@ def official_state_dict(
         path: of the file, for the error.
         ema: take the tensors named ``ema_...`` (dots replaced by underscores) instead of the plain
             ones. mmdet's hook swaps the two sets before it saves at the end of an epoch: then the
-            plain names hold the average already, and these the weights of the optimiser.
+            plain names hold the average already, and these the weights of the optimizer.
 
     Raises:
         CheckpointError: if there is no state dict, or no second set for ``ema``.

@@ -297,7 +297,7 @@ def _atss_rows() -> Iterable[TableRow]:
         yield Row(f"{theirs}.{tower}.{{i}}.gn.{{leaf}}", f"{atss}.{here}.{{i}}.norm.{{leaf}}")
     yield Row(f"{theirs}.atss_cls.{{leaf}}", f"{atss}.class_logits.{{leaf}}")
     yield Row(f"{theirs}.atss_reg.{{leaf}}", f"{atss}.box_deltas.{{leaf}}")
-    yield Row(f"{theirs}.atss_centerness.{{leaf}}", f"{atss}.centreness.{{leaf}}")
+    yield Row(f"{theirs}.atss_centerness.{{leaf}}", f"{atss}.centerness.{{leaf}}")
     yield Row(f"{theirs}.scales.{{i}}.scale", f"{atss}.scales.{{i}}")
 
 
@@ -427,10 +427,10 @@ def _rotary_table(
     prefix: str, beside: str, vit: VisionTransformer, side: int
 ) -> Iterator[DroppedRow]:
     def restore(part: str) -> Rewrite:
-        def make(neighbour: Tensor) -> Tensor:
+        def make(neighbor: Tensor) -> Tensor:
             # float32 even where the parameters are stored in half precision, as in the reference
             table = RotaryTable.of_map(
-                side, side, vit.head_dim, device=neighbour.device, dtype=torch.float32
+                side, side, vit.head_dim, device=neighbor.device, dtype=torch.float32
             )
             return getattr(table, part)
 

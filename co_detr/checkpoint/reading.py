@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from co_detr.errors import CheckpointError, ConfigError
+from co_detr.moved import RENAMED_MODULES
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def choose_weights(content: Mapping[str, Any], weights: Weights, path: str) -> d
 
     Args:
         content: what the file holds.
-        weights: "ema" for the averaged ones, "raw" for those that the optimiser works on.
+        weights: "ema" for the averaged ones, "raw" for those that the optimizer works on.
         path: of the file, for the log.
 
     Raises:
@@ -292,15 +293,17 @@ def _pycls_form(content: Mapping[str, Any], path: str) -> dict[str, Any]:
 _NUMBERED_SOURCE = re.compile(r"(module\.)?queries\.(\d+)\.(.+)")
 
 
-def with_query_names(state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Tensors of a file of version 0.1, which numbers query sources, by the names of the model's.
+def with_present_names(state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Tensors of a file of an earlier version by the names that the model gives them.
 
-    The numbers are places in the order of the config. A stripped file has one source only, the one
-    of inference, as number 0.
+    Modules of auxiliary heads were renamed (`co_detr.moved.RENAMED_MODULES`). Version 0.1 numbers
+    query sources; the numbers are places in the order of the config. A stripped file has one source
+    only, the one of inference, as number 0.
 
     Args:
         state: by name; names of averaged weights may begin with ``module.``.
     """
+    state = _with_present_modules(state, model)
     found = {key: match for key in state if (match := _NUMBERED_SOURCE.fullmatch(key))}
     names = getattr(model, "query_names", [])
     if found and names:
@@ -313,3 +316,16 @@ def with_query_names(state: Mapping[str, Any], model: nn.Module) -> dict[str, An
         if int(match[2]) < len(names)
     }
     return {present.get(key, key): value for key, value in state.items()}
+
+
+def _with_present_modules(state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    own = {name for name, _ in model.named_modules()}  # a head of the user's may keep the old name
+    renamed = {}
+    for key, value in state.items():
+        prefix = _MODULE if key.startswith(_MODULE) else ""
+        *parts, leaf = key.removeprefix(prefix).split(".")
+        if parts[:1] == ["auxiliary"] and ".".join(parts) not in own:
+            key = ".".join([*(RENAMED_MODULES.get(part, part) for part in parts), leaf])
+            key = prefix + key
+        renamed[key] = value
+    return renamed

@@ -29,7 +29,7 @@ from co_detr.checkpoint.reading import (
     choose_weights,
     read_checkpoint,
     stored_class_names,
-    with_query_names,
+    with_present_names,
 )
 from co_detr.engine.launch import raise_jointly
 from co_detr.errors import CheckpointError, ConfigError
@@ -182,7 +182,7 @@ class Checkpointer:
             CheckpointError: if the file is missing, unreadable or does not fit the model.
         """
         if not path:
-            logger.info("No checkpoint is given: the weights stay as they were initialised.")
+            logger.info("No checkpoint is given: the weights stay as they were initialized.")
             return {}
         logger.info("Loading %s", path)
         content = read_checkpoint(_local(path), self.unsafe)
@@ -209,7 +209,7 @@ class Checkpointer:
                 logger.info("Loading %s", key)
                 saved = content.pop(key)
                 if key == AVERAGED:
-                    saved = with_query_names(saved, self.model)
+                    saved = with_present_names(saved, self.model)
                 self.checkpointables[key].load_state_dict(saved)
         content.pop("model", None)
         return content | {"class_names": stored_class_names(content)}

@@ -231,7 +231,7 @@ def align_classes(annotation_file: str, names: Sequence[str]) -> None:
         aligned = {ids.get(name, f"not in the file: {name}"): i for i, name in enumerate(names)}
     else:
         aligned = {i + 1: i for i in range(len(names))}
-    # In place: evaluators and visualisers hold this metadata, and Detectron2 lets nobody set it.
+    # In place: evaluators and visualizers hold this metadata, and Detectron2 lets nobody set it.
     metadata.thing_dataset_id_to_contiguous_id.clear()
     metadata.thing_dataset_id_to_contiguous_id.update(aligned)
     own[:] = names

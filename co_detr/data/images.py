@@ -82,10 +82,10 @@ class Pixels:
     """An image as its file has it, but upright.
 
     Attributes:
-        values: ``(H, W)`` grey or ``(H, W, 3)`` red, green, blue. uint8 is RGB of 8 bits; any other
+        values: ``(H, W)`` gray or ``(H, W, 3)`` red, green, blue. uint8 is RGB of 8 bits; any other
             type holds values that have to be scaled.
         type_range: the values of black and white by their type; None: the type does not say.
-        white_is_low: grey with black and white exchanged.
+        white_is_low: gray with black and white exchanged.
         depth_lost: the file has 16 bits in a layout of which Pillow gives the upper 8.
     """
 
@@ -140,7 +140,7 @@ class ImageReader:
         """Reads an image.
 
         Args:
-            source: a file; a PIL image; or an array, ``(H, W)`` grey, ``(H, W, 3)`` in the order
+            source: a file; a PIL image; or an array, ``(H, W)`` gray, ``(H, W, 3)`` in the order
                 red, green, blue, or ``(H, W, 4)`` with alpha, which is dropped. An array of another
                 type than uint8 is scaled as a file of this type is.
 
@@ -232,7 +232,7 @@ class ImageReader:
                 "has 16 bits in a layout that is only read with 8, to which data.value_range "
                 "cannot be applied",
                 "images of 16 bits that are only read with 8",
-                "save it as grey or RGB of 16 bits without transparency, not premultiplied",
+                "save it as gray or RGB of 16 bits without transparency, not premultiplied",
             )
         if not pixels.is_deep:
             return values
@@ -407,8 +407,8 @@ def _of_array(values: np.ndarray) -> Pixels:
     if values.ndim == 3:
         values = values[:, :, :3]
     if values.dtype == np.uint8:
-        grey = values.ndim == 2
-        return Pixels(np.repeat(values[:, :, None], 3, axis=2) if grey else values)
+        gray = values.ndim == 2
+        return Pixels(np.repeat(values[:, :, None], 3, axis=2) if gray else values)
     return Pixels(values, (0, 65535) if values.dtype == np.uint16 else None)
 
 

@@ -43,7 +43,7 @@ class CheckedDatasetMapper(DatasetMapper):
     Args:
         is_train: whether to keep the annotations.
         augmentations: what is done to images and boxes, in order.
-        image_format: "RGB" or "BGR", the colour order of the model.
+        image_format: "RGB" or "BGR", the color order of the model.
         reader: opens the images; None: one with its defaults.
         use_instance_mask: whether to keep masks, as polygons.
         recompute_boxes: whether boxes are drawn anew around the masks that a crop leaves.
@@ -102,7 +102,7 @@ class CheckedDatasetMapper(DatasetMapper):
 
 
 def in_format(rgb: np.ndarray, image_format: str) -> np.ndarray:
-    """Pixels ``(H, W, 3)`` uint8 in the colour order of a config's ``data.image_format``."""
+    """Pixels ``(H, W, 3)`` uint8 in the color order of a config's ``data.image_format``."""
     if image_format == "RGB":
         return rgb
     return convert_PIL_to_numpy(Image.fromarray(rgb), image_format)
@@ -255,11 +255,11 @@ class BatchPlan(Sampler[list[SampleKey]]):
     3. Process r of n takes every n-th sample from the r-th on, `images_per_gpu` at a time.
 
     Args:
-        total_batch_size: images per optimiser step, over all processes and micro-batches.
+        total_batch_size: images per optimizer step, over all processes and micro-batches.
         images_per_gpu: images of a micro-batch; None: the whole share of the process.
 
     Attributes:
-        accumulation_steps: micro-batches per optimiser step, which follow from the rest.
+        accumulation_steps: micro-batches per optimizer step, which follow from the rest.
 
     Raises:
         ConfigError: if a batch cannot be divided evenly.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import logging
 import os
 import re
 import site
@@ -29,7 +30,9 @@ from omegaconf.errors import OmegaConfBaseException
 from co_detr.engine.overrides import apply_overrides
 from co_detr.errors import ConfigError, first_line
 from co_detr.files import written_whole
-from co_detr.moved import named_sources, present_name
+from co_detr.moved import named_sources, present_name, rename_keys
+
+logger = logging.getLogger(__name__)
 
 _PATHS = ("train", "train_images", "val", "val_images")
 NODES = ("model", "optimizer", "lr_multiplier", "dataloader", "train", "data")
@@ -81,6 +84,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
         cfg = read_yaml_config(path)
     elif path.endswith(".py"):
         cfg = LazyConfig.load(path)
+        _tell_renamed(rename_keys(cfg), path)
     else:
         raise ConfigError(f"config file {path} is neither .py nor .yaml: name one that is.")
     missing = [node for node in NODES if node not in cfg]
@@ -103,6 +107,13 @@ def save_config(cfg: DictConfig, path: str) -> None:
     """Writes a complete config as YAML that `load_config` reads."""
     with written_whole(path) as file:
         file.write(config_text(cfg))
+
+
+def _tell_renamed(renamed: dict[str, str], path: str) -> None:
+    """One warning for all old keys of a file."""
+    if renamed:
+        keys = ", ".join(f"{old} is called {new}" for old, new in renamed.items())
+        logger.warning("config file %s is of an earlier version: %s now.", path, keys)
 
 
 def _check_texts(cfg: DictConfig) -> None:
@@ -186,6 +197,7 @@ def read_yaml_config(path: str) -> DictConfig:
         ConfigError: if the file is unreadable, or holds anything that a config may not (see above).
     """
     content = read_yaml(path)
+    _tell_renamed(rename_keys(content), path)
     try:
         content = in_present_terms(content)
         found = list(leaves(content))
@@ -273,6 +285,7 @@ def in_present_terms(content: dict[str, Any]) -> dict[str, Any]:
     model = content.get("model")
     if isinstance(model, dict) and isinstance(model.get("queries"), list):
         model["queries"] = named_sources(model["queries"])
+    rename_keys(content)
     return content
 
 

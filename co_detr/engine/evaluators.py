@@ -1,4 +1,4 @@
-"""COCO's and LVIS's judgement of box detections.
+"""COCO's and LVIS's judgment of box detections.
 
 Both are computed by the package faster-coco-eval, which gives the numbers of pycocotools and of
 lvis in a fraction of the time. Environments from before it was required have pycocotools alone.

@@ -125,7 +125,7 @@ class AveragedWeights(AveragedModel):
 
 
 class EmaHook(HookBase):
-    """Updates the average after every optimiser step; before hooks that save or evaluate."""
+    """Updates the average after every optimizer step; before hooks that save or evaluate."""
 
     def __init__(self, averaged: AveragedWeights, model: nn.Module) -> None:
         self.averaged = averaged

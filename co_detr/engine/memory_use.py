@@ -34,7 +34,7 @@ MANY_OBJECTS = 100  # per image; COCO's fullest has 93
 USUAL_OBJECTS = 8
 # Gradients of one micro-batch lie in memory while the second one is computed; a third adds nothing.
 _ACCUMULATED = 2
-_WORST_STEPS = 2  # the optimiser makes its state at the end of the first
+_WORST_STEPS = 2  # the optimizer makes its state at the end of the first
 Size = tuple[int, int]
 # What allocators say: CUDA's caching allocator, CUDA itself, cuBLAS, and PyTorch's on the CPU.
 _MESSAGES = (
@@ -178,7 +178,7 @@ class DryRun:
             [
                 self.plan.text(),
                 f"peak memory:  {self.peak} ({worst_height}x{worst_width}, {MANY_OBJECTS} objects "
-                "per image, optimiser step included)",
+                "per image, optimizer step included)",
                 f"largest step: {self.worst_seconds:.4g} s",
                 f"usual step:   {self.usual_seconds:.4g} s ({height}x{width}, {USUAL_OBJECTS} "
                 "objects per image)",

@@ -85,7 +85,7 @@ class NonFiniteGuard:
         """
         self.restore_statistics()
         self.in_a_row += 1
-        summary = summarise(comm.all_gather(step))
+        summary = summarize(comm.all_gather(step))
         if self.in_a_row > self.max_skips:
             raise self._error(step, summary, joint=True)
         logger.warning(
@@ -97,7 +97,7 @@ class NonFiniteGuard:
 
     def failed_alone(self, step: BadStep) -> NonFiniteError:
         """The error for a step that failed in this process in a way that others cannot know of."""
-        return self._error(step, summarise([step]), joint=False)
+        return self._error(step, summarize([step]), joint=False)
 
     def _error(self, step: BadStep, summary: Summary, joint: bool) -> NonFiniteError:
         path = os.path.join(self.output_dir, f"non_finite_{step.iteration:07d}.json")
@@ -204,7 +204,7 @@ def facts_of(batches: Iterable[Sequence[dict[str, Any]]]) -> list[ImageFacts]:
     return [_facts(sample) for batch in batches for sample in batch]
 
 
-def summarise(processes: list[BadStep]) -> Summary:
+def summarize(processes: list[BadStep]) -> Summary:
     """Brings together what each process knows of one step."""
     guilty = [
         each

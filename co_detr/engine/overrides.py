@@ -26,6 +26,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from co_detr.errors import ConfigError, first_line
+from co_detr.moved import present_key
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> None:
         key, separator, raw = override.partition("=")
         if not separator or not key or key[0] in "+~":
             raise ConfigError(f"override {override!r} is not of the form key=value.")
-        key = _with_query_name(cfg, key)
+        key = _present_key(cfg, key)
         parent, last = _parent_of(cfg, key)
         old = _resolved(cfg, key)
         expected = _expected(parent, key, last, old)
@@ -87,17 +88,18 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> None:
             ) from error
 
 
-def _with_query_name(cfg: DictConfig, key: str) -> str:
-    """A key of version 0.1, where query sources had numbers, as it is now."""
+def _present_key(cfg: DictConfig, key: str) -> str:
+    """What a key of an earlier version is called now, with a warning; any other key as it is."""
+    present = present_key(key)
     parts = key.split(".")
-    if parts[:2] != ["model", "queries"] or not parts[2:3] or not parts[2].isdigit():
-        return key
-    sources = OmegaConf.select(cfg, "model.queries") or {}
-    names = [name for name in sources if name != "_target_"]
-    if int(parts[2]) >= len(names):
-        return key
-    present = ".".join([*parts[:2], names[int(parts[2])], *parts[3:]])
-    logger.warning("%s is called %s now: query sources have names.", key, present)
+    if parts[:2] == ["model", "queries"] and parts[2:3] and parts[2].isdigit():
+        # Query sources had numbers in version 0.1.
+        sources = OmegaConf.select(cfg, "model.queries") or {}
+        names = [name for name in sources if name != "_target_"]
+        if int(parts[2]) < len(names):
+            present = ".".join([*parts[:2], names[int(parts[2])], *parts[3:]])
+    if present != key:
+        logger.warning("%s is called %s now: set that one.", key, present)
     return present
 
 

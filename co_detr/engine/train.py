@@ -272,7 +272,7 @@ def _load_start(
     if resume and not exists:
         logger.info("No checkpoint in %s: starting anew.", folder)
     elif resumes:
-        # What was saved by this run has to fit completely, whatever it was initialised from.
+        # What was saved by this run has to fit completely, whatever it was initialized from.
         checkpointer.mismatch = "error"
         checkpointer.weights = None  # the averaged ones are loaded as well
     elif exists:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from co_detr.checkpoint.reading import with_query_names
+from co_detr.checkpoint.reading import with_present_names
 from co_detr.data.loader import BatchPlan
 from co_detr.engine.non_finite import BadStep, NonFiniteGuard, facts_of
 from co_detr.engine.optim import layout_of, with_own_settings
@@ -39,7 +39,7 @@ GPU_PEAK = "gpu_peak_mib"  # under which metrics.jsonl has what tensors took on 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """How one optimiser step is made.
+    """How one optimizer step is made.
 
     Attributes:
         device: where the model is ("cpu", "cuda", ..).
@@ -90,7 +90,7 @@ class JointResult:
 class Trainer(SimpleTrainer):
     """Detectron2's `SimpleTrainer` and `AMPTrainer` in one, for any device.
 
-    One iteration is one optimiser step:
+    One iteration is one optimizer step:
     1. with several micro-batches and a model that can `count`: count in all of them what losses are
        divided by, so that their sum equals one large batch;
     2. per micro-batch: seed the generators from (seed, iteration, micro-batch, rank), run forward
@@ -222,7 +222,7 @@ class Trainer(SimpleTrainer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         model, saved = self.guard.model, state_dict.get("optimizer_layout")
         if saved is not None:
-            names = with_query_names(dict.fromkeys(saved["parameters"]), model)
+            names = with_present_names(dict.fromkeys(saved["parameters"]), model)
             saved = {**saved, "parameters": list(names)}
         optimizer_state = with_own_settings(
             state_dict["optimizer"], saved, self.optimizer, layout_of(self.optimizer, model)
@@ -367,7 +367,7 @@ def clip_gradient(parameters: Sequence[nn.Parameter], max_norm: float | None, no
 def build_trainer(
     cfg: DictConfig, model: nn.Module, loader: DataLoader, accumulation_steps: int
 ) -> Trainer:
-    """Puts optimiser, processes and settings of a step around a model.
+    """Puts optimizer, processes and settings of a step around a model.
 
     Args:
         loader: of micro-batches, of which `accumulation_steps` make a step.

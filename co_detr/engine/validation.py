@@ -74,7 +74,7 @@ class ValidationLoss:
 
     The model computes as in training but for batch norms, which use their statistics, and
     dropout and drop paths, which are off. Images are resized as in the evaluation. With several
-    processes the losses are normalised over the images that these compute at the same time.
+    processes the losses are normalized over the images that these compute at the same time.
 
     Args:
         records: dataset dicts of the val set with `annotations`.
@@ -93,7 +93,7 @@ class ValidationLoss:
         mapper.is_train = True
         self.settings = settings
         rank, world_size = comm.get_rank(), comm.get_world_size()
-        # All processes have equally many, as losses are normalised together; the surplus repeats
+        # All processes have equally many, as losses are normalized together; the surplus repeats
         # the first images and does not count.
         rounds = -(-len(records) // world_size)
         self.indices = [index * world_size + rank for index in range(rounds)]

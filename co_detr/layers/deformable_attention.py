@@ -252,7 +252,7 @@ def ms_deform_attn_reference(
 ) -> Tensor:
     """Weighted sum of bilinear samples of every level (Deformable DETR, equation 3).
 
-    Pixel centres are at half integers (``align_corners=False``) and pixels outside of a level are
+    Pixel centers are at half integers (``align_corners=False``) and pixels outside of a level are
     zero. Points that cannot touch a level, NaN and infinite ones included, contribute nothing and
     get no gradient.
 
@@ -336,7 +336,7 @@ class MultiScaleDeformableAttention(nn.Module):
         """Point k of head h starts k + 1 pixels away in direction h, all with equal weight."""
         angles = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
         directions = torch.stack([angles.cos(), angles.sin()], dim=-1)  # (H, 2)
-        # On the unit square, not the circle: the points then fall on pixel centres.
+        # On the unit square, not the circle: the points then fall on pixel centers.
         directions = directions / directions.abs().amax(dim=-1, keepdim=True)
         distances = torch.arange(1, self.num_points + 1, dtype=torch.float32)
         offsets = directions[:, None, None, :] * distances[None, None, :, None]
@@ -364,7 +364,7 @@ class MultiScaleDeformableAttention(nn.Module):
         Args:
             query: ``(B, Q, C)``, the position already added.
             value: ``(B, S, C)``, levels flattened row by row and concatenated.
-            reference: ``(B, Q, L, 2)`` points or ``(B, Q, L, 4)`` cxcywh boxes, normalised to the
+            reference: ``(B, Q, L, 2)`` points or ``(B, Q, L, 4)`` cxcywh boxes, normalized to the
                 padded level (already multiplied by the valid ratios).
             level_shapes: ``(height, width)`` of every level as Python integers.
             padding_mask: ``(B, S)`` bool, True = padding, whose projected value is zero.

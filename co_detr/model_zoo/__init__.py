@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import co_detr
 from co_detr.checkpoint.official import misfits, rename_official
 from co_detr.checkpoint.official_table import NO_AUXILIARY
-from co_detr.checkpoint.reading import with_query_names
+from co_detr.checkpoint.reading import with_present_names
 from co_detr.checkpoint.saving import Checkpointer
 from co_detr.engine.config import load_config
 from co_detr.errors import CheckpointError, ConfigError
@@ -275,7 +275,7 @@ def _problems(
         state, unknown = conversion.state_dict, conversion.unknown
         partial = NO_AUXILIARY in conversion.ignored.values()
     else:
-        state = with_query_names(state, model)
+        state = with_present_names(state, model)
     kinds = {"unknown": unknown, **misfits(state, model)}
     return [f"{kind}: {entry}" for kind, entries in kinds.items() for entry in entries], partial
 

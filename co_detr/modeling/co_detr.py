@@ -26,7 +26,7 @@ from co_detr.modeling.losses import (
     HungarianAssigner,
     SetCriterion,
     assign_targets,
-    normalise_boxes,
+    normalize_boxes,
     score_groups,
 )
 from co_detr.modeling.postprocess import TopKPostprocessor, in_output_resolution
@@ -47,7 +47,7 @@ class CoDETR(nn.Module):
 
     1. The backbone's maps are encoded into a memory.
     2. Training only: auxiliary heads are supervised on the memory by one-to-many assignment, and
-       what they assigned becomes customised positive queries.
+       what they assigned becomes customized positive queries.
     3. Query sources make further groups, of which inference uses one.
     4. All groups are decoded in one pass, blind to each other, and scored by one criterion.
 
@@ -150,7 +150,7 @@ class CoDETR(nn.Module):
             batched_inputs: dicts with ``image`` (3, H, W); in training also ``instances`` with
                 ``gt_boxes`` (absolute) and ``gt_classes``; in eval optionally ``height`` and
                 ``width`` of the output.
-            counts: in training, what `count` gives for all micro-batches of an optimiser step;
+            counts: in training, what `count` gives for all micro-batches of an optimizer step;
                 None: this batch is all of it.
 
         Returns:
@@ -183,7 +183,7 @@ class CoDETR(nn.Module):
         """One forward pass with all losses; ``forward`` returns its ``losses`` only.
 
         Args:
-            images: normalised and padded.
+            images: normalized and padded.
             gt_instances: with ``gt_boxes`` (absolute) and ``gt_classes``, on any device.
             counts: of all micro-batches of the step; None: this batch is all of it.
         """
@@ -194,7 +194,7 @@ class CoDETR(nn.Module):
         dtype = torch.promote_types(memory.tokens.dtype, torch.float32)
         truth = [
             GroundTruth(
-                each.gt_classes, normalise_boxes(each.gt_boxes.tensor.to(dtype), factor), factor
+                each.gt_classes, normalize_boxes(each.gt_boxes.tensor.to(dtype), factor), factor
             )
             for each, factor in zip(gt_instances, geometry.factors, strict=True)
         ]
@@ -226,7 +226,7 @@ class CoDETR(nn.Module):
         )
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageBatch:
-        """Normalises the images and pads them to a common size; see `BatchPadding`."""
+        """Normalizes the images and pads them to a common size; see `BatchPadding`."""
         device = self.device
         images = [to_device(each["image"], device) for each in batched_inputs]
         backbone = self.backbone
@@ -239,11 +239,11 @@ class CoDETR(nn.Module):
         )
 
     def encode(self, images: ImageBatch) -> EncoderMemory:
-        """Backbone and encoder, of images that are normalised and padded."""
+        """Backbone and encoder, of images that are normalized and padded."""
         return self.encoder(list(self.backbone(images.tensor).values()), images.geometry)
 
     def decode(self, memory: EncoderMemory) -> tuple[Tensor, Tensor]:
-        """Logits ``(B, Q, K)`` and normalised boxes ``(B, Q, 4)`` of the last layer."""
+        """Logits ``(B, Q, K)`` and normalized boxes ``(B, Q, 4)`` of the last layer."""
         predictions = self.decoder(QuerySet.concat([self.inference_source(memory)]), memory)
         return predictions.logits[-1], predictions.boxes[-1]
 

@@ -112,7 +112,7 @@ class CascadeDetector:
 
         Args:
             found: N detections of the head.
-            logits: ``(N, K)``; boxes: ``(N, 4)`` normalised; what they were decoded to.
+            logits: ``(N, K)``; boxes: ``(N, 4)`` normalized; what they were decoded to.
             factor: of the image, see `Geometry.factors`.
 
         Returns:
@@ -162,7 +162,7 @@ class InferencePass:
 
     Args:
         model: in eval mode.
-        images: normalised and padded.
+        images: normalized and padded.
     """
 
     def __init__(self, model: CoDETR, images: ImageBatch) -> None:

@@ -26,7 +26,7 @@ class Geometry:
             reads without waiting for the device.
         sizes: ``(B, 2)`` int64, the same on the device.
         padded: (height, width) of the whole batch.
-        factors: ``(B, 4)`` = (w, h, w, h) float32, from normalised to absolute boxes.
+        factors: ``(B, 4)`` = (w, h, w, h) float32, from normalized to absolute boxes.
     """
 
     image_sizes: list[tuple[int, int]]
@@ -142,7 +142,7 @@ class Levels:
         ]
 
     def reference_points(self) -> Tensor:
-        """Cell centres of all tokens, expressed in the coordinates of every level.
+        """Cell centers of all tokens, expressed in the coordinates of every level.
 
         Returns:
             ``(B, S, L, 2)`` xy; [0, 1] spans the padded level, so values stay below its valid ratio
@@ -157,7 +157,7 @@ class Levels:
         return torch.cat(points, dim=1)[:, :, None] * self.valid_ratios[:, None]
 
     def grid_priors(self) -> Tensor:
-        """``(B, S, 4)`` normalised boxes on the cells, of side 0.05 * 2^level."""
+        """``(B, S, 4)`` normalized boxes on the cells, of side 0.05 * 2^level."""
         extents = self.valid_ratios * self.sizes  # (B, L, 2) un-padded cells
         priors = []
         for level, centers in enumerate(self.centers):
@@ -186,9 +186,9 @@ class BatchPadding:
     Attributes:
         square_size: side in pixels of the square to pad to; 0: the largest height and width in the
             batch, as the backbone divides them.
-        value: of the padding, in the range of the un-normalised images; None: the mean colour.
+        value: of the padding, in the range of the un-normalized images; None: the mean color.
         masked: False makes the padding part of the images: attention sees it, and boxes are
-            normalised by the padded size, as in the reference's large-scale jitter.
+            normalized by the padded size, as in the reference's large-scale jitter.
     """
 
     square_size: int = 0
@@ -203,7 +203,7 @@ class BatchPadding:
         divisibility: int,
         constraints: Mapping[str, int],
     ) -> ImageBatch:
-        """Normalises and pads.
+        """Normalizes and pads.
 
         Args:
             images: ``(C, H, W)`` each.
@@ -243,12 +243,12 @@ class BatchPadding:
         return ImageBatch(pixels, sizes, geometry)
 
     def fill(self, mean: Tensor, std: Tensor) -> Tensor:
-        """What stands in the padding of normalised images, ``(C, 1, 1)``."""
+        """What stands in the padding of normalized images, ``(C, 1, 1)``."""
         return torch.zeros_like(mean) if self.value is None else (self.value - mean) / std
 
 
 def shrink_mask(mask: Tensor, height: int, width: int) -> Tensor:
-    """``(B, H, W)`` bool to a level's size, the values of ``F.interpolate``'s nearest neighbours.
+    """``(B, H, W)`` bool to a level's size, the values of ``F.interpolate``'s nearest neighbors.
 
     In steps of its own, as ONNX divides by the inverse factor, which can round to the cell before.
     """
@@ -282,7 +282,7 @@ class SinePosition(nn.Module):
     Args:
         embed_dim: channels C of the encoding: the first half codes y, the second x.
         temperature: 10000 in Deformable-DETR, 20 in DINO.
-        offset: added to the 1-based cell number; -0.5 (cell centres) in Deformable-DETR, 0 in DINO.
+        offset: added to the 1-based cell number; -0.5 (cell centers) in Deformable-DETR, 0 in DINO.
 
     Raises:
         ConfigError: if ``embed_dim`` is not a multiple of 4.
@@ -322,7 +322,7 @@ class SinePosition(nn.Module):
 
 
 def encode_boxes(boxes: Tensor, features_per_coordinate: int) -> Tensor:
-    """Codes normalised boxes ``(B, Q, 4)`` as ``(B, Q, 4 * features)``, order cx, cy, w, h."""
+    """Codes normalized boxes ``(B, Q, 4)`` as ``(B, Q, 4 * features)``, order cx, cy, w, h."""
     return sine_features(boxes * (2 * math.pi), features_per_coordinate, 10000.0).flatten(2)
 
 

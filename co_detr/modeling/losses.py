@@ -22,7 +22,7 @@ from co_detr.modeling.geometry import Geometry
 from co_detr.structures import AssignedTargets, GroundTruth, Predictions, QueryGroup, StepCounts
 from co_detr.transfer import to_device
 
-# The reference divides by (normaliser + eps) in all its losses.
+# The reference divides by (normalizer + eps) in all its losses.
 EPS = torch.finfo(torch.float32).eps
 # Logits whose loss is computed at a time. Elementwise losses keep half a dozen tensors of the size
 # of their input for the backward pass: nothing for 80 classes, gigabytes for the 1203 of LVIS.
@@ -83,7 +83,7 @@ class HungarianAssigner(nn.Module):
     """Cheapest one-to-one assignment per image and decoder layer.
 
     The cost of a pair is ``class_weight`` times the difference of the focal terms,
-    plus ``bbox_weight`` times the L1 distance of normalised boxes, minus ``giou_weight`` times
+    plus ``bbox_weight`` times the L1 distance of normalized boxes, minus ``giou_weight`` times
     the GIoU in pixels. Costs are float32 whatever the model's precision. All costs of a step go
     to the host in one transfer, and come back as one.
     Source: Deformable-DETR's matcher; mmdet ``HungarianAssigner`` with ``FocalLossCost``.
@@ -149,7 +149,7 @@ class HungarianAssigner(nn.Module):
         negative = -(1 - probability + eps).log() * (1 - self.alpha) * probability**self.gamma
         distance = torch.cdist(boxes, true_boxes.expand(len(boxes), -1, -1), p=1)
         factor = truth.factor
-        overlap = generalised_iou(
+        overlap = generalized_iou(
             (cxcywh_to_xyxy(boxes) * factor)[:, :, None],
             (cxcywh_to_xyxy(true_boxes) * factor)[None, None],
         )
@@ -226,7 +226,7 @@ def score_groups(
             predicted, targets = group.proposals.predictions, assignment.proposals[group.name]
             number = None if counts is None else counts.num_matched(predicted.boxes.shape[2])
             scored.append(_Scored(f"{group.name}.enc", 1.0, predicted, targets, number))
-    # One reduction over processes for the normalisers of all groups.
+    # One reduction over processes for the normalizers of all groups.
     totals = [_positives_of_layers(each, criterion, counts) for each in scored]
     totals = average_over_processes(torch.cat(totals)).split([len(each) for each in totals])
     losses: dict[str, Tensor] = {}
@@ -279,12 +279,12 @@ class SetCriterion(nn.Module):
 
     Every loss is a sum over the queries of the batch divided by the number of positives (as the
     caller averages it over processes, at least 1); background queries count in the
-    classification loss only. L1 works on normalised boxes, GIoU on pixels.
+    classification loss only. L1 works on normalized boxes, GIoU on pixels.
     Source: DETR section 3.1, Deformable-DETR; mmdet ``loss_single``.
 
     Args:
         classification: ``FocalLoss`` or ``QualityFocalLoss``; the latter is told the (detached)
-            IoU of every predicted box with its target, on normalised boxes as in the reference.
+            IoU of every predicted box with its target, on normalized boxes as in the reference.
     """
 
     def __init__(
@@ -321,7 +321,7 @@ class SetCriterion(nn.Module):
             predictions: of D layers.
             targets: of D layers or of one that all share.
             geometry: sizes of the images.
-            num_positives: ``(D,)`` or ``(1,)`` normaliser.
+            num_positives: ``(D,)`` or ``(1,)`` normalizer.
 
         Returns:
             ``loss_cls``, ``loss_bbox`` and ``loss_giou``, each ``(D,)`` and weighted.
@@ -339,18 +339,18 @@ class SetCriterion(nn.Module):
             ).expand(shape)
         class_terms = self.classification(logits, labels, quality) * targets.weights
         bbox_terms = (boxes - targets.boxes).abs().sum(-1) * box_weights
-        overlap = generalised_iou(
+        overlap = generalized_iou(
             cxcywh_to_xyxy(boxes) * factor, cxcywh_to_xyxy(targets.boxes) * factor
         )
         giou_terms = (1 - overlap) * box_weights
-        normaliser = num_positives.clamp(min=1) + EPS
+        normalizer = num_positives.clamp(min=1) + EPS
         weighted = {
             "loss_cls": (class_terms, self.class_weight),
             "loss_bbox": (bbox_terms, self.bbox_weight),
             "loss_giou": (giou_terms, self.giou_weight),
         }
         return {
-            name: terms.expand(shape).sum((1, 2)) * weight / normaliser
+            name: terms.expand(shape).sum((1, 2)) * weight / normalizer
             for name, (terms, weight) in weighted.items()
         }
 
@@ -452,23 +452,23 @@ class _InParts(torch.autograd.Function):
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """``(..., 4)`` centre and size -> corners, in the unit of the input."""
-    centre, size = boxes.split(2, dim=-1)
-    return torch.cat([centre - 0.5 * size, centre + 0.5 * size], dim=-1)
+    """``(..., 4)`` center and size -> corners, in the unit of the input."""
+    center, size = boxes.split(2, dim=-1)
+    return torch.cat([center - 0.5 * size, center + 0.5 * size], dim=-1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """``(..., 4)`` corners -> centre and size, in the unit of the input."""
+    """``(..., 4)`` corners -> center and size, in the unit of the input."""
     low, high = boxes.split(2, dim=-1)
     return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 
-def normalise_boxes(xyxy: Tensor, factor: Tensor) -> Tensor:
-    """Absolute xyxy ``(..., 4)`` -> normalised cxcywh; ``factor`` is of `Geometry.factors`."""
+def normalize_boxes(xyxy: Tensor, factor: Tensor) -> Tensor:
+    """Absolute xyxy ``(..., 4)`` -> normalized cxcywh; ``factor`` is of `Geometry.factors`."""
     return xyxy_to_cxcywh(xyxy / factor.to(xyxy.dtype))
 
 
-def generalised_iou(first: Tensor, second: Tensor) -> Tensor:
+def generalized_iou(first: Tensor, second: Tensor) -> Tensor:
     """GIoU of corner boxes, broadcast over leading dimensions: ``(..., 4), (..., 4) -> (...)``.
 
     Areas are bounded below by 1e-6 as in the reference (mmdet ``bbox_overlaps``), so degenerate
@@ -484,7 +484,7 @@ def generalised_iou(first: Tensor, second: Tensor) -> Tensor:
 
 
 def iou(first: Tensor, second: Tensor) -> Tensor:
-    """IoU of corner boxes, broadcast: ``(..., 4), (..., 4) -> (...)``; see `generalised_iou`."""
+    """IoU of corner boxes, broadcast: ``(..., 4), (..., 4) -> (...)``; see `generalized_iou`."""
     overlap, union = _overlap_and_union(first, second)
     return overlap / union
 

@@ -36,7 +36,7 @@ class TopKPostprocessor(nn.Module):
         """Detects in one batch.
 
         Args:
-            logits: ``(B, Q, K)``; boxes: ``(B, Q, 4)`` normalised; both of the last layer.
+            logits: ``(B, Q, K)``; boxes: ``(B, Q, 4)`` normalized; both of the last layer.
             geometry: sizes of the images.
 
         Returns:
@@ -159,7 +159,7 @@ class Pairs:
     """Chosen (query, class) pairs of a batch, best first.
 
     Attributes:
-        boxes: ``(B, N, 4)`` normalised; scores: ``(B, N)``; labels: ``(B, N)`` int64.
+        boxes: ``(B, N, 4)`` normalized; scores: ``(B, N)``; labels: ``(B, N)`` int64.
     """
 
     boxes: Tensor
@@ -202,7 +202,7 @@ def require_finite(boxes: Tensor) -> None:
 
 
 def absolute_boxes(boxes: Tensor, factor: Tensor, image_size: tuple[int, int]) -> Boxes:
-    """Normalised cxcywh ``(N, 4)`` -> absolute, clipped to the image (height, width).
+    """Normalized cxcywh ``(N, 4)`` -> absolute, clipped to the image (height, width).
 
     Args:
         factor: of the image, see `Geometry.factors`.

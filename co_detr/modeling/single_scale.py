@@ -177,9 +177,9 @@ class _ConditionalDecoderBase(nn.Module):
     def num_layers(self) -> int:
         return len(self.layers)
 
-    def _spatial(self, centre: Tensor, content: Tensor, layer: int) -> Tensor:
-        """Sine code of centres ``(B, Q, 2)``, y before x, scaled by the content ``(B, Q, C)``."""
-        code = encode_boxes(centre.flip(-1), self.embed_dim // 2)
+    def _spatial(self, center: Tensor, content: Tensor, layer: int) -> Tensor:
+        """Sine code of centers ``(B, Q, 2)``, y before x, scaled by the content ``(B, Q, C)``."""
+        code = encode_boxes(center.flip(-1), self.embed_dim // 2)
         # In the first layer the content has not seen the image yet.
         return code if layer == 0 else code * self.spatial_scale(content)
 
@@ -201,11 +201,11 @@ class _ConditionalDecoderBase(nn.Module):
 class ConditionalDecoder(_ConditionalDecoderBase):
     """Decoder of Conditional-DETR (Meng et al., ICCV 2021): fixed reference points.
 
-    1. The spatial query is the sine code of the reference point, which is the centre of the
+    1. The spatial query is the sine code of the reference point, which is the center of the
        reference box; after the first layer it is scaled by a perceptron of the content.
     2. The positional queries are those of the query groups, the same in all layers.
-    3. Every layer predicts a centre relative to the reference point and a size from scratch:
-       the size of a reference box is not read. So customised positive queries, whose boxes have
+    3. Every layer predicts a center relative to the reference point and a size from scratch:
+       the size of a reference box is not read. So customized positive queries, whose boxes have
        sizes, learn the same task as the matched queries; the size reaches them by their position.
 
     References get gradients where they learn: the reference point of a matched query does.
@@ -216,7 +216,7 @@ class ConditionalDecoder(_ConditionalDecoderBase):
         """Decodes Q queries of every group at once.
 
         Returns:
-            logits ``(D, B, Q, K)`` and normalised boxes ``(D, B, Q, 4)`` of all D layers.
+            logits ``(D, B, Q, K)`` and normalized boxes ``(D, B, Q, 4)`` of all D layers.
 
         Raises:
             ConfigError: if queries or memory come without positions.
@@ -228,12 +228,12 @@ class ConditionalDecoder(_ConditionalDecoderBase):
                 "PointQueries, and PositiveQueries with_position."
             )
         content = queries.content
-        centre = queries.reference[..., :2]
-        base = inverse_sigmoid(centre, self.eps)
+        center = queries.reference[..., :2]
+        base = inverse_sigmoid(center, self.eps)
         base = torch.cat([base, torch.zeros_like(base)], dim=-1)
         outputs = []
         for index, layer in enumerate(self.layers):
-            spatial = self._spatial(centre, content, index)
+            spatial = self._spatial(center, content, index)
             content = layer(content, queries.position, spatial, memory, queries.attend_mask)
             outputs.append(content)
         return self._predict(outputs, [base] * len(outputs))
@@ -243,7 +243,7 @@ class DABDecoder(_ConditionalDecoderBase):
     """Decoder of DAB-DETR (Liu et al., ICLR 2022): references are anchor boxes that move.
 
     1. The positional queries are a perceptron of the sine code of the whole anchor.
-    2. The spatial query is the sine code of the anchor's centre, scaled by a perceptron of the
+    2. The spatial query is the sine code of the anchor's center, scaled by a perceptron of the
        content as in Conditional-DETR; its x half is multiplied by (reference width predicted from
        the content / width of the anchor), its y half likewise with heights, so that attention is
        as wide and high as the anchor.
@@ -252,7 +252,7 @@ class DABDecoder(_ConditionalDecoderBase):
        read from the normed output of a layer, anchors are moved by its output as it is.
 
     Widths and heights below ``eps`` count as ``eps`` in 2. In the code they come from a sigmoid;
-    an anchor of a customised positive query can be empty.
+    an anchor of a customized positive query can be empty.
     Source: sections 4.2 to 4.4; ``TransformerDecoder`` and ``DABDETR`` of its code.
 
     Args:
@@ -277,7 +277,7 @@ class DABDecoder(_ConditionalDecoderBase):
         """Decodes Q queries of every group at once.
 
         Returns:
-            logits ``(D, B, Q, K)`` and normalised boxes ``(D, B, Q, 4)`` of all D layers.
+            logits ``(D, B, Q, K)`` and normalized boxes ``(D, B, Q, 4)`` of all D layers.
 
         Raises:
             ConfigError: if the queries have positions, or the memory has none.

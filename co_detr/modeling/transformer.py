@@ -164,7 +164,7 @@ class DeformableDecoder(nn.Module):
         query_position: None uses the positional queries of the query groups in every layer
             (Deformable-DETR); a module ``(B, Q, 4) boxes -> (B, Q, C)`` derives them from each
             layer's references (DAB-DETR, DINO).
-        normalise_output: classes and boxes are read from the layer-normed output of a layer,
+        normalize_output: classes and boxes are read from the layer-normed output of a layer,
             while the references are refined from its output as it is (DINO).
         refine_boxes: False: all layers keep the references of the queries, and share one class
             and one box head (Deformable-DETR without its two additions).
@@ -188,14 +188,14 @@ class DeformableDecoder(nn.Module):
         look_forward_twice: bool = True,
         eps: float = 1e-5,
         query_position: nn.Module | None = None,
-        normalise_output: bool = False,
+        normalize_output: bool = False,
         refine_boxes: bool = True,
         from_points: bool = False,
     ):
         super().__init__()
         self.num_classes = num_classes
         self.query_position = query_position
-        self.output_norm = nn.LayerNorm(embed_dim) if normalise_output else None
+        self.output_norm = nn.LayerNorm(embed_dim) if normalize_output else None
         self.look_forward_twice = look_forward_twice
         self.eps = eps
         self.refine_boxes = refine_boxes
@@ -231,7 +231,7 @@ class DeformableDecoder(nn.Module):
         """Decodes Q queries of every group at once.
 
         Returns:
-            logits ``(D, B, Q, K)`` and normalised boxes ``(D, B, Q, 4)`` of all D layers.
+            logits ``(D, B, Q, K)`` and normalized boxes ``(D, B, Q, 4)`` of all D layers.
 
         Raises:
             ConfigError: if both or neither of the queries and ``query_position`` give positions,
@@ -358,8 +358,8 @@ class ReferencePosition(nn.Module):
 
     def forward(self, boxes: Tensor) -> Tensor:
         """Boxes ``(B, Q, 4)`` cxcywh -> ``(B, Q, C)``."""
-        centre_x, centre_y, size = boxes.split([1, 1, 2], dim=-1)
-        code = encode_boxes(torch.cat([centre_y, centre_x, size], dim=-1), self.embed_dim // 2)
+        center_x, center_y, size = boxes.split([1, 1, 2], dim=-1)
+        code = encode_boxes(torch.cat([center_y, center_x, size], dim=-1), self.embed_dim // 2)
         return self.layers[1](F.relu(self.layers[0](code)))
 
 

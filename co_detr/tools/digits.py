@@ -360,8 +360,8 @@ def render_alpha(
     ink = ink.resize((_CANVAS, _CANVAS), Image.BICUBIC)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     matrix = rotation @ np.array([[1.0, shear], [0.0, 1.0]])
-    centre = np.full(2, _CANVAS / 2)
-    offset = centre - matrix @ centre
+    center = np.full(2, _CANVAS / 2)
+    offset = center - matrix @ center
     coefficients = (*matrix[0], offset[0], *matrix[1], offset[1])
     bent = np.asarray(ink.transform(ink.size, Image.AFFINE, coefficients, Image.BICUBIC))
     # Half of the full ink, 16, is where the pen's edge was; a lower threshold would close the
@@ -429,7 +429,7 @@ def _paste(
 def _choose_tint(
     background: float, config: SceneConfig, rng: np.random.Generator, attempts: int = 50
 ) -> np.ndarray:
-    """Draws an RGB colour (3,) in [0, 255] whose luminance stands off the background's."""
+    """Draws an RGB color (3,) in [0, 255] whose luminance stands off the background's."""
     for _ in range(attempts):
         # Even in lightness (HSV would be mostly dark), so light and dark digits are as common.
         hue, lightness, saturation = rng.random(), rng.random(), rng.uniform(0.3, 1.0)

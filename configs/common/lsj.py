@@ -7,7 +7,7 @@ from co_detr.modeling import BatchPadding
 
 
 def use_lsj(model, dataloader, size):
-    """Trains and tests on grey-padded squares of `size` pixels whose padding is not masked.
+    """Trains and tests on gray-padded squares of `size` pixels whose padding is not masked.
 
     `model.padding.square_size` sets the size everywhere.
     """

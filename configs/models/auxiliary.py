@@ -1,4 +1,4 @@
-"""The auxiliary part of Co-DETR: Faster R-CNN and ATSS heads with customised positive queries.
+"""The auxiliary part of Co-DETR: Faster R-CNN and ATSS heads with customized positive queries.
 
 More heads for ``auxiliary.update(...)`` follow. The interpolations reach the model that the node is
 attached to as ``model.auxiliary``.
@@ -20,8 +20,8 @@ from detectron2.modeling.roi_heads import (
 from co_detr.modeling.auxiliary import (
     ATSSAssigner,
     ATSSHead,
-    CentrenessCriterion,
-    CentreSamplingAssigner,
+    CenternessCriterion,
+    CenterSamplingAssigner,
     CollaborativeROIHeads,
     CollaborativeRPN,
     DeltaCode,
@@ -151,8 +151,8 @@ fcos = L(FCOSHead)(
     embed_dim="${...encoder.embed_dim}",
     in_features=["p3", "p4", "p5", "p6", "p7"],
     strides=[8, 16, 32, 64, 128],
-    assigner=L(CentreSamplingAssigner)(radius=1.5),
-    criterion=L(CentrenessCriterion)(class_weight=1.0, box_weight=1.0, quality_weight=1.0),
+    assigner=L(CenterSamplingAssigner)(radius=1.5),
+    criterion=L(CenternessCriterion)(class_weight=1.0, box_weight=1.0, quality_weight=1.0),
 )
 
 paa = L(PAAHead)(

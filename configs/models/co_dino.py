@@ -19,7 +19,7 @@ model.encoder.position_encoding.update(temperature=20.0, offset=0.0)
 model.decoder.update(
     eps=1e-3,
     query_position=L(ReferencePosition)(embed_dim="${..embed_dim}"),
-    normalise_output=True,
+    normalize_output=True,
 )
 model.queries = L(QuerySources)(
     matching=L(TwoStageQueries)(

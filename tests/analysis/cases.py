@@ -9,7 +9,7 @@ from tests.modeling.builders import (
     CONFIGS,
     NUM_CLASSES,
     make_batch,
-    randomise,
+    randomize,
     shrink,
     tiny_config,
     tiny_model,
@@ -19,7 +19,7 @@ from tests.modeling.builders import (
 def tiny_subject(heads: int = 2, name: str | None = None, overrides=(), seed: int = 0) -> Subject:
     """A tiny model in eval mode with random weights."""
     model = tiny_model(heads, overrides, seed).eval()
-    randomise(model, seed)
+    randomize(model, seed)
     return Subject(name or f"K = {heads}", model, tiny_config(heads, overrides))
 
 
@@ -34,7 +34,7 @@ def encoder_only_subject() -> Subject:
     cfg.model.num_classes = NUM_CLASSES
     torch.manual_seed(0)
     model = instantiate(cfg.model).eval()
-    randomise(model)
+    randomize(model)
     return Subject("encoder only", model, cfg)
 
 

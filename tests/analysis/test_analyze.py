@@ -18,7 +18,7 @@ from tests.engine.tiny_data import TinyData, make_tiny_data
 from tests.modeling.builders import (
     CONFIGS,
     NUM_CLASSES,
-    randomise,
+    randomize,
     shrink,
     tiny_config,
     tiny_model,
@@ -46,7 +46,7 @@ def make_run(folder: Path, heads: int, data: TinyData, classes=CLASSES, override
     save_config(tiny_config(heads, settings), str(folder / "config.yaml"))
     model = tiny_model(heads, [f"model.num_classes={len(classes)}"])
     for name, iteration in (("model_0000004", 4), ("model_final", 9)):
-        randomise(model, iteration)
+        randomize(model, iteration)
         Checkpointer(model, str(folder), class_names=list(classes)).save(name, iteration=iteration)
     return folder
 

@@ -31,7 +31,7 @@ def test_splat_against_a_loop():
     for (x, y), weight in zip(locations.tolist(), weights.tolist(), strict=True):
         for row in range(height):
             for column in range(width):
-                # The hat function of the cell whose centre is at (column + 0.5, row + 0.5).
+                # The hat function of the cell whose center is at (column + 0.5, row + 0.5).
                 across = max(0.0, 1 - abs(x * width - column - 0.5))
                 along = max(0.0, 1 - abs(y * height - row - 0.5))
                 expected[row, column] += weight * across * along

@@ -5,7 +5,7 @@ import pytest
 
 from co_detr.tools.analyze.detection_errors import (
     ImageResult,
-    Judgement,
+    Judgment,
     Verdict,
     average_precision,
     judge_image,
@@ -31,8 +31,8 @@ def image(detections, truths) -> ImageResult:
     )
 
 
-def judge(*images: ImageResult, num_classes: int = 2) -> Judgement:
-    return Judgement.joined([judge_image(each, num_classes) for each in images])
+def judge(*images: ImageResult, num_classes: int = 2) -> Judgment:
+    return Judgment.joined([judge_image(each, num_classes) for each in images])
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from co_detr.tools.analyze.matching import (
     measure_instability,
 )
 from tests.analysis.cases import plain, tiny_samples, tiny_subject
-from tests.modeling.builders import randomise, tiny_model
+from tests.modeling.builders import randomize, tiny_model
 
 
 def naive(before: list[int], after: list[int]) -> int:
@@ -62,7 +62,7 @@ def test_by_token_a_new_rank_of_the_same_token_is_no_change():
 def test_matching_is_that_of_training():
     """Labels and boxes that training assigns to the last decoder layer."""
     model = tiny_model(0)
-    randomise(model)
+    randomize(model)
     sample = tiny_samples()[0]
     truth = sample.input["instances"]
     with torch.no_grad():
@@ -88,13 +88,13 @@ def subject(tmp_path):
         ("model_final", 19, 2),
     ):
         model = tiny_model(2)
-        randomise(model, seed)
+        randomize(model, seed)
         Checkpointer(model, str(tmp_path)).save(name, iteration=iteration)
         names.append(tmp_path / f"{name}.pth")
     return dataclasses.replace(subject, checkpoints=tuple(names))
 
 
-def test_neighbouring_checkpoints_are_compared_once(subject):
+def test_neighboring_checkpoints_are_compared_once(subject):
     before = {key: value.clone() for key, value in subject.model.state_dict().items()}
     samples = tiny_samples()
     (interval,) = intervals_of(subject, samples, plain)
@@ -104,7 +104,7 @@ def test_neighbouring_checkpoints_are_compared_once(subject):
         vectors = []
         for seed in (1, 2):
             model = tiny_model(2).eval()
-            randomise(model, seed)
+            randomize(model, seed)
             with torch.no_grad():
                 memory = model.encode(model.preprocess([sample.input]))
                 truth = sample.input["instances"]

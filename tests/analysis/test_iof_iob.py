@@ -25,7 +25,7 @@ def scores():
     return values
 
 
-def test_foreground_is_the_pixels_whose_centre_is_in_a_box():
+def test_foreground_is_the_pixels_whose_center_is_in_a_box():
     mask = foreground_mask(BOXES, SIZE)
     for y in range(SIZE[0]):
         for x in range(SIZE[1]):
@@ -33,7 +33,7 @@ def test_foreground_is_the_pixels_whose_centre_is_in_a_box():
                 x1 <= x + 0.5 < x2 and y1 <= y + 0.5 < y2 for x1, y1, x2, y2 in BOXES.tolist()
             )
             assert mask[y, x] == inside
-    assert mask.any() and not mask[:, 14:].any()  # the thin box has no pixel's centre
+    assert mask.any() and not mask[:, 14:].any()  # the thin box has no pixel's center
 
 
 def test_curve_against_a_loop(scores):

@@ -10,7 +10,7 @@ from co_detr.tools.analyze.conflict import measure_conflict
 from co_detr.tools.analyze.discriminability import measure_discriminability
 from co_detr.tools.analyze.subjects import Subject
 from tests.analysis.cases import plain, tiny_samples, tiny_subject
-from tests.modeling.builders import CONFIGS, NUM_CLASSES, randomise, shrink
+from tests.modeling.builders import CONFIGS, NUM_CLASSES, randomize, shrink
 
 
 def _subject(name):
@@ -18,7 +18,7 @@ def _subject(name):
     apply_overrides(cfg, [f"model.num_classes={NUM_CLASSES}"])
     torch.manual_seed(0)
     model = instantiate(cfg.model).eval()
-    randomise(model)
+    randomize(model)
     return Subject(name, model, cfg)
 
 

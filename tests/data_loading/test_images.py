@@ -61,9 +61,9 @@ def test_exif_orientation(tmp_path, pixels, suffix, orientation):
 def test_exif_orientation_of_deep_images(tmp_path, pixels, orientation):
     path = tmp_path / "deep.png"
     with_orientation(pixels[:, :, 0].astype(np.uint16) * 257, path, orientation)
-    grey = tmp_path / "grey.png"
-    with_orientation(pixels[:, :, 0], grey, orientation)
-    assert np.array_equal(READER.read_rgb(path), READER.read_rgb(grey))
+    gray = tmp_path / "gray.png"
+    with_orientation(pixels[:, :, 0], gray, orientation)
+    assert np.array_equal(READER.read_rgb(path), READER.read_rgb(gray))
 
 
 @pytest.mark.parametrize("value", [0, 9, 65535])
@@ -122,7 +122,7 @@ def test_the_first_of_several_frames(tmp_path, suffix):
 VALUES = np.array([[0, 257, 1000, 2000, 3000, 65535]])
 
 
-def grey_levels(path_or_array, value_range=None):
+def gray_levels(path_or_array, value_range=None):
     found = ImageReader(value_range).read_rgb(path_or_array)
     assert found.dtype == np.uint8 and found.shape == (1, 6, 3)
     assert (found == found[:, :, :1]).all()
@@ -133,8 +133,8 @@ def grey_levels(path_or_array, value_range=None):
 def test_sixteen_bits_are_scaled_from_a_range_not_cut_off(tmp_path, suffix):
     path = tmp_path / f"deep.{suffix}"
     Image.fromarray(VALUES.astype(np.uint16)).save(path)
-    assert grey_levels(path) == [0, 1, 4, 8, 12, 255]
-    assert grey_levels(path, (1000, 3000)) == [0, 0, 0, 128, 255, 255]
+    assert gray_levels(path) == [0, 1, 4, 8, 12, 255]
+    assert gray_levels(path, (1000, 3000)) == [0, 0, 0, 128, 255, 255]
     assert read_image(str(path), "RGB")[0, :, 0].tolist() != [0, 1, 4, 8, 12, 255]
 
 
@@ -142,14 +142,14 @@ def test_sixteen_bits_are_scaled_from_a_range_not_cut_off(tmp_path, suffix):
 def test_byte_orders(mode):
     order = ">" if mode.endswith("B") else "<"
     data = VALUES.astype(f"{order}u2").tobytes()
-    assert grey_levels(Image.frombytes(mode, (6, 1), data)) == [0, 1, 4, 8, 12, 255]
+    assert gray_levels(Image.frombytes(mode, (6, 1), data)) == [0, 1, 4, 8, 12, 255]
 
 
 def test_arrays_of_sixteen_bits():
-    assert grey_levels(VALUES.astype(np.uint16)) == [0, 1, 4, 8, 12, 255]
+    assert gray_levels(VALUES.astype(np.uint16)) == [0, 1, 4, 8, 12, 255]
     colors = np.repeat(VALUES.astype(np.uint16)[:, :, None], 4, 2)
-    assert grey_levels(colors, (1000, 3000)) == [0, 0, 0, 128, 255, 255]
-    assert grey_levels(VALUES.astype(np.float32), (1000, 3000)) == [0, 0, 0, 128, 255, 255]
+    assert gray_levels(colors, (1000, 3000)) == [0, 0, 0, 128, 255, 255]
+    assert gray_levels(VALUES.astype(np.float32), (1000, 3000)) == [0, 0, 0, 128, 255, 255]
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.float32])
@@ -163,8 +163,8 @@ def test_values_whose_range_is_not_known_are_refused(tmp_path, kind, form):
         source = tmp_path / "a.tif"
     with pytest.raises(DataError, match=r"from 0 to 65535, .* data.value_range=\[BLACK,WHITE\]"):
         READER.read_rgb(source)
-    assert grey_levels(source, (1000, 3000)) == [0, 0, 0, 128, 255, 255]
-    assert grey_levels(source, [-65535, 65535]) == [128, 128, 129, 131, 133, 255]
+    assert gray_levels(source, (1000, 3000)) == [0, 0, 0, 128, 255, 255]
+    assert gray_levels(source, [-65535, 65535]) == [128, 128, 129, 131, 133, 255]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -229,16 +229,16 @@ def test_kinds_of_tiff(tmp_path):
     tifffile = pytest.importorskip("tifffile")
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, VALUES.astype(np.uint16), photometric="miniswhite")
-    assert grey_levels(path) == [255, 254, 251, 247, 243, 0]
+    assert gray_levels(path) == [255, 254, 251, 247, 243, 0]
     tifffile.imwrite(path, (VALUES + 3_000_000_000).astype(np.uint32), photometric="minisblack")
     shifted = (3_000_001_000, 3_000_003_000)
-    assert grey_levels(path, shifted) == [0, 0, 0, 128, 255, 255]
+    assert gray_levels(path, shifted) == [0, 0, 0, 128, 255, 255]
     signed = np.array([[-128, -1, 0, 1, 126, 127]], np.int8)
     tifffile.imwrite(path, signed, photometric="minisblack")
-    assert grey_levels(path) == [0, 127, 128, 129, 254, 255]
+    assert gray_levels(path) == [0, 127, 128, 129, 254, 255]
     signed = (VALUES // 2 - 1000).astype(np.int16)
     tifffile.imwrite(path, signed, photometric="minisblack")
-    assert grey_levels(path, (-1000, 1000)) == [0, 16, 64, 128, 191, 255]
+    assert gray_levels(path, (-1000, 1000)) == [0, 16, 64, 128, 191, 255]
     tifffile.imwrite(path, VALUES.astype(np.float64))
     with pytest.raises(DataError, match="a.tif cannot be decoded .no format, or no variant"):
         READER.read_rgb(path)
@@ -247,8 +247,8 @@ def test_kinds_of_tiff(tmp_path):
 def test_depth_that_is_lost_is_not_scaled_in_silence(tmp_path):
     path = tmp_path / "alpha.png"
     path.write_bytes(png_of_16_bits(np.full((1, 6, 2), 2000), 4))
-    assert grey_levels(path) == [7] * 6
-    with pytest.raises(DataError, match="data.value_range cannot be applied: save it as grey"):
+    assert gray_levels(path) == [7] * 6
+    with pytest.raises(DataError, match="data.value_range cannot be applied: save it as gray"):
         ImageReader((0, 4095)).read_rgb(path)
 
 
@@ -274,9 +274,9 @@ def test_arrays(pixels):
     assert np.array_equal(READER.read_rgb(pixels[:, ::-1]), pixels[:, ::-1])
     alpha = np.full((6, 9, 1), 7, dtype=np.uint8)
     assert np.array_equal(READER.read_rgb(np.concatenate([pixels, alpha], axis=2)), pixels)
-    grey = np.repeat(pixels[:, :, :1], 3, axis=2)
-    assert np.array_equal(READER.read_rgb(pixels[:, :, :1]), grey)
-    assert np.array_equal(READER.read_rgb(pixels[:, :, 0]), grey)
+    gray = np.repeat(pixels[:, :, :1], 3, axis=2)
+    assert np.array_equal(READER.read_rgb(pixels[:, :, :1]), gray)
+    assert np.array_equal(READER.read_rgb(pixels[:, :, 0]), gray)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_boxes_in_another_notation_stop_the_run(data, function, kind, mend):
 
 
 def test_who_knows_better_can_go_on(data):
-    """The judgement is a likely one: large labels at the right edge look like corners."""
+    """The judgment is a likely one: large labels at the right edge look like corners."""
     rng = np.random.default_rng(3)
     for annotation in data.train["annotations"]:
         w, h = rng.integers(8, 20, 2)

@@ -3,7 +3,7 @@
     python -m tests.engine.kill_and_resume --kills 20
 
 Exits with 1 if a checkpoint could not be read after a kill, or if the final weights, the state of
-the optimiser or the log differ from those of a run that was left alone.
+the optimizer or the log differ from those of a run that was left alone.
 """
 
 import argparse

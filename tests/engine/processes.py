@@ -1,4 +1,4 @@
-"""train_net.py in processes of their own that can be signalled and killed.
+"""train_net.py in processes of their own that can be signaled and killed.
 
 They are forked from a server that has imported everything, so that each starts at once.
 """

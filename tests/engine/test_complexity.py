@@ -45,7 +45,7 @@ def deformable_attention(queries: int) -> int:
 
 
 def norms(number: int, queries: int) -> int:
-    """fvcore counts five operations per normalised element with scale and shift."""
+    """fvcore counts five operations per normalized element with scale and shift."""
     return number * 5 * queries * C
 
 

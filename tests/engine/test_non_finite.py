@@ -36,7 +36,7 @@ class BrieflyNaNDetector(TinyDetector):
         return losses
 
 
-class NormalisedDetector(BrieflyNaNDetector):
+class NormalizedDetector(BrieflyNaNDetector):
     """With a batch norm, whose statistics become NaN before there is a loss."""
 
     def __init__(self, num_classes):
@@ -49,7 +49,7 @@ class NormalisedDetector(BrieflyNaNDetector):
         return super()._losses(logits, self.norm(boxes), batched_inputs)
 
 
-@pytest.mark.parametrize("detector", [BrieflyNaNDetector, NormalisedDetector])
+@pytest.mark.parametrize("detector", [BrieflyNaNDetector, NormalizedDetector])
 @pytest.mark.parametrize("dtype", [None, "float16"])
 def test_a_few_bad_steps_are_skipped(tiny_cfg, tmp_path, caplog, detector, dtype):
     amp = ["train.amp.enabled=true", f"train.amp.dtype={dtype}"] if dtype else []

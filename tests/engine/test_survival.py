@@ -72,7 +72,7 @@ class SignallingMapper:
         return self.mapper(record)
 
 
-def _signalled_in(cfg, iteration, signal_number):
+def _signaled_in(cfg, iteration, signal_number):
     batch_size = cfg.dataloader.train.total_batch_size
     cfg.dataloader.train.mapper = {
         "_target_": SignallingMapper,
@@ -88,7 +88,7 @@ def test_a_signal_stops_behind_its_iteration(tiny_cfg, tmp_path, whole, caplog, 
     caplog.set_level("INFO")
     torch.manual_seed(0)
     cfg = tiny_cfg("train.checkpointer.period=100", output="parts")
-    run_training(_signalled_in(cfg, 1, number), resume=False)
+    run_training(_signaled_in(cfg, 1, number), resume=False)
     assert (tmp_path / "parts" / "last_checkpoint").read_text() == "model_0000001.pth"
     assert not (tmp_path / "parts" / "metrics.json").exists()
     assert "model_0000001.pth: the same command with --resume continues" in caplog.text
@@ -99,7 +99,7 @@ def test_a_signal_stops_behind_its_iteration(tiny_cfg, tmp_path, whole, caplog, 
 
 def test_a_signal_in_the_last_iteration_leaves_the_evaluation(tiny_cfg, tmp_path, whole):
     torch.manual_seed(0)
-    run_training(_signalled_in(tiny_cfg(output="parts"), 5, signal.SIGTERM), resume=False)
+    run_training(_signaled_in(tiny_cfg(output="parts"), 5, signal.SIGTERM), resume=False)
     assert (tmp_path / "parts" / "last_checkpoint").read_text() == "model_final.pth"
     assert not (tmp_path / "parts" / "metrics.json").exists()
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""One optimiser step: accumulation, clipping, mixed precision, and the finite check."""
+"""One optimizer step: accumulation, clipping, mixed precision, and the finite check."""
 
 import json
 

@@ -37,7 +37,7 @@ class TinyDetector(nn.Module):
         images = [sample["image"].to(self.locate.weight)[None] / 255 for sample in batched_inputs]
         features = torch.cat([self.backbone(image) for image in images])
         logits = self.classify(self.dropout(features))  # (B, num_classes)
-        boxes = self.locate(features).sigmoid()  # (B, 4) normalised cxcywh
+        boxes = self.locate(features).sigmoid()  # (B, 4) normalized cxcywh
         if not self.training:
             return [self._detect(*item) for item in zip(logits, boxes, batched_inputs, strict=True)]
         return self._losses(logits, boxes, batched_inputs)

@@ -11,7 +11,7 @@ from PIL import Image
 from co_detr.checkpoint.saving import Checkpointer
 from co_detr.engine.config import apply_overrides, load_config
 from tests.export.tiny_export import CLASSES, SIZE, Trained
-from tests.modeling.builders import CONFIGS, NUM_CLASSES, randomise, shrink
+from tests.modeling.builders import CONFIGS, NUM_CLASSES, randomize, shrink
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ def train(tmp_path_factory: pytest.TempPathFactory):
         LazyConfig.save(cfg, str(folder / "config.yaml"))
         torch.manual_seed(0)
         model = instantiate(cfg.model)
-        randomise(model, scale=0.2)
+        randomize(model, scale=0.2)
         Checkpointer(model, str(folder), class_names=CLASSES).save("model_final")
         return Trained(str(folder / "config.yaml"), str(folder / "model_final.pth"))
 

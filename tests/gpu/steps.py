@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from co_detr.modeling.losses import Assignment, score_groups
 from co_detr.structures import Predictions, QuerySet, TrainingOutput
-from tests.modeling.builders import make_batch, randomise, tiny_model
+from tests.modeling.builders import make_batch, randomize, tiny_model
 
 # Everything is sampled, and there are no fillers, so that only the order of what is drawn differs.
 NOTHING_DRAWN = [
@@ -24,7 +24,7 @@ def build(device: torch.device, dtype: torch.dtype = torch.float32, heads: int =
     """
     drawn = [each for each in NOTHING_DRAWN if heads == 2 or ".roi." not in each]
     model = tiny_model(heads, drawn).cpu()
-    randomise(model, scale=0.05)
+    randomize(model, scale=0.05)
     return model.to(device, dtype)
 
 

@@ -93,7 +93,7 @@ def make_problem(number: int, device: str = "cpu") -> Problem:
 
 
 def away_from_kinks(locations: Tensor, sizes: Tensor) -> Tensor:
-    """Moves points off pixel centres, where the gradient jumps and rounding decides the side."""
+    """Moves points off pixel centers, where the gradient jumps and rounding decides the side."""
     pixels = locations * sizes - 0.5
     fraction = (pixels - pixels.floor()).clamp(0.01, 0.99)
     return (pixels.floor() + fraction + 0.5) / sizes

@@ -207,7 +207,7 @@ def test_offsets_beyond_32_bits(batch, is_deterministic, request):
         batch, height * width + 2, heads, channels, dtype=torch.bfloat16, device="cuda"
     )
     assert value.numel() > 2**31
-    # All points on the centre of the last pixel of their image; together they have weight 1.
+    # All points on the center of the last pixel of their image; together they have weight 1.
     numbers = torch.arange(1.0, batch + 1, device="cuda").view(-1, 1, 1)
     value[:, -1] = numbers
     value.requires_grad_()

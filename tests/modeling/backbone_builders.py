@@ -34,7 +34,7 @@ def on_meta(name: str) -> nn.Module:
         return instantiate(backbone_node(name))
 
 
-def randomise_all(module: nn.Module, seed: int = 0) -> None:
+def randomize_all(module: nn.Module, seed: int = 0) -> None:
     """Every parameter random and large enough that no term of the result is hidden."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -46,13 +46,13 @@ def randomise_all(module: nn.Module, seed: int = 0) -> None:
 def tiny_swin(**settings) -> SwinTransformer:
     settings = TINY_SWIN | {"drop_path_rate": 0.0, "out_features": ["stage0", "stage2"]} | settings
     model = SwinTransformer(**settings)
-    randomise_all(model)
+    randomize_all(model)
     return model
 
 
 def tiny_vit(**settings) -> VisionTransformer:
     model = VisionTransformer(**TINY_VIT | {"drop_path_rate": 0.0} | settings)
-    randomise_all(model)
+    randomize_all(model)
     return model
 
 

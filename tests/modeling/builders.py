@@ -109,7 +109,7 @@ def tiny_model(heads: int = 2, overrides: Sequence[str] = (), seed: int = 0) -> 
     return instantiate(cfg.model).to(DEVICE)
 
 
-def randomise(model: torch.nn.Module, seed: int = 0, scale: float = 0.1) -> None:
+def randomize(model: torch.nn.Module, seed: int = 0, scale: float = 0.1) -> None:
     """Moves every parameter, so that no layer is zero, one, or the same as another."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -229,7 +229,7 @@ def geometry_of(
 
 
 def factor_of(image_size: tuple[int, int]) -> Tensor:
-    """``(4,)`` from normalised boxes to pixels of an image (height, width)."""
+    """``(4,)`` from normalized boxes to pixels of an image (height, width)."""
     return geometry_of([image_size]).factors[0]
 
 

@@ -15,7 +15,7 @@ from co_detr.structures import EncoderMemory
 from tests.modeling.builders import NUM_CLASSES, geometry_of
 
 EPS = 1e-3
-ONE_MORE = torch.finfo(torch.float32).eps  # added to every normaliser
+ONE_MORE = torch.finfo(torch.float32).eps  # added to every normalizer
 
 
 # --- boxes ---------------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ def corners(box):
     return x - w / 2, y - h / 2, x + w / 2, y + h / 2
 
 
-def normalised(box, size):
+def normalized(box, size):
     """xyxy in pixels -> cxcywh."""
     x0, y0, x1, y1 = box[0] / size[1], box[1] / size[0], box[2] / size[1], box[3] / size[0]
     return torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0])
@@ -118,7 +118,7 @@ def denoising_queries(model, image, truths, sizes, draws):
                     targets.append(None)
                     continue
                 label = int(truths[image].gt_classes[number])
-                box = normalised(truths[image].gt_boxes.tensor[number], sizes[image])
+                box = normalized(truths[image].gt_boxes.tensor[number], sizes[image])
                 if draws.flip[slot] < 0.25:
                     label = int(draws.labels[slot])
                 half = torch.stack([box[2], box[3], box[2], box[3]]) / 2
@@ -156,8 +156,8 @@ def positive_queries(model, name, image, candidates, sizes):
         label = NUM_CLASSES
         if real:
             index = chosen[slot]
-            reference = normalised(each.proposal_boxes.tensor[index].to(dtype), sizes[image])
-            target = normalised(each.gt_boxes.tensor[index].to(dtype), sizes[image])
+            reference = normalized(each.proposal_boxes.tensor[index].to(dtype), sizes[image])
+            target = normalized(each.gt_boxes.tensor[index].to(dtype), sizes[image])
             label = int(each.gt_classes[index])
         code = sine_code(logit(reference, 1e-5).sigmoid(), source.embed_dim // 2)
         contents.append(source.position_norm(source.position_proj(code)))
@@ -232,7 +232,7 @@ def hungarian(logits, boxes, truth, size):
         for number, (label, gt) in enumerate(
             zip(truth.gt_classes, truth.gt_boxes.tensor, strict=True)
         ):
-            target, p = normalised(gt, size), row[label].sigmoid()
+            target, p = normalized(gt, size), row[label].sigmoid()
             focal = -0.25 * (1 - p) ** 2 * p.log() + 0.75 * p**2 * (1 - p).log()
             l1 = (box - target).abs().sum()
             cost[query, number] = 2 * focal + 5 * l1 - 2 * giou_in_pixels(box, target, size)
@@ -249,7 +249,7 @@ def as_rows(logits, boxes, numbers, truth, size):
         if number is None:
             rows.append((row, box, NUM_CLASSES, torch.zeros(4), 1.0))
         else:
-            target = normalised(truth.gt_boxes.tensor[number], size)
+            target = normalized(truth.gt_boxes.tensor[number], size)
             rows.append((row, box, int(truth.gt_classes[number]), target, 1.0))
     return rows
 
@@ -314,7 +314,7 @@ def losses_by_definition(step):
     losses = {}
     for name, images in parts.items():
         cls, l1, giou, count = (sum(each) for each in zip(*images, strict=True))
-        normaliser = max(count, 1) + ONE_MORE
+        normalizer = max(count, 1) + ONE_MORE
         for term, value, weight in (("cls", cls, 1), ("bbox", l1, 5), ("giou", giou, 2)):
-            losses[f"{name}loss_{term}"] = weight * torch.as_tensor(value) / normaliser
+            losses[f"{name}loss_{term}"] = weight * torch.as_tensor(value) / normalizer
     return losses

@@ -8,14 +8,14 @@ import pytest
 from PIL import Image
 from torch import nn
 
-from tests.modeling.builders import randomise, tiny_model
+from tests.modeling.builders import randomize, tiny_model
 
-COLOURS = {"red": (220, 40, 40), "green": (40, 200, 40), "blue": (50, 50, 230)}
+COLORS = {"red": (220, 40, 40), "green": (40, 200, 40), "blue": (50, 50, 230)}
 
 
 @pytest.fixture
 def rectangles(tmp_path: Path) -> list[str]:
-    """Writes four images with coloured rectangles; returns the config's overrides for them."""
+    """Writes four images with colored rectangles; returns the config's overrides for them."""
     rng = np.random.default_rng(1)
     images, annotations = [], []
     for index in range(4):
@@ -26,14 +26,14 @@ def rectangles(tmp_path: Path) -> list[str]:
             x = int(rng.integers(2, 62 - width)) + 64 * (quadrant % 2)
             y = int(rng.integers(2, 62 - height)) + 64 * (quadrant // 2)
             label = int(rng.integers(3))
-            pixels[y : y + height, x : x + width] = list(COLOURS.values())[label]
+            pixels[y : y + height, x : x + width] = list(COLORS.values())[label]
             annotations.append(
                 {"id": len(annotations) + 1, "image_id": index + 1, "category_id": label + 1}
                 | {"bbox": [x, y, width, height], "area": width * height, "iscrowd": 0}
             )
         Image.fromarray(pixels).save(tmp_path / f"{index}.png")
         images.append({"id": index + 1, "file_name": f"{index}.png", "width": 128, "height": 128})
-    categories = [{"id": i + 1, "name": name} for i, name in enumerate(COLOURS)]
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(COLORS)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (tmp_path / "rectangles.json").write_text(json.dumps(content))
     return [
@@ -41,7 +41,7 @@ def rectangles(tmp_path: Path) -> list[str]:
         f"data.train_images={tmp_path}",
         f"data.val={tmp_path / 'rectangles.json'}",
         f"data.val_images={tmp_path}",
-        f"model.num_classes={len(COLOURS)}",
+        f"model.num_classes={len(COLORS)}",
         f"train.output_dir={tmp_path / 'out'}",
         "train.effective_batch_size=4",
         "dataloader.train.mapper.augmentations.short_edges=[128]",
@@ -55,5 +55,5 @@ def rectangles(tmp_path: Path) -> list[str]:
 def heads() -> nn.ModuleDict:
     """Six auxiliary heads by name, with random weights."""
     model = tiny_model(6)
-    randomise(model)
+    randomize(model)
     return model.auxiliary.heads

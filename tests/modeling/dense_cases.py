@@ -19,13 +19,13 @@ def grid_anchors(scale=4.0, strides=(8, 16, 32), image=IMAGE):
     """One square anchor of side `scale * stride` per cell."""
     levels = []
     for stride in strides:
-        centres = [
+        centers = [
             (column * stride, row * stride)
             for row in range(math.ceil(image[0] / stride))
             for column in range(math.ceil(image[1] / stride))
         ]
         half = scale * stride / 2
-        levels.append(torch.tensor([[x - half, y - half, x + half, y + half] for x, y in centres]))
+        levels.append(torch.tensor([[x - half, y - half, x + half, y + half] for x, y in centers]))
     return levels
 
 
@@ -37,7 +37,7 @@ def iou(first, second):
     return overlap / (sum(areas) - overlap)
 
 
-def centre(box):
+def center(box):
     return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
 
 

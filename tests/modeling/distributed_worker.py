@@ -12,10 +12,10 @@ from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
 from co_detr.structures import StepCounts
-from tests.modeling.builders import make_batch, randomise, tiny_model
+from tests.modeling.builders import make_batch, randomize, tiny_model
 
 # Images of one size, so that splitting the batch changes no padding; ground truths are uneven,
-# so that normalising by a process's own positives would show. (With fewer positives than processes
+# so that normalizing by a process's own positives would show. (With fewer positives than processes
 # the two differ, in the reference too: the mean number of positives is bounded below by 1.)
 SIZE = (96, 128)
 NUM_GTS = {
@@ -37,7 +37,7 @@ def build(heads: int) -> torch.nn.Module:
     if heads == 6:
         overrides += ["model.auxiliary.roi=null", "model.auxiliary.atss=null"]
     model = tiny_model(heads, overrides)
-    randomise(model)
+    randomize(model)
     if heads == 6:  # weights whose sum is below 1 in a process would count as 1, as in mmdet
         model.auxiliary.heads.gfl.class_logits.bias.data.add_(4)
     return model.double()

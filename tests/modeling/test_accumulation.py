@@ -24,7 +24,7 @@ from tests.modeling.builders import (
     CONFIGS,
     NUM_CLASSES,
     make_batch,
-    randomise,
+    randomize,
     shrink,
     with_masks,
 )
@@ -43,7 +43,7 @@ def build(name, overrides=(), dtype=torch.float64):
     apply_overrides(cfg, [f"model.num_classes={NUM_CLASSES}", *overrides])
     torch.manual_seed(0)
     model = instantiate(cfg.model).to(DEVICE)
-    randomise(model)
+    randomize(model)
     return model.to(dtype)
 
 
@@ -88,7 +88,7 @@ def split(batch, size):
 
 
 def train_step(model, batches, **settings):
-    """Losses of one optimiser step by the trainer; gradients are in `.grad`."""
+    """Losses of one optimizer step by the trainer; gradients are in `.grad`."""
     storage = trained(model, batches, **settings).storage
     return {name: value for name, (value, _) in storage.latest().items() if ".loss_" in name}
 
@@ -199,7 +199,7 @@ def test_counts_by_anchors_are_those_of_the_network(name, monkeypatch):
         expected = model.count(batch)
     for name in heads:
         assert counts.heads[name].positives == expected.heads[name].positives
-        torch.testing.assert_close(counts.heads[name].normalisers, expected.heads[name].normalisers)
+        torch.testing.assert_close(counts.heads[name].normalizers, expected.heads[name].normalizers)
 
 
 @pytest.mark.parametrize("name", [K2, CO_DINO])
@@ -226,7 +226,7 @@ def test_heads_find_the_same_when_they_count(name, monkeypatch):
         assert counts.heads[head].positives == positives
         assert sum(positives) > 0
         if head == "roi":
-            assert counts.heads[head].normalisers.tolist() == [
+            assert counts.heads[head].normalizers.tolist() == [
                 sum(map(len, classes)),
                 sum(positives),
             ]
@@ -284,7 +284,7 @@ def test_counts_of_parts_are_joined():
     ]
     counts = StepCounts.join(parts)
     assert counts.num_truths == [3, 0, 60]
-    assert counts.heads["roi"].normalisers.tolist() == [6, 3]
+    assert counts.heads["roi"].normalizers.tolist() == [6, 3]
     assert counts.heads["roi"].positives == [1, 0, 2]
     assert counts.share(2) == pytest.approx(2 / 3)
     assert counts.num_matched(20) == 3 + 0 + 20

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from co_detr.modeling.auxiliary import ATSSAssigner
-from tests.modeling.dense_cases import centre, grid_anchors, iou, make_gts
+from tests.modeling.dense_cases import center, grid_anchors, iou, make_gts
 
 
 def naive_assign(levels, gt_boxes, topk):
@@ -18,7 +18,7 @@ def naive_assign(levels, gt_boxes, topk):
         candidates, start = [], 0
         for level in levels:
             distances = [
-                (math.dist(centre(anchor), centre(gt)), start + i)
+                (math.dist(center(anchor), center(gt)), start + i)
                 for i, anchor in enumerate(level.tolist())
             ]
             candidates += [i for _, i in sorted(distances)[:topk]]
@@ -28,7 +28,7 @@ def naive_assign(levels, gt_boxes, topk):
         variance = sum((value - mean) ** 2 for value in overlaps) / (len(overlaps) - 1)
         threshold = mean + math.sqrt(variance)
         for i, overlap in zip(candidates, overlaps, strict=True):
-            x, y = centre(anchors[i])
+            x, y = center(anchors[i])
             inside = min(x - gt[0], y - gt[1], gt[2] - x, gt[3] - y) > 0.01
             if inside and abs(overlap - threshold) < 1e-6:
                 uncertain.add(i)
@@ -42,7 +42,7 @@ def naive_assign(levels, gt_boxes, topk):
 def test_equals_the_loop(kind, seed):
     levels = grid_anchors()
     gt_boxes = make_gts(kind, seed)
-    # Nearest anchors are unique unless a centre lies exactly between cells, which these do not.
+    # Nearest anchors are unique unless a center lies exactly between cells, which these do not.
     assigned = ATSSAssigner(topk=9)(levels, gt_boxes)
     expected, uncertain = naive_assign(levels, gt_boxes, topk=9)
     certain = torch.tensor([i not in uncertain for i in range(len(expected))])
@@ -58,7 +58,7 @@ def test_equals_the_loop(kind, seed):
 
 
 @pytest.mark.parametrize(("shift", "is_inside"), [(0.0, False), (0.005, False), (0.02, True)])
-def test_a_centre_on_the_border_is_not_inside(shift, is_inside):
+def test_a_center_on_the_border_is_not_inside(shift, is_inside):
     gt_boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
     far = torch.tensor([[100.0, 100.0, 110.0, 110.0], [200.0, 100.0, 210.0, 110.0]])
     anchor = torch.tensor([[-5.0 + shift, 0.0, 5.0 + shift, 10.0]])  # overlaps enough in any case

@@ -12,7 +12,7 @@ from co_detr.modeling.auxiliary.dense_head import InsideCells
 from co_detr.modeling.auxiliary.dense_losses import (
     DensePredictions,
     DenseTargets,
-    centreness_target,
+    centerness_target,
     decode_deltas,
 )
 from tests.device import DEVICE
@@ -64,7 +64,7 @@ def focal_sum(logits, labels):
     return (positive + negative).sum(-1)
 
 
-def test_anchors_are_squares_centred_on_cell_corners():
+def test_anchors_are_squares_centered_on_cell_corners():
     head = make_head()
     fine, coarse = head.anchors(make_maps())
     assert fine.shape == (96, 4) and coarse.shape == (24, 4)
@@ -100,7 +100,7 @@ def test_cells_of_odd_sizes_count_when_they_begin_inside():
 
 def test_anchors_in_the_padding_are_never_assigned():
     head = make_head()
-    # Beyond the second image: nearest anchors inside have their centres outside of the box.
+    # Beyond the second image: nearest anchors inside have their centers outside of the box.
     outside = make_instances(torch.tensor([[70.0, 50.0, 90.0, 63.0]]), torch.tensor([0]), SIZES[1])
     targets = make_targets(head, [GTS[0], outside])
     assert (targets.labels[1] == CLASSES).all()
@@ -114,28 +114,28 @@ def test_losses_by_their_definitions():
 
     rows = (targets.labels[0] < CLASSES).nonzero().squeeze(1)
     gt = GTS[0].gt_boxes.tensor
-    centreness = []
+    centerness = []
     for row in rows:
         x, y = ((anchors[row, :2] + anchors[row, 2:]) / 2).tolist()
         left, top, right, bottom = x - 6, y - 9, 39 - x, 41 - y
         across = min(left, right) / max(left, right)
         down = min(top, bottom) / max(top, bottom)
-        centreness.append((across * down) ** 0.5)
-    centreness = torch.tensor(centreness)
+        centerness.append((across * down) ** 0.5)
+    centerness = torch.tensor(centerness)
     num_positives = len(rows) + 1  # an image without positives counts as one
     class_sum = (focal_sum(predictions.logits, targets.labels) * targets.inside).sum()
     assert losses["loss_cls"].item() == pytest.approx(class_sum.item() / num_positives, rel=1e-5)
 
     boxes = head.box_code.transform.apply_deltas(predictions.deltas[0, rows], anchors[rows])
     giou = generalized_box_iou(boxes, gt)[:, 0]
-    expected = 2 * ((1 - giou) * centreness).sum() / max(centreness.sum().item(), 1.0)
+    expected = 2 * ((1 - giou) * centerness).sum() / max(centerness.sum().item(), 1.0)
     assert losses["loss_bbox"].item() == pytest.approx(expected.item(), rel=1e-5)
 
     entropy = F.binary_cross_entropy_with_logits(
-        predictions.quality[0, rows], centreness, reduction="sum"
+        predictions.quality[0, rows], centerness, reduction="sum"
     )
     expected = entropy.item() / num_positives
-    assert losses["loss_centreness"].item() == pytest.approx(expected, rel=1e-5)
+    assert losses["loss_centerness"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_losses_without_ground_truth():
@@ -144,21 +144,21 @@ def test_losses_without_ground_truth():
     losses = head.losses(predictions, torch.cat(head.anchors(make_maps())), targets)
     class_sum = (focal_sum(predictions.logits, targets.labels) * targets.inside).sum()
     assert losses["loss_cls"].item() == pytest.approx(class_sum.item() / 2, rel=1e-5)
-    assert losses["loss_bbox"] == losses["loss_centreness"] == 0
+    assert losses["loss_bbox"] == losses["loss_centerness"] == 0
 
 
-def test_the_box_loss_is_divided_by_the_centreness_but_not_by_less_than_one():
+def test_the_box_loss_is_divided_by_the_centerness_but_not_by_less_than_one():
     head = make_head()
     anchor = torch.tensor([[0.0, 0.0, 16.0, 16.0]])
-    box = torch.tensor([[6.0, 7.0, 26.0, 27.0]])  # the anchor's centre is near a corner
-    centreness = centreness_target(anchor, box)
-    assert centreness.item() == pytest.approx((2 / 18 * 1 / 19) ** 0.5)
+    box = torch.tensor([[6.0, 7.0, 26.0, 27.0]])  # the anchor's center is near a corner
+    centerness = centerness_target(anchor, box)
+    assert centerness.item() == pytest.approx((2 / 18 * 1 / 19) ** 0.5)
     zeros = torch.zeros(1, 1, 4)
     predictions = DensePredictions(torch.zeros(1, 1, CLASSES), zeros, torch.zeros(1, 1))
     zero = torch.tensor([[0]])
     targets = DenseTargets(zero, box[None], torch.tensor([[True]]), truths=zero)
     loss = head.losses(predictions, anchor, targets)["loss_bbox"]
-    expected = 2 * (1 - generalized_box_iou(anchor, box)) * centreness  # not divided by 0.077
+    expected = 2 * (1 - generalized_box_iou(anchor, box)) * centerness  # not divided by 0.077
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 

@@ -10,7 +10,7 @@ from tests.device import DEVICE
 from tests.modeling.builders import (
     NUM_CLASSES,
     make_batch,
-    randomise,
+    randomize,
     tiny_config,
     tiny_model,
     train_step,
@@ -48,7 +48,7 @@ def test_heads_without_positive_queries():
 @pytest.mark.parametrize("name", ["roi", "atss"])
 def test_losses_of_positive_queries_reach_the_encoder_through_the_features(name):
     model = tiny_model(2)
-    randomise(model)
+    randomize(model)
     output, _ = run(model, make_batch())
     group = next(each for each in output.groups if each.name == f"{name}_queries")
     (gradient,) = torch.autograd.grad(group.content.square().sum(), output.memory.tokens)
@@ -58,7 +58,7 @@ def test_losses_of_positive_queries_reach_the_encoder_through_the_features(name)
 @pytest.mark.parametrize("train_encoder", [True, False])
 def test_heads_may_learn_without_the_encoder(train_encoder):
     model = tiny_model(2, [f"model.auxiliary.train_encoder={train_encoder}"])
-    randomise(model)
+    randomize(model)
     output, _ = run(model, make_batch())
     tokens = output.memory.tokens
 

@@ -88,10 +88,10 @@ def test_checkpointing_changes_no_bit(depth, norm, freeze_at):
         found.append(outputs_and_gradients(net, images))
     plain, saved = found
     assert plain.keys() == saved.keys() and {"res2", "res4"} <= plain.keys()
-    learnt = {name for name, value in plain.items() if value is not None}
-    frozen = {name.split(".")[0] for name in plain.keys() - learnt}
+    learned = {name for name, value in plain.items() if value is not None}
+    frozen = {name.split(".")[0] for name in plain.keys() - learned}
     assert frozen == ({"stem", "res2"} if freeze_at else set())
-    assert all(torch.equal(plain[name], saved[name]) for name in learnt)
+    assert all(torch.equal(plain[name], saved[name]) for name in learned)
 
 
 def test_checkpointing_computes_the_blocks_that_learn_again():

@@ -13,7 +13,7 @@ from tests.modeling.builders import (
     assert_complete,
     detect,
     make_batch,
-    randomise,
+    randomize,
     tiny_config,
     train_step,
 )
@@ -38,7 +38,7 @@ def config_with(name, **settings):
 def build(cfg):
     torch.manual_seed(0)
     model = instantiate(cfg.model).to(DEVICE)
-    randomise(model)
+    randomize(model)
     return model
 
 

@@ -16,7 +16,7 @@ from tests.modeling.backbone_builders import (
     backbone_node,
     on_meta,
     outputs_and_gradients,
-    randomise_all,
+    randomize_all,
     tiny_swin,
 )
 
@@ -39,7 +39,7 @@ def test_shapes_strides_and_channels(size):
         assert each.shape == (2, shapes[name].channels, *sides)
 
 
-def test_only_outputs_are_normalised_and_returned_in_order():
+def test_only_outputs_are_normalized_and_returned_in_order():
     model = tiny_swin(out_features=["stage2", "stage0"])
     assert list(model(torch.randn(1, 3, 32, 32))) == ["stage0", "stage2"]
     assert [name for name, _ in model.named_children() if name.startswith("norm")] == [
@@ -106,7 +106,7 @@ def test_a_stage_is_its_definition(size):
         merge=False,
         activation_checkpointing=False,
     ).double()
-    randomise_all(stage)
+    randomize_all(stage)
     tokens = torch.randn(1, size[0] * size[1], 8, dtype=torch.float64)
     with torch.no_grad():
         found = stage(tokens, *size)
@@ -139,7 +139,7 @@ def test_torchvisions_swin_computes_the_same():
     # Larger than the window in every stage: torchvision does not shift a single window.
     images = torch.randn(2, 3, 72, 100, dtype=torch.float64)
     peer = TorchvisionSwin([4, 4], 8, [2, 2, 2], [1, 2, 4], [3, 3], num_classes=1).double().eval()
-    randomise_all(peer)
+    randomize_all(peer)
     ours = tiny_swin(out_features=["stage0", "stage1", "stage2"]).double().eval()
     missing, unexpected = ours.load_state_dict(from_torchvision(peer.state_dict()), strict=False)
     assert not unexpected
@@ -157,7 +157,7 @@ def test_torchvisions_swin_computes_the_same():
 
 def test_detectron2s_swin_has_the_same_names_and_computes_the_same():
     peer = Detectron2Swin(**TINY_SWIN, drop_path_rate=0.0, out_indices=(0, 2)).eval()
-    randomise_all(peer)
+    randomize_all(peer)
     ours = tiny_swin().eval()
     ours.load_state_dict(peer.state_dict())
     images = torch.randn(1, 3, 50, 70)

@@ -15,7 +15,7 @@ from co_detr.modeling.backbones.vit import LayerDecay, RotaryTable, SwiGLU, ViTB
 from tests.modeling.backbone_builders import (
     on_meta,
     outputs_and_gradients,
-    randomise_all,
+    randomize_all,
     tiny_swin,
     tiny_vit,
 )
@@ -54,7 +54,7 @@ def test_rotary_positions_in_half_precision_are_rounded_once():
 
 def test_swiglu_by_hand():
     layer = SwiGLU(2, 3).double()
-    randomise_all(layer)
+    randomize_all(layer)
     x = torch.randn(2, dtype=torch.float64)
     gate, linear = layer.w1.weight @ x + layer.w1.bias, layer.w2.weight @ x + layer.w2.bias
     hidden = gate / (1 + torch.exp(-gate)) * linear
@@ -72,7 +72,7 @@ def make_block(window_size):
         window_size=window_size,
         drop_path=drop_paths(0.0, 1)[0],
     ).double()
-    randomise_all(block)
+    randomize_all(block)
     return block
 
 
@@ -179,7 +179,7 @@ def test_odd_images_are_padded_by_detectron2():
 
 def test_a_level_of_the_pyramid_by_hand():
     pyramid = ViTPyramid(bottom_up=tiny_vit(), out_channels=8).double()
-    randomise_all(pyramid)
+    randomize_all(pyramid)
     features = torch.randn(1, 32, 4, 6, dtype=torch.float64)
 
     def norm(x, layer):

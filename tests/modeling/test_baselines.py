@@ -24,7 +24,7 @@ from tests.modeling.builders import (
     is_inside,
     make_batch,
     make_candidates,
-    randomise,
+    randomize,
     shrink,
     tiny_model,
     train_step,
@@ -78,7 +78,7 @@ def test_a_step_trains_everything(name, num_gts):
 
 def test_hybrid_matching_repeats_every_ground_truth():
     model = build("h_deformable_detr_r50")
-    randomise(model)
+    randomize(model)
     batch = make_batch()
     output = output_of(model, batch)
     assert [group.name for group in output.groups] == ["matching", "one_to_many"]
@@ -94,7 +94,7 @@ def test_hybrid_matching_repeats_every_ground_truth():
 
 def test_ranks_are_dealt_out_between_the_groups():
     model = build("h_deformable_detr_r50").double()
-    randomise(model)
+    randomize(model)
     memory = model.encode(model.preprocess(make_batch()))
     source = model.queries["matching"]
     first, second = source.training_groups(memory, [])
@@ -115,7 +115,7 @@ def test_more_repeats_than_queries_leave_none_over():
 
 def test_one_to_many_queries_are_for_training_alone():
     hybrid, plain, batch = build("h_deformable_detr_r50"), tiny_model(0, seed=1), make_batch()
-    randomise(hybrid)
+    randomize(hybrid)
     before = detect(hybrid, batch)
     assert copy_shared(plain, hybrid) == len(plain.state_dict())
     both = output_of(copy.deepcopy(hybrid), batch), output_of(copy.deepcopy(plain), batch)
@@ -143,7 +143,7 @@ def test_too_small_an_image_for_the_extra_queries():
 
 def test_groups_are_as_many_detectors_that_share_a_decoder():
     groups, plain = build("group_detr_r50"), tiny_model(0, seed=1)
-    randomise(groups)
+    randomize(groups)
     batch = make_batch()
     found = detect(groups, batch)
     together = output_of(groups, batch)
@@ -173,7 +173,7 @@ def test_groups_are_as_many_detectors_that_share_a_decoder():
 
 def test_single_stage_boxes_hang_on_their_points():
     model = build("deformable_detr_single_stage_r50").double()
-    randomise(model)
+    randomize(model)
     memory = model.encode(model.preprocess(make_batch()))
     group, decoder = model.queries["matching"](memory), model.decoder
     query_set, content = QuerySet.concat([group]), group.content
@@ -246,7 +246,7 @@ def test_points_and_boxes_do_not_mix():
 @pytest.mark.parametrize("name", ON_ENCODER)
 def test_a_head_on_the_encoder_is_the_auxiliary_head_alone(name):
     alone, both, batch = build(ON_ENCODER[name]), tiny_model(2), make_batch()
-    randomise(both)
+    randomize(both)
     assert copy_shared(alone, both) == len(alone.state_dict())
     assert both.auxiliary.loss_weight == 4.0 and alone.auxiliary.loss_weight == 1.0
     losses, expected = train_step(alone, batch), train_step(both, batch)
@@ -290,7 +290,7 @@ def test_nothing_is_left_to_strip_without_a_decoder():
 @pytest.mark.parametrize("name", ["atss_on_encoder_r50", "h_deformable_detr_r50", "group_detr_r50"])
 def test_checkpoints_are_read_for_prediction(name, tmp_path):
     model = build(name)
-    randomise(model)
+    randomize(model)
     torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
     cfg = shrink(load_config(str(CONFIGS / "baselines" / f"{name}.py")))
     cfg.model.num_classes = NUM_CLASSES

@@ -17,7 +17,7 @@ from tests.modeling.builders import (
     evaluating,
     is_inside,
     make_batch,
-    randomise,
+    randomize,
     shrink,
     tiny_config,
     train_step,
@@ -25,7 +25,7 @@ from tests.modeling.builders import (
 from tests.modeling.test_configs import load
 
 SIZES = ((96, 128), (80, 112))
-GREY = 114.0
+GRAY = 114.0
 
 
 def build(**padding):
@@ -33,15 +33,15 @@ def build(**padding):
     cfg.model.padding = L(BatchPadding)(**padding)
     torch.manual_seed(0)
     model = instantiate(cfg.model).to(DEVICE)
-    randomise(model)
+    randomize(model)
     return model.eval()
 
 
 def padded_by_hand(batch, side):
-    """The same images, made grey squares before the model sees them."""
+    """The same images, made gray squares before the model sees them."""
     result = []
     for sample in batch:
-        image = torch.full((3, side, side), GREY)
+        image = torch.full((3, side, side), GRAY)
         height, width = sample["image"].shape[-2:]
         image[:, :height, :width] = sample["image"]
         gt = sample["instances"]
@@ -50,7 +50,7 @@ def padded_by_hand(batch, side):
     return result
 
 
-def test_default_is_the_largest_size_in_the_mean_colour():
+def test_default_is_the_largest_size_in_the_mean_color():
     images = build().preprocess(make_batch(SIZES))
     assert images.tensor.shape == (2, 3, 96, 128)
     assert images.image_sizes == list(SIZES)
@@ -63,21 +63,21 @@ def test_masked_square():
     assert images.image_sizes == list(SIZES)
 
 
-def test_unmasked_grey_square():
-    model = build(square_size=160, value=GREY, masked=False)
+def test_unmasked_gray_square():
+    model = build(square_size=160, value=GRAY, masked=False)
     images = model.preprocess(make_batch(SIZES))
     assert images.tensor.shape == (2, 3, 160, 160)
     assert images.image_sizes == [(160, 160)] * 2
-    colour = (GREY - model.pixel_mean) / model.pixel_std
-    torch.testing.assert_close(images.tensor[0, :, 96:], colour.expand(3, 64, 160))
+    color = (GRAY - model.pixel_mean) / model.pixel_std
+    torch.testing.assert_close(images.tensor[0, :, 96:], color.expand(3, 64, 160))
     memory = model.encode(images)
     assert not memory.padding_mask.any()
     assert (memory.valid_ratios == 1).all()
 
 
 def test_unmasked_padding_is_part_of_the_image():
-    """Losses and predictions are those of images that are grey squares already."""
-    model = build(square_size=160, value=GREY, masked=False)
+    """Losses and predictions are those of images that are gray squares already."""
+    model = build(square_size=160, value=GRAY, masked=False)
     batch = make_batch(SIZES)
     by_hand = padded_by_hand(batch, 160)
     plain = build()
@@ -94,7 +94,7 @@ def test_unmasked_padding_is_part_of_the_image():
 
 
 def test_detections_come_out_in_the_original_image():
-    model = build(square_size=160, value=GREY, masked=False)
+    model = build(square_size=160, value=GRAY, masked=False)
     batch = make_batch(SIZES)
     in_square = decoder_detections(model, model.preprocess(batch))
     # As if the images had been shrunk: twice as high, three times as wide.

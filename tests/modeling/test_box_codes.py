@@ -15,8 +15,8 @@ from tests.modeling.builders import random_boxes
 )
 def test_codes_there_and_back(code):
     boxes = random_boxes(20, (96, 128), torch.Generator().manual_seed(0))
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2 + 2
-    anchors = torch.cat([centres - 8, centres + 8], 1)
+    centers = (boxes[:, :2] + boxes[:, 2:]) / 2 + 2
+    anchors = torch.cat([centers - 8, centers + 8], 1)
     torch.testing.assert_close(code.decode(code.encode(boxes, anchors), anchors), boxes)
 
 

@@ -9,7 +9,7 @@ from torchvision.ops import generalized_box_iou
 from co_detr.errors import ConfigError
 from co_detr.modeling import SinePosition
 from co_detr.modeling.geometry import encode_boxes
-from co_detr.modeling.losses import cxcywh_to_xyxy, generalised_iou, normalise_boxes, xyxy_to_cxcywh
+from co_detr.modeling.losses import cxcywh_to_xyxy, generalized_iou, normalize_boxes, xyxy_to_cxcywh
 from co_detr.modeling.transformer import inverse_sigmoid
 from tests.modeling.builders import factor_of, random_boxes
 
@@ -25,23 +25,23 @@ def test_conversions_round_trip():
     assert cxcywh_to_xyxy(torch.tensor([[20.0, 40.0, 20.0, 40.0]])).tolist() == [[10, 20, 30, 60]]
 
 
-def test_normalising_divides_by_width_and_height():
-    normalised = normalise_boxes(torch.tensor([[16.0, 9.0, 48.0, 81.0]]), factor_of((90, 160)))
-    torch.testing.assert_close(normalised, torch.tensor([[0.2, 0.5, 0.2, 0.8]]))
+def test_normalizing_divides_by_width_and_height():
+    normalized = normalize_boxes(torch.tensor([[16.0, 9.0, 48.0, 81.0]]), factor_of((90, 160)))
+    torch.testing.assert_close(normalized, torch.tensor([[0.2, 0.5, 0.2, 0.8]]))
 
 
-def test_generalised_iou_equals_torchvision():
+def test_generalized_iou_equals_torchvision():
     first, second = boxes(40), boxes(30, seed=1)
     expected = generalized_box_iou(first, second)
-    torch.testing.assert_close(generalised_iou(first[:, None], second[None]), expected)
+    torch.testing.assert_close(generalized_iou(first[:, None], second[None]), expected)
     assert expected.min() < -0.5 and expected.max() > 0.5
-    torch.testing.assert_close(generalised_iou(first, first), torch.ones(40).double())
+    torch.testing.assert_close(generalized_iou(first, first), torch.ones(40).double())
 
 
-def test_generalised_iou_of_degenerate_boxes_is_a_number():
+def test_generalized_iou_of_degenerate_boxes_is_a_number():
     point = torch.tensor([[5.0, 5.0, 5.0, 5.0]], requires_grad=True)
     for other in (point.detach(), torch.tensor([[7.0, 7.0, 9.0, 9.0]])):
-        value = generalised_iou(point, other)
+        value = generalized_iou(point, other)
         assert value.isfinite().all() and (-1 <= value).all() and (value <= 1).all()
         (gradient,) = torch.autograd.grad(value.sum(), point)
         assert gradient.isfinite().all()

@@ -21,7 +21,7 @@ from tests.modeling.builders import (
     NUM_CLASSES,
     make_candidates,
     random_boxes,
-    randomise,
+    randomize,
     shrink,
 )
 from tests.modeling.co_dino_definition import losses_by_definition
@@ -53,7 +53,7 @@ def make_step(num_gts, padding="negatives"):
     apply_overrides(cfg, settings)
     torch.manual_seed(0)
     model = instantiate(cfg.model).to(DEVICE).double().train()
-    randomise(model)
+    randomize(model)
     generator = torch.Generator().manual_seed(sum(num_gts))
     pixels = torch.randn(len(num_gts), 3, 96, 128, generator=generator, dtype=torch.float64)
     images = ImageBatch(pixels, SIZES[: len(num_gts)])

@@ -18,7 +18,7 @@ from tests.modeling.builders import (
     assert_complete,
     detect,
     make_batch,
-    randomise,
+    randomize,
     shrink,
     train_step,
     with_masks,
@@ -145,7 +145,7 @@ def test_one_step_and_one_detection(name):
     cfg = shrink(load(name, f"model.num_classes={NUM_CLASSES}"))
     torch.manual_seed(0)
     model = instantiate(cfg.model).to(DEVICE)
-    randomise(model)  # a layer that starts at zero keeps gradients from the ones before it
+    randomize(model)  # a layer that starts at zero keeps gradients from the ones before it
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     before = {key: value.clone() for key, value in model.named_parameters()}
@@ -209,7 +209,7 @@ def test_layer_wise_learning_rates_of_vit():
         ("encoder.layers.0.ffn_norm.weight", 0),
     ):
         assert settings[name]["lr"] == pytest.approx(5e-5 * 0.8**power)
-        # As the reference's optimiser does: no decay of norms and biases.
+        # As the reference's optimizer does: no decay of norms and biases.
         assert settings[name]["weight_decay"] == (0.0 if "norm" in name else 0.01)
 
 

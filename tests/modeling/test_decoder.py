@@ -9,7 +9,7 @@ from co_detr.modeling.queries.sources import propose_grid
 from co_detr.modeling.transformer import inverse_sigmoid
 from co_detr.structures import QueryGroup, QuerySet
 from tests.device import DEVICE
-from tests.modeling.builders import geometry_of, random_memory, randomise, tiny_model
+from tests.modeling.builders import geometry_of, random_memory, randomize, tiny_model
 
 
 def make_decoder(**settings):
@@ -46,7 +46,7 @@ def test_boxes_start_at_their_references():
 @pytest.mark.parametrize("twice", [True, False])
 def test_look_forward_twice_trains_one_more_box_head(twice):
     decoder = make_decoder(look_forward_twice=twice)
-    randomise(decoder)
+    randomize(decoder)
     predictions = decoder(make_queries(), random_memory())
     predictions.boxes[2].sum().backward()
     trained = [bool(head.layers[2].weight.grad.any()) for head in decoder.box_heads]
@@ -79,7 +79,7 @@ def test_tokens_at_the_border_or_in_the_padding_do_not_propose():
     memory = random_memory(level_shapes=[(2, 64)], image_sizes=[(16, 512)])
     memory.padding_mask[0, 5] = True
     tokens, logits = propose_grid(memory)
-    # The centre of the first and last of 64 cells is at 0.0078 and 0.9922, outside of (0.01, 0.99).
+    # The center of the first and last of 64 cells is at 0.0078 and 0.9922, outside of (0.01, 0.99).
     blocked = [0, 5, 63, 64, 127]
     usable = [i for i in range(128) if i not in blocked]
     assert logits[0, blocked].isinf().all() and (tokens[0, blocked] == 0).all()
@@ -89,7 +89,7 @@ def test_tokens_at_the_border_or_in_the_padding_do_not_propose():
 
 def test_the_best_proposals_become_references():
     source = tiny_model(0).queries["matching"].double()
-    randomise(source)
+    randomize(source)
     group = source(random_memory(image_sizes=((96, 128),)))
     proposals = group.proposals.predictions
     best = proposals.logits[0, 0, :, 0].argsort(descending=True)[: source.num_queries]
@@ -101,7 +101,7 @@ def test_the_best_proposals_become_references():
 def test_queries_may_tell_what_their_token_saw():
     overrides = ["model.queries.matching.with_features=true"]
     source = tiny_model(0, overrides).queries["matching"].double()
-    randomise(source)
+    randomize(source)
     memory = random_memory(image_sizes=((96, 128),))
     memory.tokens.requires_grad_()
     group = source(memory)

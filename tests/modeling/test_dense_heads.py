@@ -52,9 +52,9 @@ def test_candidates(heads, name):
     rows = output.candidates.gather_features(1, indices)
     assert torch.equal(rows[0], maps[0][1, :, 2, 3]) and torch.equal(rows[0], rows[1])
     assert torch.equal(rows[2], maps[1][1, :, 0, 0])
-    centre = 2.5 if name == "fcos" else 2.0, 3.5 if name == "fcos" else 3.0
+    center = 2.5 if name == "fcos" else 2.0, 3.5 if name == "fcos" else 3.0
     box = anchors[indices[0]]
-    assert ((box[1] + box[3]) / 2, (box[0] + box[2]) / 2) == (8 * centre[0], 8 * centre[1])
+    assert ((box[1] + box[3]) / 2, (box[0] + box[2]) / 2) == (8 * center[0], 8 * center[1])
 
 
 @pytest.mark.parametrize("name", NEW)

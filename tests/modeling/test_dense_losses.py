@@ -62,17 +62,17 @@ def test_losses_of_fcos(heads):
     assert losses["loss_cls"].item() == approx(focal_sum(predictions.logits, targets) / number)
     points = (matched[:, :2] + matched[:, 2:]) / 2
     (left, top), (right, bottom) = (points - boxes[:, :2]).T, (boxes[:, 2:] - points).T
-    centreness = torch.sqrt(
+    centerness = torch.sqrt(
         torch.minimum(left, right)
         / torch.maximum(left, right)
         * torch.minimum(top, bottom)
         / torch.maximum(top, bottom)
     )
     giou = by_pairs(generalized_box_iou, decoded, boxes)
-    expected = ((1 - giou) * centreness).sum() / centreness.sum().clamp(min=1)
+    expected = ((1 - giou) * centerness).sum() / centerness.sum().clamp(min=1)
     assert losses["loss_bbox"].item() == approx(expected)
-    entropy = F.binary_cross_entropy(predictions.quality[0, rows].sigmoid(), centreness)
-    assert losses["loss_centreness"].item() == approx(entropy * len(rows) / number)
+    entropy = F.binary_cross_entropy(predictions.quality[0, rows].sigmoid(), centerness)
+    assert losses["loss_centerness"].item() == approx(entropy * len(rows) / number)
 
 
 def test_losses_of_paa(heads):

@@ -19,7 +19,7 @@ from tests.modeling.builders import (
     factor_of,
     is_inside,
     make_batch,
-    randomise,
+    randomize,
     shrink,
     tiny_config,
     tiny_model,
@@ -33,7 +33,7 @@ COMPARED = "model.compare_detectors=true"
 
 def build(heads=2, *overrides):
     model = tiny_model(heads, overrides)
-    randomise(model)
+    randomize(model)
     return model
 
 
@@ -98,7 +98,7 @@ def test_the_decoder_does_not_notice_the_others(config):
     cfg = shrink(load(config, f"model.num_classes={NUM_CLASSES}"))
     torch.manual_seed(0)
     model = instantiate(cfg.model).to(DEVICE)
-    randomise(model)
+    randomize(model)
     batch = make_batch()
     assert not model.compare_detectors
     before = detect(model, batch)

@@ -47,7 +47,7 @@ def test_six_heads(num_gts, half):
         *model.auxiliary.heads,
         *(f"{name}_queries" for name in model.auxiliary.heads),
     }
-    for name in ("retinanet.loss_bbox", "fcos.loss_centreness", "paa.loss_iou", "gfl.loss_dfl"):
+    for name in ("retinanet.loss_bbox", "fcos.loss_centerness", "paa.loss_iou", "gfl.loss_dfl"):
         assert (losses[name] > 0) == any(num_gts), name
 
 
@@ -57,7 +57,7 @@ def test_no_ground_truth_in_the_batch(padding):
     losses = train_step(model, make_batch(num_gts=(0, 0)))
     assert_complete(model, losses)
     for name, value in losses.items():
-        if "bbox" in name or "giou" in name or "centreness" in name or "box_reg" in name:
+        if "bbox" in name or "giou" in name or "centerness" in name or "box_reg" in name:
             assert value == 0, name
     assert losses["matching.loss_cls"] > 0 and losses["atss.loss_cls"] > 0
     # Fillers are trained as background unless they are masked.

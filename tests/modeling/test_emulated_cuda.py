@@ -19,7 +19,7 @@ from tests.cuda_emulation import (
     to_emulated,
 )
 from tests.gpu.steps import losses_of_groups, pixels_to_predictions, training_output
-from tests.modeling.builders import CONFIGS, make_batch, randomise, shrink, tiny_model, with_masks
+from tests.modeling.builders import CONFIGS, make_batch, randomize, shrink, tiny_model, with_masks
 
 pytestmark = pytest.mark.cpu_only("emulates a GPU on the CPU")
 
@@ -46,7 +46,7 @@ def build(name):
     cfg = shrink(load_config(str(CONFIGS / f"{name}.py"), ["model.num_classes=5"]))
     torch.manual_seed(0)
     model = instantiate(cfg.model)
-    randomise(model)
+    randomize(model)
     return model
 
 

@@ -12,7 +12,7 @@ from tests.modeling.builders import (
     head_detections,
     is_inside,
     make_batch,
-    randomise,
+    randomize,
     tiny_config,
     tiny_model,
 )
@@ -20,7 +20,7 @@ from tests.modeling.builders import (
 
 def build(*overrides):
     model = tiny_model(2, overrides)
-    randomise(model)
+    randomize(model)
     return model
 
 

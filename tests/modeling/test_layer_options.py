@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from co_detr.modeling import transformer
-from tests.modeling.builders import detect, make_batch, randomise, tiny_model, train_step
+from tests.modeling.builders import detect, make_batch, randomize, tiny_model, train_step
 
 
 def gradients(model):
@@ -39,7 +39,7 @@ def test_encoder_checkpointing_changes_no_bit(heads, monkeypatch):
 @pytest.mark.cpu_only("tests/gpu compiles for a card; a mode of the tests would be traced, too")
 def test_compiled_layers_are_one_graph_each():
     plain, compiled = tiny_model(1), tiny_model(1)
-    randomise(plain), randomise(compiled)
+    randomize(plain), randomize(compiled)
     # Traces like the default back end, without generating code; an error at any graph break.
     compiled.compile_layers(backend="aot_eager", fullgraph=True)
     assert list(plain.state_dict()) == list(compiled.state_dict())

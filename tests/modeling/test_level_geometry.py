@@ -30,7 +30,7 @@ def levels_with(strides):
     return geometry_of(SIZES, PADDED).at_levels(shapes, strides, torch.float64)
 
 
-def centres_in_pixels(shapes):
+def centers_in_pixels(shapes):
     """``(S, 2)`` xy of all cells, which are ``stride`` pixels wide wherever they are."""
     return torch.cat(
         [
@@ -55,7 +55,7 @@ def test_with_strides_a_token_is_at_its_pixels_on_every_level():
     levels = levels_with(STRIDES)
     shapes = levels.level_shapes
     points = levels.reference_points()  # (B, S, L, 2), 1 is the end of the padded level
-    expected = centres_in_pixels(shapes)
+    expected = centers_in_pixels(shapes)
     for level, ((height, width), stride) in enumerate(zip(shapes, STRIDES, strict=True)):
         pixels = points[:, :, level] * torch.tensor([width, height]) * stride
         torch.testing.assert_close(pixels, expected.expand_as(pixels))
@@ -70,15 +70,15 @@ def test_without_strides_the_last_cell_counts_as_whole():
     # So a token of the coarsest level is up to a cell away from where it is on the finest one.
     points = levels.reference_points()
     pixels = points[0, :, 0] * torch.tensor([shapes[0][1], shapes[0][0]]) * STRIDES[0]
-    error = (pixels - centres_in_pixels(shapes))[:, 0][~levels.padding_mask[0]]
+    error = (pixels - centers_in_pixels(shapes))[:, 0][~levels.padding_mask[0]]
     assert error.abs().max() > 10
 
 
-def test_with_strides_grid_priors_are_centred_on_their_cells():
+def test_with_strides_grid_priors_are_centered_on_their_cells():
     levels = levels_with(STRIDES)
     tokens = torch.zeros(*levels.padding_mask.shape, 4, dtype=torch.float64)
     _, logits = propose_grid(EncoderMemory(tokens, levels))
-    expected = centres_in_pixels(levels.level_shapes)
+    expected = centers_in_pixels(levels.level_shapes)
     for image, (height, width) in enumerate(SIZES):
         usable = logits[image].isfinite().all(-1)
         assert usable.sum() > 200

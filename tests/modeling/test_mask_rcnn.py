@@ -14,7 +14,7 @@ from tests.modeling.builders import (
     detect,
     evaluating,
     make_batch,
-    randomise,
+    randomize,
     shrink,
     tiny_model,
     train_step,
@@ -29,7 +29,7 @@ def model():
     cfg = shrink(load("co_detr_r50_mask_rcnn", "model.num_classes=5"))
     torch.manual_seed(0)
     model = instantiate(cfg.model).to(DEVICE)
-    randomise(model)
+    randomize(model)
     return model
 
 

@@ -170,7 +170,7 @@ def test_a_slot_of_weight_zero_is_in_no_loss():
     assert criterion.count_positives(masked).tolist() == positive.tolist()
 
 
-def test_the_normaliser_is_at_least_one():
+def test_the_normalizer_is_at_least_one():
     problem = make_problem([0])
     (targets,) = HungarianAssigner()([problem])
     losses = [

@@ -5,7 +5,7 @@ import torch
 from detectron2.utils.events import EventStorage
 
 from co_detr.modeling.auxiliary import ATSSAssigner
-from co_detr.modeling.losses import normalise_boxes
+from co_detr.modeling.losses import normalize_boxes
 from co_detr.modeling.queries import AnchorQueries, LearnedQueries, PointQueries
 from tests.device import DEVICE, NAME
 from tests.modeling.builders import (
@@ -70,7 +70,7 @@ def test_geometry_and_targets_stay_in_float32():
     for group, predicted in zip(output.groups, output.predictions, strict=True):
         assert group.reference.dtype == predicted.boxes.dtype == torch.float32
     truth = batch[0]["instances"].gt_boxes.tensor
-    expected = normalise_boxes(truth, factor_of(size))
+    expected = normalize_boxes(truth, factor_of(size))
     for targets in output.targets:
         found = targets.boxes[targets.labels < model.num_classes]
         distance = (found[:, None] - expected[None]).abs().amax(-1).amin(-1)
@@ -93,8 +93,8 @@ def test_anchors_do_not_follow_the_precision_of_the_maps():
     maps = [torch.zeros(1, 32, 2, 40, dtype=torch.bfloat16) for _ in head.strides]
     for level, stride in zip(head.anchors(maps), head.strides, strict=True):
         assert level.dtype == torch.float32
-        centres = (level[:40, 0] + level[:40, 2]) / 2
-        assert torch.equal(centres, torch.arange(40.0) * stride)
+        centers = (level[:40, 0] + level[:40, 2]) / 2
+        assert torch.equal(centers, torch.arange(40.0) * stride)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -18,7 +18,7 @@ RECIPE = [
 ]
 
 
-def test_four_images_are_learnt_by_heart(rectangles):
+def test_four_images_are_learned_by_heart(rectangles):
     cfg = tiny_config(2, [*rectangles, *RECIPE])
     torch.manual_seed(0)
     metrics = run_training(cfg, resume=False)

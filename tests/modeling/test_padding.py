@@ -12,7 +12,7 @@ from tests.modeling.builders import (
     detect,
     evaluating,
     make_batch,
-    randomise,
+    randomize,
     tiny_model,
 )
 
@@ -44,7 +44,7 @@ class PatchBackbone(Backbone):
 def patch_model():
     model = tiny_model(0)
     model.backbone = PatchBackbone(32)
-    randomise(model)
+    randomize(model)
     return model.to(DEVICE).double()
 
 
@@ -88,10 +88,10 @@ def test_memory_of_the_image_does_not_depend_on_the_padding():
             )
 
 
-def test_neighbours_do_not_matter():
+def test_neighbors_do_not_matter():
     """The real model: other images of the same padded size leave an image's result alone."""
     model = tiny_model(2)
-    randomise(model, scale=0.05)
+    randomize(model, scale=0.05)
     first, second = make_batch(((96, 128), (96, 128)), seed=1)
     other = make_batch(((90, 128),), num_gts=(1,), seed=2)[0]
     expected = detect(model, [first])[0]

@@ -1,4 +1,4 @@
-"""Customised positive queries: how many, which candidates, what they code and should predict."""
+"""Customized positive queries: how many, which candidates, what they code and should predict."""
 
 import copy
 
@@ -7,10 +7,10 @@ import torch
 
 from co_detr.errors import ConfigError
 from co_detr.modeling.auxiliary import HybridAssignmentHeads
-from co_detr.modeling.losses import normalise_boxes
+from co_detr.modeling.losses import normalize_boxes
 from co_detr.modeling.queries import PositiveQueries
 from tests.device import DEVICE
-from tests.modeling.builders import NUM_CLASSES, factor_of, geometry_of, make_candidates, randomise
+from tests.modeling.builders import NUM_CLASSES, factor_of, geometry_of, make_candidates, randomize
 
 SIZES = [(96, 128), (96, 128)]
 
@@ -19,7 +19,7 @@ def make_source(**settings):
     torch.manual_seed(0)
     settings = {"num_classes": NUM_CLASSES, "embed_dim": 32, "max_queries": 30} | settings
     source = PositiveQueries(**settings)
-    randomise(source)
+    randomize(source)
     return source.to(DEVICE).double()
 
 
@@ -49,7 +49,7 @@ def test_negatives_fill_up_and_are_trained_as_background():
     group, candidates = make_group((3, 12), (40, 40), padding="negatives")
     assert group.valid is None
     assert (group.targets.weights == 1).all()
-    background = normalise_boxes(
+    background = normalize_boxes(
         candidates.instances[0][
             candidates.instances[0].gt_classes == NUM_CLASSES
         ].proposal_boxes.tensor.double(),
@@ -102,7 +102,7 @@ def test_ignored_candidates_are_never_chosen():
     group, candidates = make_group((3, 5), (6, 30), padding="negatives")
     for image, instances in enumerate(candidates.instances):
         ignored = instances[instances.gt_classes == -1].proposal_boxes.tensor.double()
-        ignored = normalise_boxes(ignored, factor_of(SIZES[image]))
+        ignored = normalize_boxes(ignored, factor_of(SIZES[image]))
         assert len(ignored) == 2
         assert not (group.reference[image][:, None] == ignored[None]).all(-1).any()
 
@@ -119,7 +119,7 @@ def test_excess_positives_are_chosen_at_random():
     foreground = candidates.instances[0].gt_classes
     foreground = ((foreground >= 0) & (foreground < NUM_CLASSES)).nonzero()[:30, 0]
     expected = candidates.instances[0].proposal_boxes.tensor[foreground].double()
-    torch.testing.assert_close(first.reference[0], normalise_boxes(expected, factor_of(SIZES[0])))
+    torch.testing.assert_close(first.reference[0], normalize_boxes(expected, factor_of(SIZES[0])))
 
 
 def test_targets_are_what_the_head_assigned():
@@ -132,7 +132,7 @@ def test_targets_are_what_the_head_assigned():
             (group.targets.boxes[0, image], instances.gt_boxes),
             (group.reference[image], instances.proposal_boxes),
         ):
-            expected = normalise_boxes(field.tensor[positive].double(), factor_of(SIZES[image]))
+            expected = normalize_boxes(field.tensor[positive].double(), factor_of(SIZES[image]))
             torch.testing.assert_close(found[:number], expected)
 
 

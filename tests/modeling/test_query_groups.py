@@ -8,7 +8,7 @@ import torch
 from co_detr.errors import ConfigError
 from co_detr.modeling.losses import assign_targets, score_groups
 from co_detr.structures import AssignedTargets, GroundTruth, Predictions, QueryGroup, QuerySet
-from tests.modeling.builders import make_batch, make_candidates, randomise, tiny_model
+from tests.modeling.builders import make_batch, make_candidates, randomize, tiny_model
 
 
 def make_groups(padding):
@@ -17,7 +17,7 @@ def make_groups(padding):
     The positive queries are fed with made-up candidates: Detectron2's RPN only runs in float32.
     """
     model = tiny_model(2).double()
-    randomise(model)
+    randomize(model)
     batch = make_batch()
     memory = model.encode(model.preprocess(batch))
     groups = [model.queries["matching"](memory)]

@@ -55,7 +55,7 @@ def test_resume_equals_uninterrupted(rectangles, tmp_path, at_a_time):
 
     expected, actual = losses_of(whole), losses_of(parts)
     assert sorted(actual) == list(range(6))
-    keys = {"matching.loss_giou", "roi.loss_rpn_cls", "atss.loss_centreness", "grad_norm"}
+    keys = {"matching.loss_giou", "roi.loss_rpn_cls", "atss.loss_centerness", "grad_norm"}
     assert keys | {"atss_queries.d0.loss_cls", "roi/roi_head/num_fg_samples"} <= set(actual[5])
     assert actual == expected
     assert expected[4]["total_loss"] != expected[5]["total_loss"]

@@ -44,7 +44,7 @@ def test_other_strides():
     assert list(make_pyramid([16, 32], stride=16)(memory_of(4, 4))) == ["p4", "p5"]
 
 
-class Centre(nn.Module):
+class Center(nn.Module):
     """In place of a convolution: the middle of its window, every ``stride`` cells."""
 
     def __init__(self, conv):
@@ -56,9 +56,9 @@ class Centre(nn.Module):
 
 
 def test_cells_lie_where_anchors_are():
-    """A map of positions in pixels stays one at finer levels; offset 0.5 has cell centres."""
+    """A map of positions in pixels stays one at finer levels; offset 0.5 has cell centers."""
     pyramid = make_pyramid()
-    pyramid.finer = nn.ModuleList([Centre(conv) for conv in pyramid.finer])
+    pyramid.finer = nn.ModuleList([Center(conv) for conv in pyramid.finer])
     memory = memory_of(4, 6)
     x = 32 * (torch.arange(6.0).double() + 0.5).expand(4, 6)
     y = 32 * (torch.arange(4.0).double() + 0.5)[:, None].expand(4, 6)
@@ -69,11 +69,11 @@ def test_cells_lie_where_anchors_are():
         sizes=[[32]], aspect_ratios=[1.0], strides=STRIDES[:3], offset=0.5
     ).to(DEVICE)
     for level, boxes in zip(maps, anchors(maps), strict=True):
-        centres = boxes.get_centers().view(*level.shape[2:], 2).double()
-        difference = level[0, :2].detach() - centres.permute(2, 0, 1)
+        centers = boxes.get_centers().view(*level.shape[2:], 2).double()
+        difference = level[0, :2].detach() - centers.permute(2, 0, 1)
         # Interpolation repeats the outermost values, so the borders are not linear.
-        border = {4: 0, 8: 1, 16: 3}[len(centres)]
-        inner = difference[:, border : len(centres) - border, border : centres.shape[1] - border]
+        border = {4: 0, 8: 1, 16: 3}[len(centers)]
+        inner = difference[:, border : len(centers) - border, border : centers.shape[1] - border]
         assert inner.numel() and inner.abs().max() < 1e-9
 
 

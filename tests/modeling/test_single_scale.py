@@ -19,7 +19,7 @@ from co_detr.modeling.single_scale import (
 )
 from co_detr.structures import QueryGroup, QuerySet
 from tests.device import DEVICE
-from tests.modeling.builders import geometry_of, random_memory, randomise
+from tests.modeling.builders import geometry_of, random_memory, randomize
 
 CHANNELS, HEADS, QUERIES = 32, 4, 5
 SIZES = {"embed_dim": CHANNELS, "num_heads": HEADS, "feedforward_dim": 16}
@@ -35,7 +35,7 @@ def make_encoder(**settings):
     encoder = TransformerEncoder(
         position_encoding=SinePosition(CHANNELS, offset=0.0), num_layers=2, **SIZES, **settings
     )
-    randomise(encoder)
+    randomize(encoder)
     return encoder.to(DEVICE).double().eval()
 
 
@@ -48,7 +48,7 @@ def make_memory(images=IMAGES, **settings):
 def make_decoder(kind, seed=0, **settings):
     decoder = kind(num_classes=3, num_layers=3, **SIZES, **settings)
     if seed is not None:
-        randomise(decoder, seed)
+        randomize(decoder, seed)
     return decoder.to(DEVICE).double().eval()
 
 
@@ -82,7 +82,7 @@ def test_cross_attention_is_a_content_term_plus_a_spatial_term(adds_position):
     memory = make_memory()
     content, position, spatial = random(3, 2, QUERIES, CHANNELS, seed=2)
     attention = ConditionalCrossAttention(CHANNELS, HEADS, 0.0, adds_position).to(DEVICE).double()
-    randomise(attention)
+    randomize(attention)
     actual = attention(content, position, spatial, memory)
     for image in range(2):
         query = attention.query_content(content[image])
@@ -108,11 +108,11 @@ def test_cross_attention_is_a_content_term_plus_a_spatial_term(adds_position):
 
 
 @torch.no_grad()
-def test_self_attention_honours_who_may_attend():
+def test_self_attention_honors_who_may_attend():
     content, position = random(2, 1, QUERIES, CHANNELS)
     allowed = torch.eye(QUERIES, dtype=torch.bool) | (random(QUERIES, QUERIES, seed=3) > 0)
     attention = ConditionalSelfAttention(CHANNELS, HEADS, 0.0).to(DEVICE).double()
-    randomise(attention)
+    randomize(attention)
     query = attention.query_content(content[0]) + attention.query_position(position[0])
     key = attention.key_content(content[0]) + attention.key_position(position[0])
     value = attention.value(content[0])

@@ -17,7 +17,7 @@ from tests.modeling.builders import (
     make_batch,
     make_candidates,
     make_instances,
-    randomise,
+    randomize,
     shrink,
     train_step,
 )
@@ -79,7 +79,7 @@ def test_no_ground_truth_at_all_in_half_precision(kind):
 def test_matched_queries_do_not_see_positive_queries(kind, padding):
     node = "model.auxiliary.positive_queries"
     model = build(kind, f"{node}.padding={padding}", "model.encoder.dropout=0.0").double()
-    randomise(model)
+    randomize(model)
     memory = model.encode(model.preprocess(make_batch(((64, 96), (40, 64)))))
     groups = [model.queries["matching"](memory)]
     for seed, (name, source) in enumerate(model.auxiliary.positive_queries.items()):
@@ -102,7 +102,7 @@ def test_matched_queries_do_not_see_positive_queries(kind, padding):
 @pytest.mark.parametrize("kind", KINDS)
 def test_stripping_leaves_detections_and_the_plain_model(kind):
     model = build(kind)
-    randomise(model)
+    randomize(model)
     batch = make_batch()
     before = detect(model, batch)
     model.strip_auxiliary()
@@ -157,7 +157,7 @@ def two_digit_images():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_images_are_learnt(kind, two_digit_images):
+def test_two_images_are_learned(kind, two_digit_images):
     model = build(kind, "model.encoder.dropout=0.0")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     totals = []

@@ -16,7 +16,7 @@ from co_detr.modeling import SinePosition
 from co_detr.modeling.queries import AnchorQueries, PointQueries
 from co_detr.modeling.single_scale import ConditionalDecoder, DABDecoder, TransformerEncoder
 from co_detr.structures import QuerySet
-from tests.modeling.builders import geometry_of, randomise
+from tests.modeling.builders import geometry_of, randomize
 
 transformers = pytest.importorskip("transformers")
 
@@ -103,7 +103,7 @@ def port(name, width):
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForObjectDetection")(config).double().eval()
-    randomise(model, scale=0.2)
+    randomize(model, scale=0.2)
     return model
 
 

@@ -42,9 +42,9 @@ def naive_soft_nms(boxes, scores, classes, threshold, sigma=None):
 def crowd(number, num_classes, seed=0):
     """Boxes that overlap much, float64, with their scores and classes."""
     generator = torch.Generator().manual_seed(seed)
-    centres = random_boxes(4, SIZE, generator, smallest=24.0).double()
+    centers = random_boxes(4, SIZE, generator, smallest=24.0).double()
     which = torch.randint(0, 4, (number,), generator=generator)
-    boxes = centres[which] + 3 * torch.rand(number, 4, generator=generator).double()
+    boxes = centers[which] + 3 * torch.rand(number, 4, generator=generator).double()
     scores = torch.rand(number, generator=generator).double()
     return boxes, scores, torch.randint(0, num_classes, (number,), generator=generator)
 

@@ -19,7 +19,7 @@ from tests.modeling.builders import (
     head_detections,
     is_inside,
     make_batch,
-    randomise,
+    randomize,
     tiny_config,
     tiny_model,
     train_step,
@@ -48,7 +48,7 @@ def assert_same_detections(first, second):
 @pytest.mark.parametrize("heads", [1, 2])
 def test_stripping_leaves_detections_and_the_plain_state_dict(heads):
     model = with_training_queries(tiny_model(heads))
-    randomise(model)
+    randomize(model)
     batch = make_batch()
     before = detect(model, batch)
     model.strip_auxiliary()
@@ -131,7 +131,7 @@ def test_the_inference_source_may_stand_anywhere(stripped, tmp_path):
     cfg.model.queries = L(QuerySources)(group1=extra, matching=cfg.model.queries.matching)
     torch.manual_seed(0)
     model = instantiate(cfg.model).to(DEVICE)
-    randomise(model)
+    randomize(model)
     expected = detect(model, make_batch())
     if stripped:
         model.strip_auxiliary()

@@ -15,7 +15,7 @@ MUTATIONS = (
         rebuild=True,
     ),
     Mutation(
-        "cpu-slope-without-a-lower-neighbour",
+        "cpu-slope-without-a-lower-neighbor",
         f"{FOLDER}_plan.h",
         "inside ? (has_low ? -one : one) : zero",
         "inside ? -one : zero",

@@ -193,7 +193,7 @@ MUTATIONS = (
         "modeling/auxiliary/assigners.py",
         "< self.radius * stride",
         "< 2 * self.radius * stride",
-        "centre_sampling",
+        "center_sampling",
     ),
     _mutation(
         "mixtures-that-never-stop",

@@ -110,7 +110,7 @@ def test_each_wrong_entry_is_noticed_and_no_other(changed):
         evaluation["masks"].pop()
         put(training["aux"][0], "labels", (0, 0), 99)
         training["surprise"] = [torch.zeros(2), torch.zeros(2)]
-        # Both tokens are labelled as objects; only their ground truths are exchanged.
+        # Both tokens are labeled as objects; only their ground truths are exchanged.
         matched = training["hungarian"]["enc"][1]
         first, second = (matched > 0).nonzero()[:2]
         matched[first], matched[second] = matched[second].clone(), matched[first].clone()

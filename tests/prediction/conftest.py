@@ -10,7 +10,7 @@ from PIL import Image
 from co_detr.checkpoint.saving import Checkpointer
 from co_detr.tools.predict.predictor import Predictor
 from tests.device import CHILD, NAME
-from tests.modeling.builders import randomise, tiny_config, tiny_model
+from tests.modeling.builders import randomize, tiny_config, tiny_model
 from tests.prediction.trained_run import CLASSES, SIZE, Run
 
 
@@ -21,7 +21,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     cfg = tiny_config(2, [*SIZE, f"train.device={CHILD}"])
     LazyConfig.save(cfg, str(folder / "config.yaml"))
     model = tiny_model(2)
-    randomise(model)
+    randomize(model)
     Checkpointer(model, str(folder), class_names=CLASSES).save("model_final")
     return Run(folder, cfg, model)
 

@@ -18,7 +18,7 @@ from co_detr.errors import CheckpointError, ConfigError, DataError
 from co_detr.tools.export import ExportedPredictor
 from co_detr.tools.predict.predictor import Predictor
 from tests.device import NAME
-from tests.modeling.builders import randomise, tiny_config, tiny_model
+from tests.modeling.builders import randomize, tiny_config, tiny_model
 from tests.prediction.trained_run import CLASSES, SIZE
 
 
@@ -280,7 +280,7 @@ def test_one_broken_image_of_a_list(predictor, photos):
 def test_averaged_weights_are_used_unless_told_otherwise(trained, tmp_path):
     """Also without the auxiliary heads, which the predictor leaves out."""
     averaged = AveragedWeights(trained.model, EmaSettings(enabled=True))
-    randomise(averaged.module, seed=5)
+    randomize(averaged.module, seed=5)
     averaged.update_parameters(averaged.module)
     both = tmp_path / "both.pth"
     content = {"model": trained.model.state_dict(), "class_names": CLASSES}

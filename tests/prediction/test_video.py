@@ -61,7 +61,7 @@ def test_every_frame_is_drawn_and_listed(trained, predictor, clip, tmp_path):
     )
 
 
-def test_the_drawn_video_has_the_frames_and_colours_of_the_clip(trained, clip, tmp_path):
+def test_the_drawn_video_has_the_frames_and_colors_of_the_clip(trained, clip, tmp_path):
     assert run(arguments(trained, tmp_path, clip, "--score", "1")) == 0  # no boxes
     drawn = VideoReader(tmp_path / "drawn" / "clip.mp4")
     frames = [*drawn]

@@ -28,7 +28,7 @@ from co_detr.tools.digits import (
 )
 
 CONFIG = DigitsConfig(train=6, val=4, seed=3)
-GREY = Photograph("grey", np.full((300, 400, 3), 128, np.uint8))
+GRAY = Photograph("gray", np.full((300, 400, 3), 128, np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_mask_is_cut_tightly_at_the_asked_size() -> None:
 def test_box_is_the_tight_box_of_the_changed_pixels() -> None:
     config = SceneConfig(digits=(1, 1))
     for seed in range(8):
-        scene = draw_scene(load_glyphs(CONFIG)["val"], [GREY], config, np.random.default_rng(seed))
+        scene = draw_scene(load_glyphs(CONFIG)["val"], [GRAY], config, np.random.default_rng(seed))
         difference = np.abs(scene.pixels.astype(int) - 128).sum(axis=2)
         rows, columns = np.nonzero(difference >= difference.max() / 2)
         tight = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
@@ -132,7 +132,7 @@ def test_box_is_the_tight_box_of_the_changed_pixels() -> None:
 def test_digits_stand_off_the_background() -> None:
     config = SceneConfig(digits=(1, 1))
     for seed in range(8):
-        scene = draw_scene(load_glyphs(CONFIG)["val"], [GREY], config, np.random.default_rng(seed))
+        scene = draw_scene(load_glyphs(CONFIG)["val"], [GRAY], config, np.random.default_rng(seed))
         luminance = scene.pixels @ np.array([0.299, 0.587, 0.114])
         assert np.abs(luminance - 128).max() >= config.min_contrast - 2
 
@@ -142,7 +142,7 @@ def test_digits_hardly_overlap() -> None:
     glyphs = load_glyphs(CONFIG)["train"]
     for seed in range(5):
         boxes = [
-            d.box for d in draw_scene(glyphs, [GREY], config, np.random.default_rng(seed)).digits
+            d.box for d in draw_scene(glyphs, [GRAY], config, np.random.default_rng(seed)).digits
         ]
         assert len(boxes) >= 4
         for i, box in enumerate(boxes):

@@ -68,7 +68,15 @@ def test_losses_are_summed_by_part(tmp_path: Path) -> None:
     }
 
 
-def test_smooth_is_a_centred_mean() -> None:
+def test_losses_of_a_run_that_went_on_under_new_names_are_summed(tmp_path: Path) -> None:
+    first = {"iteration": 0, "atss.loss_cls": 1.0, "atss.loss_centreness": 2.0}
+    second = {"iteration": 20, "atss.loss_cls": 3.0, "atss.loss_centerness": 4.0}
+    parts = read_log(write_metrics(tmp_path / "m", [first, second]), "run").losses_by_part()
+    assert parts["atss"].iterations.tolist() == [0, 20]
+    assert parts["atss"].values.tolist() == [3.0, 7.0]
+
+
+def test_smooth_is_a_centered_mean() -> None:
     np.testing.assert_allclose(smooth(np.array([1.0, 2.0, 6.0]), 3), [1.5, 3.0, 4.0])
     np.testing.assert_allclose(smooth(np.array([4.0, 2.0]), 1), [4.0, 2.0])
 

@@ -3,7 +3,7 @@
 // Forward, and backward for locations and weights: threads share out the queries. Backward for the
 // value: threads share out the levels, and heads where that is not enough. A pixel of a head then
 // belongs to one thread, which adds to it query after query: no atomics, and the same bits for any
-// number of threads. Levels come first because threads that write to neighbouring heads of the
+// number of threads. Levels come first because threads that write to neighboring heads of the
 // same pixels steal each other's cache lines.
 
 #include "ms_deform_attn_cpu.h"

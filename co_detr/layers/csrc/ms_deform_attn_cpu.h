@@ -23,7 +23,7 @@ template <typename V>
 struct Problem {
   typedef SumOf<V> T;
   Sizes sizes;
-  int64_t pixel_stride;     // H * D, elements between neighbouring pixels
+  int64_t pixel_stride;     // H * D, elements between neighboring pixels
   int64_t points_per_head;  // L * P
   std::vector<IntLike<T>> width, height, start;  // with room for a vector behind the last point
   const V* value;

@@ -14,14 +14,14 @@ constexpr int max_cuda_levels = 64;
 struct CudaLevel {
   int32_t height, width;
   uint32_t start;        // its first pixel
-  uint32_t right, down;  // from a pixel to its neighbours; 0 in a level one pixel wide or high
+  uint32_t right, down;  // from a pixel to its neighbors; 0 in a level one pixel wide or high
 };
 
 // Passed to kernels by value, so that level shapes never live in (nor come from) device memory.
 struct CudaProblem {
   int64_t batch, pixels;
   int32_t heads, channels, queries, levels, points;
-  uint32_t pixel_bytes, grad_pixel_bytes;  // between neighbouring pixels of value, of grad_value
+  uint32_t pixel_bytes, grad_pixel_bytes;  // between neighboring pixels of value, of grad_value
   CudaLevel level[max_cuda_levels];
 };
 

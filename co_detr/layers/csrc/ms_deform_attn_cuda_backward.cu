@@ -41,7 +41,7 @@ __device__ __forceinline__ void add_vectors_if(
 }
 #endif
 
-// Channels that one lane adds to the gradient of the value: `parts` times `width` neighbours. Not
+// Channels that one lane adds to the gradient of the value: `parts` times `width` neighbors. Not
 // the ones that it gathers: in every part the lanes of a row lie side by side, so that a reduction
 // touches whole sectors of memory.
 template <typename T, int count>

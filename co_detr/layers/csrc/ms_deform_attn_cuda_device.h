@@ -1,7 +1,7 @@
 // What the CUDA kernels share: loads, the arithmetic of a sampling point, who works on what.
 //
 // A row = one (query, head) of one image. It has as many lanes as 32 channels take at 16 bytes
-// each: 8 in fp32, 4 in 16 bits, 16 in fp64; the rows of a block are neighbouring queries of one
+// each: 8 in fp32, 4 in 16 bits, 16 in fp64; the rows of a block are neighboring queries of one
 // head, because their points overlap and find each other's pixels in L1.
 #pragma once
 
@@ -68,7 +68,7 @@ __device__ __forceinline__ void store(T* to, const Accumulate<T> (&numbers)[coun
   *reinterpret_cast<Pack<T, count>*>(to) = packed;
 }
 
-// One axis of a point: two neighbouring pixels that are both inside of the level, and their parts.
+// One axis of a point: two neighboring pixels that are both inside of the level, and their parts.
 // At a border they are the outermost two and the part of the one that the point does not touch is
 // zero. So a point always reads a 2x2 patch whose corners lie at fixed distances, and only its
 // first pixel has to be told to other lanes.
@@ -78,7 +78,7 @@ struct Axis {
   A low_part, high_part;
   A low_slope, high_slope;  // derivatives of the parts by the position, in 1 / pixel
 
-  // position: in pixels, 0 = centre of the first one, inside of (-1, size).
+  // position: in pixels, 0 = center of the first one, inside of (-1, size).
   __device__ __forceinline__ Axis(A position, A size) {
     const A first = fmin(fmax(floor(position), A(0)), fmax(size - A(2), A(0)));
     const A ahead = position - first;  // inside of (-1, 2)
@@ -178,7 +178,7 @@ struct Work {
   int levels, points, channels;
   int lane, head;
   int64_t query;
-  int64_t stride;  // elements between neighbouring pixels
+  int64_t stride;  // elements between neighboring pixels
   bool active;     // the last block may have queries too many: they compute but do not write
 
   __device__ __forceinline__ explicit Work(const CudaProblem& problem)

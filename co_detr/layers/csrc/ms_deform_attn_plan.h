@@ -35,8 +35,8 @@ struct Plan {
 // What phase two needs of a plan: weights to mix corners with, or derivatives of these weights.
 enum class PlanFor { weights, derivatives };
 
-// One axis of a vector of points: its two neighbouring pixels, how much each counts and how that
-// changes with the location. When the lower neighbour is outside of the level, the upper one takes
+// One axis of a vector of points: its two neighboring pixels, how much each counts and how that
+// changes with the location. When the lower neighbor is outside of the level, the upper one takes
 // the first place. So the first is always in the level, and a second that is outside is the same
 // pixel again with weight zero. All weights of points that are outside are zero.
 template <typename T>

@@ -81,7 +81,7 @@ CO_DETR_INLINE void store(c10::BFloat16* to, const Simd<float>::Vector& vector) 
   std::memcpy(to, &halves, sizeof(halves));
 }
 
-// Several vectors of neighbouring channels, in an order that only store_block has to know: bf16 is
+// Several vectors of neighboring channels, in an order that only store_block has to know: bf16 is
 // split into even and odd channels, which takes a shift and a mask and no slow widening.
 template <int vectors, typename V>
 CO_DETR_INLINE void load_block(

@@ -1,8 +1,11 @@
 """One-to-many heads that supervise the encoder, and can be asked to detect at test time."""
 
+import logging
+from typing import Any
+
 from co_detr.modeling.auxiliary.assigners import (
     ATSSAssigner,
-    CentreSamplingAssigner,
+    CenterSamplingAssigner,
     MaxIoUAssigner,
     PAAAssigner,
 )
@@ -14,7 +17,7 @@ from co_detr.modeling.auxiliary.branch import (
 )
 from co_detr.modeling.auxiliary.dense_head import DenseHead
 from co_detr.modeling.auxiliary.dense_losses import (
-    CentrenessCriterion,
+    CenternessCriterion,
     DeltaCode,
     DensePredictions,
     DistanceCode,
@@ -36,13 +39,14 @@ from co_detr.modeling.auxiliary.faster_rcnn import (
     CollaborativeRPN,
     FasterRCNNHead,
 )
+from co_detr.moved import present_name
 
 __all__ = [
     "ATSSAssigner",
     "ATSSHead",
     "AuxiliaryBranch",
-    "CentreSamplingAssigner",
-    "CentrenessCriterion",
+    "CenterSamplingAssigner",
+    "CenternessCriterion",
     "CollaborativeROIHeads",
     "CollaborativeRPN",
     "DeltaCode",
@@ -65,3 +69,13 @@ __all__ = [
     "TowerHead",
     "flatten_map",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Classes by the names that they had in an earlier version, for configs in Python."""
+    present = present_name(f"{__name__}.{name}").rpartition(".")[2]
+    if present == name:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    logging.getLogger(__name__).warning("%s is called %s now: import that one.", name, present)
+    found = globals()[name] = globals()[present]  # one import asks twice, and is to warn once
+    return found

@@ -1,4 +1,4 @@
-"""Assignment of ground truths to dense anchors: ATSS, the largest overlap, centre sampling, PAA.
+"""Assignment of ground truths to dense anchors: ATSS, the largest overlap, center sampling, PAA.
 
 An assigner takes the anchors of one image, ``(R_l, 4)`` absolute xyxy per level, and its ground
 truths ``(G, 4)``. It gives ``(R,)`` int64: the index of the ground truth, or BACKGROUND or IGNORED.
@@ -24,9 +24,9 @@ class ATSSAssigner(nn.Module):
 
     For every ground truth:
 
-    1. candidates are the ``topk`` anchors of each level whose centres are nearest to its centre;
+    1. candidates are the ``topk`` anchors of each level whose centers are nearest to its center;
     2. the threshold is the mean plus the (unbiased) standard deviation of the candidates' IoU;
-    3. candidates at or above it whose centre lies inside the box, by more than 0.01 pixels, are
+    3. candidates at or above it whose center lies inside the box, by more than 0.01 pixels, are
        positive. An anchor claimed by several ground truths goes to the one of highest IoU.
 
     Only candidates' overlaps are computed, never an (anchors x ground truths) IoU matrix, and
@@ -60,8 +60,8 @@ class ATSSAssigner(nn.Module):
             Boxes(flat[candidates.flatten()]), Boxes(gt_boxes[truths.flatten()])
         ).view_as(candidates)
         threshold = overlaps.mean(0) + overlaps.std(0)
-        centres = _centres(flat)[candidates]  # (N, G, 2)
-        margin = torch.cat([centres - gt_boxes[:, :2], gt_boxes[:, 2:] - centres], dim=-1).amin(-1)
+        centers = _centers(flat)[candidates]  # (N, G, 2)
+        margin = torch.cat([centers - gt_boxes[:, :2], gt_boxes[:, 2:] - centers], dim=-1).amin(-1)
         positive = (overlaps >= threshold) & (margin > 0.01)
 
         best = overlaps.new_full((len(flat),), -1.0)  # Boxes are float32 whatever the anchors are
@@ -78,19 +78,19 @@ class ATSSAssigner(nn.Module):
     def _nearest(self, anchors: list[Tensor], gt_boxes: Tensor) -> Tensor:
         """Indices ``(N, G)`` into the concatenated anchors; N is at most topk x levels."""
         chosen, start = [], 0
-        truths = _centres(gt_boxes)
+        truths = _centers(gt_boxes)
         for level in anchors:
-            centres, count = _centres(level), min(self.topk, len(level))
+            centers, count = _centers(level), min(self.topk, len(level))
             nearest = []
             for some in truths.split(max(1, self.max_pairs // max(1, len(level)))):
-                distance = (centres[:, None] - some[None]).pow(2).sum(-1).sqrt()
+                distance = (centers[:, None] - some[None]).pow(2).sum(-1).sqrt()
                 nearest.append(distance.topk(count, dim=0, largest=False).indices + start)
             chosen.append(torch.cat(nearest, dim=1))
             start += len(level)
         return torch.cat(chosen)
 
 
-def _centres(boxes: Tensor) -> Tensor:
+def _centers(boxes: Tensor) -> Tensor:
     return (boxes[:, :2] + boxes[:, 2:]) / 2
 
 
@@ -143,13 +143,13 @@ class MaxIoUAssigner(nn.Module):
         return assigned
 
 
-class CentreSamplingAssigner(nn.Module):
-    """FCOS (Tian et al., ICCV 2019, section 3) with centre sampling.
+class CenterSamplingAssigner(nn.Module):
+    """FCOS (Tian et al., ICCV 2019, section 3) with center sampling.
 
-    Anchors are points: squares of the side of their level's stride, of which the centre counts. A
+    Anchors are points: squares of the side of their level's stride, of which the center counts. A
     point belongs to a ground truth if
 
-    1. it lies inside the box, and nearer than ``radius`` strides to its centre, along both axes;
+    1. it lies inside the box, and nearer than ``radius`` strides to its center, along both axes;
     2. the longest of its distances to the four sides is in the range of its level, which is
        ``reach`` / 2 to ``reach`` strides; the finest level has no lower and the coarsest no upper
        end. With 8 and strides 8, 16, ... these are the paper's 64, 128, 256 and 512 pixels.
@@ -293,7 +293,7 @@ def fit_mixtures(
     tolerance: float = 1e-3,
     smallest_variance: float = 1e-6,
 ) -> GaussianMixtures:
-    """Expectation maximisation from the smallest and the largest value as means.
+    """Expectation maximization from the smallest and the largest value as means.
 
     A mixture is done when its mean log likelihood changes by less than ``tolerance``; these are
     the steps and the defaults of scikit-learn's ``GaussianMixture``, which PAA uses.
@@ -314,7 +314,7 @@ def fit_mixtures(
         parts = fitted.log_densities(values)  # (G, N, 2)
         total = parts.logsumexp(-1)
         shares = (parts - total[..., None]).exp() * valid[..., None]
-        fitted = _maximise(fitted, running[:, None], values, shares, smallest_variance)
+        fitted = _maximize(fitted, running[:, None], values, shares, smallest_variance)
         previous, bound = bound, (total * valid).sum(1) / count
         running = running & ((bound - previous).abs() >= tolerance)
         # A mixture that is done stays as it is, so looking now and then, which makes the host wait
@@ -324,7 +324,7 @@ def fit_mixtures(
     return fitted
 
 
-def _maximise(
+def _maximize(
     fitted: GaussianMixtures,
     running: Tensor,
     values: Tensor,

@@ -48,7 +48,7 @@ class HybridAssignmentHeads(nn.Module):
     Args:
         pyramid: adapter from ``EncoderMemory`` to the maps that heads read.
         positive_queries: one query source that is copied, with new weights, for every head;
-            None trains the heads without customised queries.
+            None trains the heads without customized queries.
         num_decoder_layers, lambda_2: the losses of the heads are multiplied by their product.
             The reference bakes it into each head's weights (6 layers x 2.0 = 12), to balance the
             sum over decoder layers on the other side.

@@ -110,8 +110,8 @@ class DenseHead(nn.Module):
         maps = [features[name] for name in self.in_features]
         anchors = self.anchors(maps)
         predictions, targets = self._predict_and_assign(images, maps, anchors, gt_instances)
-        normalisers = None if totals is None else totals.normalisers
-        losses = self.losses(predictions, torch.cat(anchors), targets, normalisers)
+        normalizers = None if totals is None else totals.normalizers
+        losses = self.losses(predictions, torch.cat(anchors), targets, normalizers)
         return AuxiliaryOutput(losses, self._candidates(anchors, maps, targets, images))
 
     @torch.no_grad()

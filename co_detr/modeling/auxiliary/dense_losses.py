@@ -23,7 +23,7 @@ from co_detr.modeling.losses import (
     FocalLoss,
     QualityFocalLoss,
     average_over_processes,
-    generalised_iou,
+    generalized_iou,
     iou,
 )
 
@@ -62,7 +62,7 @@ class DensePredictions:
     Attributes:
         logits: ``(B, R, K)`` of the classes.
         deltas: ``(B, R, X)``, boxes in the head's box code.
-        quality: ``(B, R)`` logit of how good the box is (centreness, IoU); None where the head
+        quality: ``(B, R)`` logit of how good the box is (centerness, IoU); None where the head
             predicts no such thing.
     """
 
@@ -126,7 +126,7 @@ class BoxCode(Protocol):
 
 
 class DeltaCode:
-    """Shift of the centre and log ratio of the sides (R-CNN): Detectron2's ``Box2BoxTransform``."""
+    """Shift of the center and log ratio of the sides (R-CNN): Detectron2's ``Box2BoxTransform``."""
 
     num_outputs = 4
 
@@ -141,7 +141,7 @@ class DeltaCode:
 
 
 class DistanceCode:
-    """Distances from the anchor's centre to the four sides, in sides of the (square) anchor.
+    """Distances from the anchor's center to the four sides, in sides of the (square) anchor.
 
     Detectron2's ``Box2BoxTransformLinear``: negative distances count as 0. Source: FCOS.
     """
@@ -198,8 +198,8 @@ def decode_deltas(transform: Box2BoxTransform, deltas: Tensor, anchors: Tensor) 
     return transform.apply_deltas(deltas, anchors)
 
 
-class CentrenessCriterion(nn.Module):
-    """Focal loss, GIoU loss weighted by centreness, and binary cross-entropy of the centreness.
+class CenternessCriterion(nn.Module):
+    """Focal loss, GIoU loss weighted by centerness, and binary cross-entropy of the centerness.
 
     The box loss is divided by the sum of its weights, at least 1, the others by the number of
     positives. Source: FCOS (ICCV 2019), which the defaults are of; ATSS (CVPR 2020), which weighs
@@ -208,7 +208,7 @@ class CentrenessCriterion(nn.Module):
 
     has_quality = True
     counts_predictions = False
-    quality_name = "loss_centreness"
+    quality_name = "loss_centerness"
 
     def __init__(
         self, class_weight: float = 1.0, box_weight: float = 1.0, quality_weight: float = 1.0
@@ -221,14 +221,14 @@ class CentrenessCriterion(nn.Module):
 
     def quality(self, found: Positives, decoded: Tensor) -> Tensor:
         """``(P,)`` in [0, 1]; ``decoded`` are the predicted boxes ``(P, 4)``, without gradient."""
-        return centreness_target(found.anchors, found.boxes)
+        return centerness_target(found.anchors, found.boxes)
 
     @torch.no_grad()
     def counts(
         self, found: Positives, predictions: DensePredictions | None, box_code: BoxCode
     ) -> Tensor:
         """``(2,)``: number of positives, and sum of their qualities."""
-        return _number_and_sum(found, centreness_target(found.anchors, found.boxes))
+        return _number_and_sum(found, centerness_target(found.anchors, found.boxes))
 
     def forward(
         self,
@@ -247,7 +247,7 @@ class CentrenessCriterion(nn.Module):
         )
         totals = _number_and_sum(found, quality) if totals is None else totals.to(quality.dtype)
         class_sum = _class_sum(self.classification, predictions.logits, targets)
-        overlap = generalised_iou(decoded, found.boxes)
+        overlap = generalized_iou(decoded, found.boxes)
         num_positives, quality_sum = average_over_processes(totals)
         return {
             "loss_cls": self.class_weight * class_sum / (num_positives + EPS),
@@ -256,19 +256,19 @@ class CentrenessCriterion(nn.Module):
         }
 
 
-def centreness_target(anchors: Tensor, boxes: Tensor) -> Tensor:
-    """Centreness of anchor centres in their boxes, ``(N, 4), (N, 4)`` xyxy -> ``(N,)`` in (0, 1].
+def centerness_target(anchors: Tensor, boxes: Tensor) -> Tensor:
+    """Centerness of anchor centers in their boxes, ``(N, 4), (N, 4)`` xyxy -> ``(N,)`` in (0, 1].
 
     Source: FCOS equation 3.
     """
-    centre = (anchors[:, :2] + anchors[:, 2:]) / 2
-    low, high = centre - boxes[:, :2], boxes[:, 2:] - centre
+    center = (anchors[:, :2] + anchors[:, 2:]) / 2
+    low, high = center - boxes[:, :2], boxes[:, 2:] - center
     ratio = torch.minimum(low, high) / torch.maximum(low, high)
     return (ratio[:, 0] * ratio[:, 1]).sqrt()
 
 
-class IoUCriterion(CentrenessCriterion):
-    """As `CentrenessCriterion`, with the IoU of the predicted box in place of the centreness.
+class IoUCriterion(CenternessCriterion):
+    """As `CenternessCriterion`, with the IoU of the predicted box in place of the centerness.
 
     Source: PAA (ECCV 2020), section 3.2 and 4.
     """
@@ -304,7 +304,7 @@ class IoUCriterion(CentrenessCriterion):
         found = Positives.of(targets, anchors, predictions.num_classes)
         decoded = box_code.decode(found.pick(predictions.deltas), found.anchors)
         classes = self.classification(found.pick(predictions.logits), found.pick(targets.labels))
-        boxes = 1 - generalised_iou(decoded, found.boxes)
+        boxes = 1 - generalized_iou(decoded, found.boxes)
         return self.class_weight * classes + self.box_weight * boxes
 
 
@@ -398,7 +398,7 @@ class DistributionCriterion(nn.Module):
         weights = _best_scores(found.pick(logits))
         totals = _number_and_sum(found, weights) if totals is None else totals
         num_positives, weight_sum = average_over_processes(totals)
-        overlap = generalised_iou(decoded, found.boxes)
+        overlap = generalized_iou(decoded, found.boxes)
         distances = box_code.encode(found.boxes, found.anchors)
         by_side = distribution_focal_loss(outputs.unflatten(1, (4, -1)), distances)
         class_sum = _class_sum(self.classification, logits, targets, quality)

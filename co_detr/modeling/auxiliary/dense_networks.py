@@ -22,7 +22,7 @@ from co_detr.modeling.auxiliary.assigners import BACKGROUND, ATSSAssigner
 from co_detr.modeling.auxiliary.dense_head import DenseHead
 from co_detr.modeling.auxiliary.dense_losses import (
     BoxCode,
-    CentrenessCriterion,
+    CenternessCriterion,
     DeltaCode,
     DensePredictions,
     DenseTargets,
@@ -36,7 +36,7 @@ class TowerHead(DenseHead):
 
     Args:
         assigner, box_code, criterion: what makes it one head or the other; see `DenseHead`.
-        anchor_scale: side of the anchor in strides; its centre is the corner of the cell.
+        anchor_scale: side of the anchor in strides; its center is the corner of the cell.
         num_convs: convolutions per tower; Co-DETR has one, the papers of the heads four.
     """
 
@@ -81,7 +81,7 @@ class TowerHead(DenseHead):
         self.class_logits = nn.Conv2d(embed_dim, num_classes, 3, padding=1)
         self.box_deltas = nn.Conv2d(embed_dim, box_code.num_outputs, 3, padding=1)
         # Named for ATSS, whose checkpoints exist; the criterion says which quality it predicts.
-        self.centreness = nn.Conv2d(embed_dim, 1, 3, padding=1) if criterion.has_quality else None
+        self.centerness = nn.Conv2d(embed_dim, 1, 3, padding=1) if criterion.has_quality else None
         self.scales = nn.ParameterList([torch.ones(()) for _ in self.strides])
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -96,8 +96,8 @@ class TowerHead(DenseHead):
             box_features = self.box_tower(features)
             logits.append(flatten_map(self.class_logits(self.class_tower(features))))
             deltas.append(flatten_map(self.box_deltas(box_features) * scale))
-            if self.centreness is not None:
-                quality.append(flatten_map(self.centreness(box_features)))
+            if self.centerness is not None:
+                quality.append(flatten_map(self.centerness(box_features)))
         return DensePredictions.of_levels(logits, deltas, quality)
 
 
@@ -119,7 +119,7 @@ def _tower(channels: int, num_convs: int, num_groups: int) -> nn.Sequential:
 
 
 class ATSSHead(TowerHead):
-    """Dense head with focal, centreness-weighted GIoU and centreness losses.
+    """Dense head with focal, centerness-weighted GIoU and centerness losses.
 
     Source: ATSS (CVPR 2020); mmdet ``ATSSHead`` as configured by Co-DETR: one convolution with
     GroupNorm per tower, one anchor of side 8 x stride.
@@ -155,7 +155,7 @@ class ATSSHead(TowerHead):
             strides=strides,
             assigner=assigner,
             box_code=DeltaCode((10.0, 10.0, 5.0, 5.0)),
-            criterion=CentrenessCriterion(box_weight=giou_weight),
+            criterion=CenternessCriterion(box_weight=giou_weight),
             anchor_scale=anchor_scale,
             num_convs=num_convs,
             num_groups=num_groups,

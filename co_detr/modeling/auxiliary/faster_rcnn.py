@@ -170,9 +170,9 @@ class FasterRCNNHead(nn.Module):
             proposals, _ = self.rpn(images, features, gt_instances)
             samples = self.roi_heads.label_and_sample_proposals(proposals, gt_instances)
         positives = torch.stack([self._is_positive(each).sum() for each in samples])
-        return HeadCounts(self._normalisers(samples), positives.tolist())
+        return HeadCounts(self._normalizers(samples), positives.tolist())
 
-    def _normalisers(self, samples: list[Instances]) -> Tensor:
+    def _normalizers(self, samples: list[Instances]) -> Tensor:
         """``(2,)`` int64: sampled proposals, and positive ones."""
         positive = torch.cat([self._is_positive(each) for each in samples]).sum()
         return torch.stack([positive.new_full((), sum(map(len, samples))), positive])
@@ -185,7 +185,7 @@ class FasterRCNNHead(nn.Module):
         The RPN's are means over images, whose number it multiplies by a constant.
         """
         images = len(samples) / len(totals.positives)
-        sampled, positive = zip(self._normalisers(samples), totals.normalisers, strict=True)
+        sampled, positive = zip(self._normalizers(samples), totals.normalizers, strict=True)
         of_loss = {"loss_cls": sampled, "loss_box_reg": sampled, "loss_mask": positive}
         weighted = {}
         for name, value in losses.items():

@@ -121,7 +121,7 @@ class ChannelMapper(Backbone):
         in_features: names of its outputs to use, finest first.
         out_channels: width C of every level.
         num_extra_levels: coarser levels to add.
-        num_groups: groups of the normalisation; None: no normalisation but a bias (DETR).
+        num_groups: groups of the normalization; None: no normalization but a bias (DETR).
 
     Raises:
         ConfigError: if ``bottom_up`` lacks one of ``in_features``.

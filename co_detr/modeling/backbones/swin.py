@@ -182,7 +182,7 @@ def _run_block(
 
 
 def shift_mask(height: int, width: int, window_size: int, shift: int, like: Tensor) -> Tensor:
-    """Keeps apart, in windows of the rolled map, tokens that were not neighbours before.
+    """Keeps apart, in windows of the rolled map, tokens that were not neighbors before.
 
     Args:
         height, width: size of the map before padding to whole windows.

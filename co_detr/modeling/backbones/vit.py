@@ -178,7 +178,7 @@ class RotaryTable:
         """
         channels = head_dim // 2
         exponent = torch.arange(0, channels, 2, device=device).to(dtype) / channels
-        frequencies = 1.0 / 10000**exponent  # one per pair of neighbouring channels
+        frequencies = 1.0 / 10000**exponent  # one per pair of neighboring channels
 
         def angles(length: int) -> Tensor:
             position = torch.arange(length, device=device).to(dtype) / length * 16
@@ -190,7 +190,7 @@ class RotaryTable:
         return cls(angle.cos(), angle.sin())
 
     def rotate(self, heads: Tensor) -> Tensor:
-        """Turns each pair of neighbouring channels of ``(..., H * W, D)`` by its angle."""
+        """Turns each pair of neighboring channels of ``(..., H * W, D)`` by its angle."""
         first, second = heads.unflatten(-1, (-1, 2)).unbind(-1)
         turned = torch.stack([-second, first], dim=-1).flatten(-2)
         # The table is kept in float32 at least, so half precision is left here and resumed after.
@@ -283,7 +283,7 @@ class ViTBlock(nn.Module):
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of ``(B, C, H, W)``.
 
-    A subclass of `nn.LayerNorm`, so that optimisers recognise its weights as those of a norm.
+    A subclass of `nn.LayerNorm`, so that optimizers recognize its weights as those of a norm.
     """
 
     def __init__(self, channels: int):
@@ -296,7 +296,7 @@ class ChannelNorm(nn.LayerNorm):
 class ViTPyramid(Backbone):
     """Wraps a one-map backbone of stride 16; outputs ``p2`` .. ``p6``, strides 4 .. 64.
 
-    Every level is made from the same map by its own chain: nearest-neighbour upsampling and 3x3
+    Every level is made from the same map by its own chain: nearest-neighbor upsampling and 3x3
     convolutions to finer levels, max-pooling to coarser ones, then a 1x1 and a 3x3 convolution of
     the output width. ``SFP`` of the reference; unlike the simple feature pyramid of ViTDet it has
     no transposed convolutions.

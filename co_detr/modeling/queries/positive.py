@@ -1,4 +1,4 @@
-"""Customised positive queries: what an auxiliary head assigned, decoded as queries."""
+"""Customized positive queries: what an auxiliary head assigned, decoded as queries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
 from co_detr.modeling.geometry import Geometry, encode_boxes
-from co_detr.modeling.losses import normalise_boxes
+from co_detr.modeling.losses import normalize_boxes
 from co_detr.modeling.transformer import inverse_sigmoid
 from co_detr.structures import AssignedTargets, Candidates, QueryGroup
 from co_detr.transfer import to_device
@@ -126,7 +126,7 @@ class PositiveQueries(nn.Module):
         Args:
             name: name of the group.
             candidates: what the head assigned.
-            geometry: sizes of the images, the unit of normalised boxes.
+            geometry: sizes of the images, the unit of normalized boxes.
             step_positives: number of positives of each image in all micro-batches of the step;
                 None: the candidates' are taken for all.
         """
@@ -180,7 +180,7 @@ class PositiveQueries(nn.Module):
         boxes = filled([each.proposal_boxes.tensor.to(dtype) for each in picked])
         targets = filled([each.gt_boxes.tensor.to(dtype) for each in picked])
         factors = geometry.factors[:, None]
-        boxes, targets = normalise_boxes(boxes, factors), normalise_boxes(targets, factors)
+        boxes, targets = normalize_boxes(boxes, factors), normalize_boxes(targets, factors)
         # Anchors may be larger than the image: attention uses them as they are, their code is
         # that of the box cut to (0, 1).
         code = encode_boxes(inverse_sigmoid(boxes).sigmoid(), self.embed_dim // 2)

@@ -155,7 +155,7 @@ class AnchorQueries(QuerySource):
     """Learned anchor boxes; the decoder derives the positional queries from them.
 
     Anchors are learned as logits. Content starts at zero.
-    Source: DAB-DETR section 4.2; its code without patterns and without fixed centres.
+    Source: DAB-DETR section 4.2; its code without patterns and without fixed centers.
     """
 
     def __init__(self, *, num_queries: int, embed_dim: int):
@@ -180,7 +180,7 @@ class AnchorQueries(QuerySource):
 class PointQueries(QuerySource):
     """Learned positional queries, and reference points that a perceptron reads from them.
 
-    Content starts at zero. Reference boxes have the point as their centre and half the image's
+    Content starts at zero. Reference boxes have the point as their center and half the image's
     size, which is where the size predicted by a box head that is still zero starts, too.
     Source: Conditional-DETR section 3.2; ``ref_point_head`` of its code.
     """
@@ -433,7 +433,7 @@ def _gather_rows(x: Tensor, index: Tensor) -> Tensor:
 def propose_grid(memory: EncoderMemory) -> tuple[Tensor, Tensor]:
     """Grid priors of all tokens, and the memory without the tokens that cannot propose.
 
-    A prior is centred on its cell and has side 0.05 * 2^level of the un-padded image. Tokens in
+    A prior is centered on its cell and has side 0.05 * 2^level of the un-padded image. Tokens in
     the padding, or whose prior leaves (0.01, 0.99), cannot propose: their memory is zeroed and
     their logits are +inf (a box at 1 that gets no gradient).
 

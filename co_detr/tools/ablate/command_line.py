@@ -59,7 +59,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     source.add_argument("--config-file", metavar="FILE", help="experiment, for combinations of:")
     add = parser.add_argument
     add("--heads", nargs="+", metavar="A+B", help=f"auxiliary heads; {NO_HEADS}: K = 0")
-    add("--positive-queries", nargs="+", choices=(ON, OFF), help="customised positive queries")
+    add("--positive-queries", nargs="+", choices=(ON, OFF), help="customized positive queries")
     add("--lambda-1", nargs="+", type=float, metavar="W", help="loss weights of these queries")
     add("--lambda-2", nargs="+", type=float, metavar="W", help="loss weights of the heads")
     add("--seeds", nargs="+", type=int, metavar="N", help="of every combination (default: 0)")

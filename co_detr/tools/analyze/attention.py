@@ -26,8 +26,8 @@ from co_detr.tools.analyze.discriminability import (
     curve_numbers,
     examine,
     fold,
-    layout_of,
     heat_map_pictures,
+    layout_of,
     score_maps,
 )
 from co_detr.tools.analyze.matching import match_queries
@@ -135,7 +135,7 @@ def measure_attention(
             for layers in (LAST, MEAN)
         ),
         pictures=heat_map_pictures(
-            f"attention of {ALL}, {LAST}, fused over levels; colours from the lowest to the "
+            f"attention of {ALL}, {LAST}, fused over levels; colors from the lowest to the "
             "highest score of each map.",
             examined,
             subjects[0].cfg.data.image_format,
@@ -213,7 +213,7 @@ def splat(locations: Tensor, weights: Tensor, shape: tuple[int, int]) -> Tensor:
     """
     height, width = shape
     size = locations.new_tensor([width, height])
-    points = locations.reshape(-1, 2) * size - 0.5  # cell centres are whole numbers
+    points = locations.reshape(-1, 2) * size - 0.5  # cell centers are whole numbers
     weights = weights.reshape(-1)
     low = points.floor()
     beyond = points - low  # share of the cell to the right, or below

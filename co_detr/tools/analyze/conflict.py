@@ -210,7 +210,7 @@ def head_losses(
     and the memory that they were computed from and are still attached to.
 
     Of the decoder it is the loss of the one-to-one matched queries of inference, all layers
-    together; denoising, customised positive queries and encoder proposals are no part of it. Of an
+    together; denoising, customized positive queries and encoder proposals are no part of it. Of an
     auxiliary head it is all that the head is trained by.
     """
     # So that the memory has a gradient even where the whole model is frozen.
@@ -281,9 +281,9 @@ def matrix_figure(names: Sequence[str], values: np.ndarray, label: str) -> Figur
     middle = values.max() / 2
     for row, column in np.ndindex(values.shape):
         value = values[row, column]
-        colour = "black" if value > middle else "white"
+        color = "black" if value > middle else "white"
         axes.text(
-            column, row, f"{value:.4f}", ha="center", va="center", color=colour,
+            column, row, f"{value:.4f}", ha="center", va="center", color=color,
             fontsize=FONT_SIZE - 2,
         )  # fmt: skip
     bar = figure.colorbar(drawn, ax=axes, shrink=0.8)

@@ -82,7 +82,7 @@ def measure_errors(
     )
 
 
-def judge(subject: Subject, samples: Sequence[Sample], progress: Progress) -> Judgement:
+def judge(subject: Subject, samples: Sequence[Sample], progress: Progress) -> Judgment:
     """Judges all detections of a model, in the pixels of the network input."""
     number = subject.model.num_classes
     judged = []
@@ -91,7 +91,7 @@ def judge(subject: Subject, samples: Sequence[Sample], progress: Progress) -> Ju
             # Without the size of the file, detections stay in the resolution of the input.
             output = subject.model([{"image": sample.input["image"]}])[0]["instances"]
         judged.append(judge_image(image_result(output, sample.input["instances"]), number))
-    return Judgement.joined(judged)
+    return Judgment.joined(judged)
 
 
 def image_result(found: Instances, truth: Instances) -> ImageResult:
@@ -179,7 +179,7 @@ class ImageResult:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Judgment:
     """N detections and K classes of any number of images.
 
     Attributes:
@@ -199,7 +199,7 @@ class Judgement:
     missed: np.ndarray
 
     @classmethod
-    def joined(cls, images: Sequence[Judgement]) -> Judgement:
+    def joined(cls, images: Sequence[Judgment]) -> Judgment:
         """Of several images."""
         per_detection = ("scores", "classes", "verdicts", "mended_classes")
         per_class = ("truths", "unmatched", "missed")
@@ -209,7 +209,7 @@ class Judgement:
         )
 
 
-def judge_image(image: ImageResult, num_classes: int) -> Judgement:
+def judge_image(image: ImageResult, num_classes: int) -> Judgment:
     """Judges the `MAX_DETECTIONS` best detections of an image.
 
     1. From the best to the worst, a detection is correct if an unmatched ground truth of its class
@@ -241,7 +241,7 @@ def judge_image(image: ImageResult, num_classes: int) -> Judgement:
     def per_class(chosen: np.ndarray) -> np.ndarray:
         return np.bincount(image.truth_classes[chosen], minlength=num_classes)
 
-    return Judgement(
+    return Judgment(
         scores,
         classes,
         verdicts,
@@ -306,7 +306,7 @@ class ErrorWeights:
     counts: dict[str, int]
 
 
-def weigh_errors(judged: Judgement) -> ErrorWeights:
+def weigh_errors(judged: Judgment) -> ErrorWeights:
     """The gain in AP at IoU 0.5 from mending each kind of error by itself.
 
     A missed object is mended by taking it out of the ground truth. FP mends all false positives

@@ -38,8 +38,8 @@ NUM_PICTURES = 4
 # The JSON file has every so manieth point of a curve.
 _POINT_STRIDE = 40
 
-# Okabe and Ito's colours without the yellow, which is faint on white.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+# Okabe and Ito's colors without the yellow, which is faint on white.
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 _LINE_STYLES = ("-", "--", ":", "-.")
 
@@ -151,7 +151,7 @@ def thresholds(device: torch.device | None = None) -> Tensor:
 
 
 def foreground_mask(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """``(H, W)`` bool: pixels whose centre lies in a box, ``(G, 4)`` absolute xyxy."""
+    """``(H, W)`` bool: pixels whose center lies in a box, ``(G, 4)`` absolute xyxy."""
     y = torch.arange(size[0], device=boxes.device, dtype=boxes.dtype) + 0.5
     x = torch.arange(size[1], device=boxes.device, dtype=boxes.dtype) + 0.5
     in_rows = (y >= boxes[:, 1, None]) & (y < boxes[:, 3, None])  # (G, H)
@@ -228,8 +228,8 @@ def curve_chart(name: str, caption: str, curves: Mapping[str, MeanCurve]) -> Cha
             mean.curve.iob,
             mean.curve.iof,
             label=f"{label} (AUC {mean.curve.auc:.3f})",
-            color=_COLOURS[index % len(_COLOURS)],
-            linestyle=_LINE_STYLES[index % len(_LINE_STYLES)],  # tells lines apart in grey, too
+            color=_COLORS[index % len(_COLORS)],
+            linestyle=_LINE_STYLES[index % len(_LINE_STYLES)],  # tells lines apart in gray, too
             linewidth=1.8,
         )
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
@@ -411,7 +411,7 @@ def measure_discriminability(
         ),
         charts=(across, *by_level),
         pictures=heat_map_pictures(
-            "discriminability scores, fused over levels; colours from the lowest to the highest "
+            "discriminability scores, fused over levels; colors from the lowest to the highest "
             "score of each map.",
             examined,
             subjects[0].cfg.data.image_format,

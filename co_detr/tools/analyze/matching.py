@@ -17,7 +17,7 @@ from torch import Tensor
 from co_detr.checkpoint.detector import read_weights
 from co_detr.checkpoint.loading import load_weights
 from co_detr.modeling import CoDETR
-from co_detr.modeling.losses import normalise_boxes, solve_assignment
+from co_detr.modeling.losses import normalize_boxes, solve_assignment
 from co_detr.structures import EncoderMemory, GroundTruth, QuerySet
 from co_detr.tools.analyze.report import Chart, Section, Table
 from co_detr.tools.analyze.subjects import Progress, Sample, Subject
@@ -65,17 +65,17 @@ def match_queries(model: CoDETR, memory: EncoderMemory, truth: Instances) -> Que
     group = model.inference_source(memory)
     predictions = model.decoder(QuerySet.concat([group]), memory)
     factor = memory.geometry.factors[0]
-    normalised = normalised_truth(truth, factor, predictions.boxes)
-    cost = model.assigner.cost(predictions, 0, GroundTruth(truth.gt_classes, normalised, factor))
+    normalized = normalized_truth(truth, factor, predictions.boxes)
+    cost = model.assigner.cost(predictions, 0, GroundTruth(truth.gt_classes, normalized, factor))
     # As in the assigner: a diverged model has NaN costs, and any assignment will do.
     host = np.nan_to_num(cost[-1:].cpu().numpy(), nan=1e5, posinf=1e5, neginf=-1e5)
     tokens = None if group.tokens is None else group.tokens[0].cpu().numpy()
     return QueryMatching(solve_assignment(host)[0], tokens)
 
 
-def normalised_truth(truth: Instances, factor: Tensor, like: Tensor) -> Tensor:
-    """Normalised boxes ``(G, 4)`` of a ground truth, in the type of `like`."""
-    return normalise_boxes(truth.gt_boxes.tensor.to(like.dtype), factor)
+def normalized_truth(truth: Instances, factor: Tensor, like: Tensor) -> Tensor:
+    """Normalized boxes ``(G, 4)`` of a ground truth, in the type of `like`."""
+    return normalize_boxes(truth.gt_boxes.tensor.to(like.dtype), factor)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def measure_instability(
         charts=(
             Chart(
                 "instability",
-                "Mean instability per image between neighbouring checkpoints. Dotted: twice the "
+                "Mean instability per image between neighboring checkpoints. Dotted: twice the "
                 "number of objects.",
                 _lines(intervals, objects),
             ),

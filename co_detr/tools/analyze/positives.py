@@ -16,7 +16,7 @@ from torch import Tensor
 from co_detr.engine.validation import training_without_trace
 from co_detr.modeling import CoDETR
 from co_detr.seeding import seed_everything
-from co_detr.tools.analyze.matching import match_queries, normalised_truth
+from co_detr.tools.analyze.matching import match_queries, normalized_truth
 from co_detr.tools.analyze.report import Chart, Section, Table
 from co_detr.tools.analyze.subjects import Progress, Sample, Subject
 
@@ -148,7 +148,7 @@ def _count_image(model: CoDETR, batched_input: dict, truth: Instances) -> dict[s
         group = groups.get(f"{name}_queries")
         if group is not None:
             targets = group.targets
-            boxes = normalised_truth(truth, memory.geometry.factors[0], targets.boxes)
+            boxes = normalized_truth(truth, memory.geometry.factors[0], targets.boxes)
             used = count_per_truth(
                 targets.labels[0, 0], targets.boxes[0, 0], truth.gt_classes, boxes
             )
@@ -234,7 +234,7 @@ def _table(counted: dict[str, PositiveCounts]) -> Table:
 
 
 def _histogram(counted: dict[str, PositiveCounts]) -> Figure:
-    """One panel for each model; a source keeps its colour in all of them."""
+    """One panel for each model; a source keeps its color in all of them."""
     sources = list(dict.fromkeys(name for each in counted.values() for name in each.counts))
     longest = max(int(c.max()) for each in counted.values() for c in each.counts.values())
     figure = Figure(figsize=(8, 0.6 + 2.3 * len(counted)), layout="constrained")

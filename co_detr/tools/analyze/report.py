@@ -102,16 +102,16 @@ def new_axes(width: float = 4.8, height: float = 4.4) -> tuple[Figure, Axes]:
 
 
 def heat_map(rgb: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Scores ``(H, W)`` as colours over an image ``(H, W, 3)``, from their lowest to their highest.
+    """Scores ``(H, W)`` as colors over an image ``(H, W, 3)``, from their lowest to their highest.
 
-    Colours are relative, as the scores of one map often differ little.
+    Colors are relative, as the scores of one map often differ little.
     """
     low, high = float(scores.min()), float(scores.max())
     relative = (scores - low) / max(high - low, 1e-12)
-    colours = colormaps["inferno"](relative)[..., :3] * 255
-    # The image in grey, so that its own colours are not taken for scores.
-    grey = rgb.mean(axis=-1, keepdims=True)
-    return (0.35 * grey + 0.65 * colours).round().astype(np.uint8)
+    colors = colormaps["inferno"](relative)[..., :3] * 255
+    # The image in gray, so that its own colors are not taken for scores.
+    gray = rgb.mean(axis=-1, keepdims=True)
+    return (0.35 * gray + 0.65 * colors).round().astype(np.uint8)
 
 
 def pixels_of(sample: Sample, image_format: str) -> np.ndarray:

@@ -68,7 +68,7 @@ class ModelArgument:
     Attributes:
         name: in the report.
         config: a config file, or a name of the model zoo.
-        weights: the file that is analysed; None: those released for the model.
+        weights: the file that is analyzed; None: those released for the model.
         checkpoints: all that the run kept, the earliest first.
     """
 
@@ -190,7 +190,7 @@ def load_models(
         if not isinstance(detector.model, CoDETR):
             raise ConfigError(
                 f"{each.config} builds a {type(detector.model).__name__}, but only Co-DETR models "
-                "can be analysed: name another config."
+                "can be analyzed: name another config."
             )
         if detector.model.auxiliary is not None:
             detector.model.auxiliary.ignore_masks()  # no measure looks at masks
@@ -206,7 +206,7 @@ def load_models(
             if _input_of(first) != _input_of(subject):
                 raise ConfigError(
                     f'"{first.name}" and "{each.name}" read or resize images differently in the '
-                    "evaluation (dataloader.test.mapper, data.value_range): analyse them one by "
+                    "evaluation (dataloader.test.mapper, data.value_range): analyze them one by "
                     "one."
                 )
         subjects.append(subject)

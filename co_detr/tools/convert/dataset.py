@@ -65,7 +65,7 @@ class ImageSize:
 
 
 @dataclass(frozen=True)
-class LabelledBox:
+class LabeledBox:
     """An object.
 
     Attributes:
@@ -91,7 +91,7 @@ class Remark:
 class Labels:
     """What a label file says."""
 
-    boxes: list[LabelledBox]
+    boxes: list[LabeledBox]
     remarks: list[Remark] = field(default_factory=list)
 
 
@@ -224,7 +224,7 @@ def _to_coco(split: str, entries: list[_Read], class_names: list[str]) -> Conver
     return ConvertedSplit(split, root, content, remarks)
 
 
-def _annotation(number: int, box: LabelledBox, ids: dict[str, int], label: str) -> dict[str, Any]:
+def _annotation(number: int, box: LabeledBox, ids: dict[str, int], label: str) -> dict[str, Any]:
     if box.class_name not in ids:
         raise DataError(
             f"{label} has the class {box.class_name}, which is none of {shortened(ids)}: correct "

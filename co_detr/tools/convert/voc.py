@@ -15,7 +15,7 @@ from co_detr.tools.convert.dataset import (
     XYXY,
     Example,
     ImageSize,
-    LabelledBox,
+    LabeledBox,
     Labels,
     Remark,
     find_splits,
@@ -203,7 +203,7 @@ def read_voc_labels(path: Path, size: ImageSize, rules: VocRules) -> Labels:
             xyxy = (xyxy[0] - 1, xyxy[1] - 1, xyxy[2], xyxy[3])
         crowd = not rules.keep_difficult and _is_difficult(element, where)
         remarks += [_DIFFICULT] if crowd else []
-        boxes.append(LabelledBox(name, size.turned(xyxy) if turned else xyxy, crowd))
+        boxes.append(LabeledBox(name, size.turned(xyxy) if turned else xyxy, crowd))
     return Labels(boxes, list(dict.fromkeys(remarks)))
 
 

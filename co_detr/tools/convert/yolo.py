@@ -17,7 +17,7 @@ from co_detr.tools.convert.dataset import (
     XYXY,
     Example,
     ImageSize,
-    LabelledBox,
+    LabeledBox,
     Labels,
     find_splits,
     first_folder,
@@ -242,7 +242,7 @@ def read_yolo_labels(
             *(left * size.width, top * size.height),
             *(right * size.width, bottom * size.height),
         )
-        boxes.append(LabelledBox(name, scaled))
+        boxes.append(LabeledBox(name, scaled))
     return Labels(boxes)
 
 
@@ -268,9 +268,9 @@ def _class_name(value: float, class_names: Sequence[str], where: str) -> str:
 
 
 def _corners(values: list[float], keypoints: bool, where: str) -> XYXY:
-    """The box (x0, y0, x1, y1), normalised."""
+    """The box (x0, y0, x1, y1), normalized."""
     if len(values) == 4 or (keypoints and len(values) > 4):
-        _require_normalised(values[:4], where)
+        _require_normalized(values[:4], where)
         x, y, width, height = values[:4]
         return x - width / 2, y - height / 2, x + width / 2, y + height / 2
     if len(values) < 6 or len(values) % 2:
@@ -279,12 +279,12 @@ def _corners(values: list[float], keypoints: bool, where: str) -> XYXY:
             f"{where} has {len(values)} numbers behind the class{hint}: write four for a box, or "
             "x and y of at least three points."
         )
-    _require_normalised(values, where)
+    _require_normalized(values, where)
     xs, ys = values[0::2], values[1::2]
     return min(xs), min(ys), max(xs), max(ys)
 
 
-def _require_normalised(values: list[float], where: str) -> None:
+def _require_normalized(values: list[float], where: str) -> None:
     for value in values:
         if not -_MARGIN <= value <= 1 + _MARGIN:
             raise DataError(

@@ -30,7 +30,7 @@ from werkzeug.exceptions import (
 
 from co_detr.data.images import is_deep, orientation_of
 from co_detr.errors import ConfigError, DataError, UserError
-from co_detr.tools.draw.boxes import class_colours, text_colour
+from co_detr.tools.draw.boxes import class_colors, text_color
 from co_detr.tools.predict.files import CocoResults
 from co_detr.tools.predict.predictor import Predictor
 
@@ -185,13 +185,13 @@ def create_app(
 
 
 def _classes(predictor: Predictor) -> list[dict[str, str]]:
-    """Name and colours of the classes, in their order; those that predict.py draws."""
-    colours = class_colours(predictor.class_names)
+    """Name and colors of the classes, in their order; those that predict.py draws."""
+    colors = class_colors(predictor.class_names)
     return [
         {
             "name": name,
-            "colour": "#{:02x}{:02x}{:02x}".format(*colours[name]),
-            "text": text_colour(colours[name]),
+            "color": "#{:02x}{:02x}{:02x}".format(*colors[name]),
+            "text": text_color(colors[name]),
         }
         for name in predictor.class_names
     ]

@@ -1,7 +1,7 @@
 """Boxes drawn on images: one picture, predictions beside the ground truth, training samples.
 
 `draw_picture` writes pixel by pixel and keeps the size of the image; the two grids are Matplotlib
-figures. All of them take the colors of `choose_colours`.
+figures. All of them take the colors of `choose_colors`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from co_detr.tools.draw.fonts import PictureFont, save_figure
 
 matplotlib.use("Agg")  # works without a display
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 _PER_ROW = 3  # images, or pairs of images, of a grid
 _BRIGHT = 0.179  # relative luminance from which black text has more contrast than white
-# Ten hues that show on light, dark and grey ground alike, under white text.
-_TEN_COLOURS = (
+# Ten hues that show on light, dark and gray ground alike, under white text.
+_TEN_COLORS = (
     *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd"),
     *("#8c564b", "#ff4fd8", "#b8860b", "#6b8e00", "#17becf"),
 )
@@ -57,32 +57,32 @@ class Box:
         return self.class_name if self.score is None else f"{self.class_name} {self.score:.2f}"
 
 
-def choose_colours(count: int) -> list[Any]:
-    """One colour per class; the first ten show on any ground."""
-    if count <= len(_TEN_COLOURS):
-        return list(_TEN_COLOURS[:count])
+def choose_colors(count: int) -> list[Any]:
+    """One color per class; the first ten show on any ground."""
+    if count <= len(_TEN_COLORS):
+        return list(_TEN_COLORS[:count])
     return [plt.get_cmap("gist_rainbow")(index / count) for index in range(count)]
 
 
-def class_colours(class_names: Sequence[str]) -> dict[str, Colour]:
-    """A fixed colour for each class, so that it has the same one in all pictures."""
-    colours = [tuple(round(255 * part) for part in to_rgb(c)) for c in _spread(len(class_names))]
-    return dict(zip(class_names, colours, strict=True))
+def class_colors(class_names: Sequence[str]) -> dict[str, Color]:
+    """A fixed color for each class, so that it has the same one in all pictures."""
+    colors = [tuple(round(255 * part) for part in to_rgb(c)) for c in _spread(len(class_names))]
+    return dict(zip(class_names, colors, strict=True))
 
 
 def _spread(count: int) -> list[Any]:
-    """`choose_colours`, a long list of them in an order in which neighbours differ."""
-    colours = choose_colours(count)
+    """`choose_colors`, a long list of them in an order in which neighbors differ."""
+    colors = choose_colors(count)
     if count <= 10:
-        return colours
-    # Steps of a golden section, without common divisor with the length: each colour comes once.
+        return colors
+    # Steps of a golden section, without common divisor with the length: each color comes once.
     start = round(0.618 * count)
     step = next(step for step in range(start, count + start) if math.gcd(step, count) == 1)
-    return [colours[index * step % count] for index in range(count)]
+    return [colors[index * step % count] for index in range(count)]
 
 
-def text_colour(ground: Colour) -> str:
-    """ "black" or "white", whichever is easier to read on the colour `ground`."""
+def text_color(ground: Color) -> str:
+    """ "black" or "white", whichever is easier to read on the color `ground`."""
     red, green, blue = (
         part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4  # sRGB to linear
         for part in (value / 255 for value in ground)
@@ -90,13 +90,13 @@ def text_colour(ground: Colour) -> str:
     return "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > _BRIGHT else "white"
 
 
-def draw_picture(rgb: np.ndarray, boxes: Sequence[Box], colours: dict[str, Colour]) -> Image.Image:
+def draw_picture(rgb: np.ndarray, boxes: Sequence[Box], colors: dict[str, Color]) -> Image.Image:
     """Draws boxes with class and score; lines and text grow with the image.
 
     Args:
         rgb: ``(H, W, 3)`` uint8.
         boxes: in pixels of the image.
-        colours: of all classes; see `class_colours`.
+        colors: of all classes; see `class_colors`.
     """
     picture = Image.fromarray(rgb)
     draw = ImageDraw.Draw(picture)
@@ -109,18 +109,18 @@ def draw_picture(rgb: np.ndarray, boxes: Sequence[Box], colours: dict[str, Colou
         left, top, right, bottom = _corners(box)
         draw.rectangle(
             (left, top, max(left, right - 1), max(top, bottom - 1)),
-            outline=colours[box.class_name],
+            outline=colors[box.class_name],
             width=width,
         )
     for box in ranked:
-        _label(draw, box, colours[box.class_name], font, picture.size)
+        _label(draw, box, colors[box.class_name], font, picture.size)
     return picture
 
 
 def _label(
     draw: ImageDraw.ImageDraw,
     box: Box,
-    colour: Colour,
+    color: Color,
     font: PictureFont,
     size: tuple[int, int],
 ) -> None:
@@ -130,8 +130,8 @@ def _label(
     width = round(font.length(box.label)) + 4
     x = max(0, min(left, size[0] - width))
     y = top - height if top >= height else max(0, top)
-    draw.rectangle((x, y, x + width - 1, y + height - 1), fill=colour)
-    font.draw(draw, (x + 2, y), box.label, text_colour(colour))
+    draw.rectangle((x, y, x + width - 1, y + height - 1), fill=color)
+    font.draw(draw, (x + 2, y), box.label, text_color(color))
 
 
 def _corners(box: Box) -> tuple[int, int, int, int]:
@@ -234,12 +234,12 @@ def plot_predictions(
     reader = reader or ImageReader()
     boxes = [box for image in images for box in image.truth + image.predictions]
     names = sorted({box.class_name for box in boxes})
-    colours = dict(zip(names, choose_colours(len(names)), strict=True))
+    colors = dict(zip(names, choose_colors(len(names)), strict=True))
     figure, grid = _new_grid(len(images), (5.2, 2.75), axes_per_image=2)
     for image, (left, right) in zip(images, grid.reshape(-1, 2), strict=False):
         pixels = reader.read_rgb(image.path)
-        draw_boxes(left, pixels, image.truth, colours, f"{image.path.name}: ground truth")
-        draw_boxes(right, pixels, image.predictions, colours, "predictions")
+        draw_boxes(left, pixels, image.truth, colors, f"{image.path.name}: ground truth")
+        draw_boxes(right, pixels, image.predictions, colors, "predictions")
     _write(figure, path)
 
 
@@ -287,10 +287,10 @@ def plot_samples(samples: list[Sample], class_names: Sequence[str], path: Path) 
     if not samples:
         raise ValueError("plot_samples needs at least one sample, got none.")
     names = list(dict.fromkeys(class_names))
-    colours = dict(zip(names, choose_colours(len(names)), strict=True))
+    colors = dict(zip(names, choose_colors(len(names)), strict=True))
     figure, grid = _new_grid(len(samples), (4.6, 3.8))
     for axes, sample in zip(grid.flat, samples, strict=False):
-        draw_boxes(axes, sample.pixels, sample.boxes, colours, sample.title)
+        draw_boxes(axes, sample.pixels, sample.boxes, colors, sample.title)
     _write(figure, path)
 
 
@@ -319,20 +319,20 @@ def _write(figure: Figure, path: Path) -> None:
 
 
 def draw_boxes(
-    axes: Axes, pixels: np.ndarray, boxes: list[Box], colours: dict[str, Any], title: str
+    axes: Axes, pixels: np.ndarray, boxes: list[Box], colors: dict[str, Any], title: str
 ) -> None:
-    """Shows an image (H, W, 3) with boxes in the colours of their class names."""
+    """Shows an image (H, W, 3) with boxes in the colors of their class names."""
     axes.imshow(pixels)
     axes.set_title(title, fontsize=8, parse_math=False)
     height, width = pixels.shape[:2]
     # The best predictions are drawn last, on top of the others.
     for box in sorted(boxes, key=lambda box: box.score or 0.0):
         x, y, box_width, box_height = box.xywh
-        colour = colours[box.class_name]
+        color = colors[box.class_name]
         # Pixel i covers [i - 0.5, i + 0.5] in the picture but [i, i + 1] in box coordinates.
         corner = (x - 0.5, y - 0.5)
         axes.add_patch(
-            Rectangle(corner, box_width, box_height, fill=False, edgecolor=colour, linewidth=1.5)
+            Rectangle(corner, box_width, box_height, fill=False, edgecolor=color, linewidth=1.5)
         )
         axes.text(  # names are no formulas, though they may hold dollars
             min(max(x, 0), width - 1),
@@ -342,7 +342,7 @@ def draw_boxes(
             parse_math=False,
             color="white",
             verticalalignment="bottom",
-            bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8},
+            bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8},
         )
     axes.set_xlim(-0.5, width - 0.5)
     axes.set_ylim(height - 0.5, -0.5)

@@ -15,6 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from co_detr.moved import present_loss
 from co_detr.tools.draw.fonts import save_figure
 
 TOTAL_LOSS = "total_loss"
@@ -86,7 +87,7 @@ def read_log(path: Path, name: str) -> TrainingLog:
         last = iteration
         for key, value in record.items():
             if key != "iteration" and isinstance(value, (int, float)):
-                points.setdefault(key, {})[iteration] = float(value)
+                points.setdefault(present_loss(key), {})[iteration] = float(value)
     series = {key: _to_series(values) for key, values in points.items() if values}
     if not series:
         raise ValueError(f"{path} holds no metrics yet; train for at least one log period.")
@@ -96,7 +97,7 @@ def read_log(path: Path, name: str) -> TrainingLog:
 def plot_training_curves(logs: list[TrainingLog], path: Path) -> None:
     """Writes one figure: total loss, losses by part, and box AP, with all runs laid over it.
 
-    Colour tells runs apart in the first and third panel; in the second, colour is the part and
+    Color tells runs apart in the first and third panel; in the second, color is the part and
     line style is the run.
     """
     if not logs:
@@ -114,7 +115,7 @@ def plot_training_curves(logs: list[TrainingLog], path: Path) -> None:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred moving average over `window` points; near the ends over those that exist."""
+    """Centered moving average over `window` points; near the ends over those that exist."""
     half = window // 2
     padded = np.concatenate([[0.0], np.cumsum(values)])
     low = np.maximum(np.arange(len(values)) - half, 0)
@@ -142,14 +143,14 @@ def _plot_parts(axes: Axes, logs: list[TrainingLog]) -> None:
     axes.set_title("losses by part")
     parts_of_logs = [log.losses_by_part() for log in logs]
     names = sorted({name for parts in parts_of_logs for name in parts})
-    colours = plt.get_cmap("tab10" if len(names) <= 10 else "tab20").colors
+    colors = plt.get_cmap("tab10" if len(names) <= 10 else "tab20").colors
     for index, (log, parts) in enumerate(zip(logs, parts_of_logs, strict=True)):
         suffix = f" ({log.name})" if len(logs) > 1 else ""
         for name, series in parts.items():
             _plot_smoothed(
                 axes,
                 series,
-                color=colours[names.index(name) % len(colours)],
+                color=colors[names.index(name) % len(colors)],
                 linestyle=_LINE_STYLES[index % len(_LINE_STYLES)],
                 label=name + suffix,
             )

@@ -66,14 +66,14 @@ class Detections:
 class DetectionGraph(nn.Module):
     """A detector from RGB pixels to its best (query, class) pairs.
 
-    1. Colour order, mean and standard deviation of the model; the padding is overwritten.
+    1. Color order, mean and standard deviation of the model; the padding is overwritten.
     2. Backbone, encoder, queries of inference, decoder.
     3. Top-k over all pairs. Soft-NMS is not in the graph: where the model has it, there are as
        many pairs as it would start from.
 
     Args:
         model: in eval mode, without its auxiliary part.
-        image_format: colour order that the model was trained on, "RGB" or "BGR".
+        image_format: color order that the model was trained on, "RGB" or "BGR".
 
     Raises:
         ConfigError: for another image format.
@@ -84,7 +84,7 @@ class DetectionGraph(nn.Module):
         if image_format not in ("RGB", "BGR"):
             raise ConfigError(f"data.image_format={image_format} cannot be exported: use RGB, BGR.")
         self.model = model
-        self.reverse_colours = image_format == "BGR"
+        self.reverse_colors = image_format == "BGR"
         self.number = num_pairs(model)
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,7 +102,7 @@ class DetectionGraph(nn.Module):
         padded = tuple(images.shape[2:])
         geometry = Geometry.of([padded], padded, sizes.device, sizes)
         pixels = images.to(model.pixel_mean.dtype)
-        if self.reverse_colours:
+        if self.reverse_colors:
             pixels = pixels.flip(1)
         mean, std = model.pixel_mean, model.pixel_std
         padding = geometry.padding_mask[:, None]

@@ -184,7 +184,7 @@ def check_image(
 ) -> Check:
     """Runs the file and the model on the same network input.
 
-    The model takes its own way to its own normalisation, padding and kernels. Where the file pads
+    The model takes its own way to its own normalization, padding and kernels. Where the file pads
     images to a fixed size, the model gets the same padding: what padding does to detections is no
     difference of the file.
     """

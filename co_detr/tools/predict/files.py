@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from co_detr.errors import ConfigError, DataError
 from co_detr.files import written_whole
-from co_detr.tools.draw.boxes import Box, class_colours, draw_picture
+from co_detr.tools.draw.boxes import Box, class_colors, draw_picture
 from co_detr.tools.draw.fonts import fonts_for
 from co_detr.tools.predict.predictor import Predictor, Sample
 
@@ -199,7 +199,7 @@ class OutputFolder:
         self.results = CocoResults(class_names)
         self._names = list(class_names)
         fonts_for("".join(class_names))  # warns of all letters without a font at once
-        self._colours = class_colours(class_names)
+        self._colors = class_colors(class_names)
         self._taken: set[str] = set()
 
     def add_image(self, image_id: int, path: Path, rgb: np.ndarray, found: Instances) -> None:
@@ -219,7 +219,7 @@ class OutputFolder:
                 strict=True,
             )
         ]
-        return draw_picture(rgb, boxes, self._colours)
+        return draw_picture(rgb, boxes, self._colors)
 
     def free_name(self, path: Path, suffix: str) -> str:
         """A file name like that of `path`, with a number if another input had the same."""

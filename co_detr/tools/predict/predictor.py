@@ -32,7 +32,7 @@ class Sample:
 
     Attributes:
         rgb: ``(H, W, 3)`` uint8, the image itself.
-        image: ``(3, h, w)`` network input: resized, in the colour order of the model.
+        image: ``(3, h, w)`` network input: resized, in the color order of the model.
     """
 
     rgb: np.ndarray
@@ -183,7 +183,7 @@ class Predictor:
 def make_sample(
     image: ImageSource, reader: ImageReader, resize: T.Augmentation, image_format: str
 ) -> Sample:
-    """Reads an image, and resizes it in the colour order `image_format`.
+    """Reads an image, and resizes it in the color order `image_format`.
 
     Raises:
         DataError: if it cannot be read or resized.

@@ -71,7 +71,7 @@ def _check_memory(report: Report, model: CoDETR, memory: EncoderMemory, images: 
 def check_decoder(report: Report, prefix: str, model: CoDETR, memory: EncoderMemory) -> None:
     """Encoder proposals and all that is decoded from the best of them, below ``prefix``."""
     close, source = report.close, model.queries["matching"]
-    box = tol.normalised_box(memory.image_sizes)
+    box = tol.normalized_box(memory.image_sizes)
     output_memory, grid_logits = propose_grid(memory)
     output_memory = source.memory_norm(source.memory_proj(output_memory))
     close(f"{prefix}.enc_output_memory", output_memory, tol.MAP)
@@ -175,7 +175,7 @@ def _check_heads(
 
 
 def check_input(report: Report, case: Case, model: CoDETR) -> None:
-    """Source pixels to network input: normalisation, padding and the sizes that are kept."""
+    """Source pixels to network input: normalization, padding and the sizes that are kept."""
     if "images_uint8_rgb" not in case.own:
         report.given("image_sizes_hw", "input")
         return

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from co_detr.modeling.auxiliary import ATSSHead
 from co_detr.modeling.auxiliary.dense_head import InsideCells
-from co_detr.modeling.auxiliary.dense_losses import DenseTargets, centreness_target
+from co_detr.modeling.auxiliary.dense_losses import DenseTargets, centerness_target
 from tests.parity.oracle import tolerances as tol
 from tests.parity.oracle.eval_mode import compare_proposals
 from tests.parity.oracle.report import Deviation, Report
 from tests.parity.oracle.tolerances import (
     ROI_GT_ORDER,
     RPN_LOW_QUALITY,
-    RPN_NORMALISER,
+    RPN_NORMALIZER,
     RPN_PADDING,
 )
 from tests.parity.oracle.training import (
@@ -114,8 +114,8 @@ def _check_targets(
     fed = "fed to Detectron2's losses"
     report.given(f"{name}.labels", fed, RPN_LOW_QUALITY)
     report.given(f"{name}.label_weights", fed, RPN_PADDING)
-    report.given(f"{name}.num_total_pos", fed, RPN_NORMALISER)
-    report.given(f"{name}.num_total_neg", fed, RPN_NORMALISER)
+    report.given(f"{name}.num_total_pos", fed, RPN_NORMALIZER)
+    report.given(f"{name}.num_total_neg", fed, RPN_NORMALIZER)
     labels = torch.cat(run.entries["rpn"]["targets"]["labels"], dim=1)  # 0 means object
     boxes = []
     for image, gt_boxes in enumerate(run.case.own["gt_boxes_xyxy"]):
@@ -343,7 +343,7 @@ def check_atss(report: Report, prefix: str, run: TrainingRun) -> None:
     report.exact(f"{name}.labels_per_image", [each.gt_classes for each in candidates])
     boxes = [each.gt_boxes.tensor for each in candidates]
     report.close(f"{name}.bbox_targets_per_image", boxes, tol.GEOMETRY_PIXELS)
-    _check_centreness(report, f"{prefix}.atss", torch.cat(anchors), targets, positive, counts)
+    _check_centerness(report, f"{prefix}.atss", torch.cat(anchors), targets, positive, counts)
 
 
 def _check_maps(
@@ -386,7 +386,7 @@ def _check_atss_assignment(
     report.close(f"{name}.max_overlaps_all", ours, tol.GEOMETRY)
 
 
-def _check_centreness(
+def _check_centerness(
     report: Report,
     name: str,
     anchors: Tensor,
@@ -407,6 +407,6 @@ def _check_centreness(
             continue
         chosen = level_anchors.expand(len(mask), -1, -1)[mask], boxes[mask]
         inputs.append(chosen)
-        outputs.append(centreness_target(*chosen))
+        outputs.append(centerness_target(*chosen))
     report.close(f"{name}.centerness_inputs", inputs, tol.GEOMETRY_PIXELS)
     report.close(f"{name}.centerness_targets", outputs, tol.GEOMETRY)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MAP = 1e-3
-BACKBONE = 1e-5  # relative, besides MAP: its maps are not normalised and have values of hundreds
+BACKBONE = 1e-5  # relative, besides MAP: its maps are not normalized and have values of hundreds
 LOGIT = 5e-4
 BOX_PIXELS = 1e-2
 BOX_AND_SCORE = (BOX_PIXELS,) * 4 + (LOGIT,)
@@ -33,7 +33,7 @@ ZERO_LOSS = 1e-6
 GRADIENT_NOISE = 1e-7
 
 
-def normalised_box(image_sizes: list[tuple[int, int]]) -> float:
+def normalized_box(image_sizes: list[tuple[int, int]]) -> float:
     """``BOX_PIXELS`` in units of the largest image side."""
     return BOX_PIXELS / max(max(size) for size in image_sizes)
 
@@ -54,8 +54,8 @@ RPN_LOW_QUALITY = Difference(
     "mmdet gives a ground truth its best anchors if they reach IoU 0.3, even those of another "
     "ground truth; Detectron2 asks for no IoU and keeps each anchor's arg-max.",
 )
-RPN_NORMALISER = Difference(
-    "rpn-normaliser",
+RPN_NORMALIZER = Difference(
+    "rpn-normalizer",
     "mmdet divides RPN losses by the number of sampled anchors, Detectron2 by "
     "batch_size_per_image times images; the reference's number is fed.",
 )

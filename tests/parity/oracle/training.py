@@ -282,7 +282,7 @@ def reference_samples(case: Case, model: CoDETR, entries: dict) -> Iterator[None
     rpn, roi_heads = roi.rpn, roi.roi_heads
     saved = rpn.batch_size_per_image
     rpn.label_and_sample_anchors = lambda anchors, gts: rpn_labels(case, rpn, entries["rpn"])
-    # Difference by design ``rpn-normaliser``: what our loss divides by is set to the reference's.
+    # Difference by design ``rpn-normalizer``: what our loss divides by is set to the reference's.
     targets = entries["rpn"]["targets"]
     total = targets["num_total_pos"] + targets["num_total_neg"]
     rpn.batch_size_per_image = total / len(case.image_sizes)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from co_detr.checkpoint.official import rename_official
-from co_detr.modeling.losses import normalise_boxes
+from co_detr.modeling.losses import normalize_boxes
 from co_detr.structures import AssignedTargets, QueryGroup, QuerySet
 from tests.parity.oracle import tolerances as tol
 from tests.parity.oracle.eval_mode import check_denoising
 from tests.parity.oracle.report import Deviation, Report, describe, deviation
-from tests.parity.oracle.tolerances import REFERENCE_NAN, RPN_NORMALISER
+from tests.parity.oracle.tolerances import REFERENCE_NAN, RPN_NORMALIZER
 from tests.parity.oracle.training import HEADS, TrainingRun
 
 _TERMS = {
@@ -26,7 +26,7 @@ _TERMS = {
     "loss_rpn_cls": "loss_rpn_cls",
     "loss_rpn_loc": "loss_rpn_bbox",
     "loss_box_reg": "loss_bbox",
-    "loss_centreness": "loss_centerness",
+    "loss_centerness": "loss_centerness",
 }
 
 _SUFFIX = {"roi_queries": "_aux0", "atss_queries": "_aux1", "roi": "0", "atss": "1"}
@@ -39,7 +39,7 @@ UNREACHED = ("auxiliary.heads.", "queries.")
 def check_queries(report: Report, prefix: str, run: TrainingRun) -> None:
     """``cls_logits``, ``boxes_cxcywh``, ``hungarian``, ``dn`` and ``aux`` below ``prefix``."""
     output = run.output
-    box = tol.normalised_box(output.memory.image_sizes)
+    box = tol.normalized_box(output.memory.image_sizes)
     # The reference has denoising queries in front.
     first = [run.predictions[name] for name in ("denoising", "matching") if name in run.groups]
     report.close(f"{prefix}.cls_logits", torch.cat([e.logits for e in first], 2), tol.LOGIT)
@@ -84,7 +84,7 @@ def _check_matching(
         classes = truth.gt_classes * 0 if binary else truth.gt_classes
         labels = torch.cat([classes, torch.tensor([run.case.num_classes])])[row]
         factor = run.output.memory.geometry.factors[image]
-        boxes = normalise_boxes(truth.gt_boxes.tensor, factor)
+        boxes = normalize_boxes(truth.gt_boxes.tensor, factor)
         boxes = torch.cat([boxes, boxes.new_zeros(1, 4)])[row]
         other = (boxes != targets.boxes[layer, image]).any(-1) & is_matched
         wrong = int(((labels != targets.labels[layer, image]) | other).sum())
@@ -229,7 +229,7 @@ def _compare_loss(report: Report, run: TrainingRun, name: str, ours: float | Non
     limits = {"rtol": tol.LOSS} if reference else {"atol": tol.ZERO_LOSS}
     found = deviation(reference, ours, **limits)
     note = f"{ours:.7g}" + (" is the sum over levels" if len(values) > 1 else "")
-    bridged = RPN_NORMALISER if "loss_rpn" in name else None
+    bridged = RPN_NORMALIZER if "loss_rpn" in name else None
     report.record(name, found, describe(limits.get("atol", 0.0), tol.LOSS), note, bridged)
 
 

@@ -13,15 +13,15 @@ from detectron2.structures.boxes import matched_pairwise_iou
 
 from co_detr.modeling.auxiliary import ATSSAssigner, ATSSHead
 from co_detr.modeling.auxiliary.dense_head import InsideCells
-from co_detr.modeling.auxiliary.dense_losses import centreness_target, decode_deltas
+from co_detr.modeling.auxiliary.dense_losses import centerness_target, decode_deltas
 from co_detr.modeling.geometry import Geometry
 from co_detr.modeling.losses import (
     FocalLoss,
     HungarianAssigner,
     MatchingProblem,
     SetCriterion,
-    generalised_iou,
-    normalise_boxes,
+    generalized_iou,
+    normalize_boxes,
     solve_assignment,
     xyxy_to_cxcywh,
 )
@@ -45,7 +45,7 @@ def hungarian_assigner(unit: Unit) -> None:
     """Cost terms one by one, then the assignment as targets."""
     logits, size = unit["cls_logits"], tuple(unit["image_hw"])
     (factor,) = Geometry.of([size], size, logits.device).factors
-    truth = GroundTruth(unit["gt_labels"], normalise_boxes(unit["gt_boxes_xyxy"], factor), factor)
+    truth = GroundTruth(unit["gt_labels"], normalize_boxes(unit["gt_boxes_xyxy"], factor), factor)
     predictions = Predictions(logits[None, None], unit["boxes_cxcywh_norm"][None, None])
     assigner, off = HungarianAssigner(), dict(class_weight=0.0, bbox_weight=0.0, giou_weight=0.0)
     for key, weight in (
@@ -143,14 +143,14 @@ def max_iou_assigner(unit: Unit) -> None:
 def giou(unit: Unit) -> None:
     """The overlap itself, then the loss of the criterion.
 
-    The criterion takes normalised cxcywh boxes; here the image has one pixel, and float64 makes
+    The criterion takes normalized cxcywh boxes; here the image has one pixel, and float64 makes
     the way there and back exact.
     """
     originals, target = unit["pred"], unit["target"]
-    unit.close("giou_aligned", generalised_iou(originals, target))
+    unit.close("giou_aligned", generalized_iou(originals, target))
     unit.close("iou_aligned", matched_pairwise_iou(Boxes(originals), Boxes(target)))
     rows = len(unit.expected("giou_pairwise"))
-    unit.close("giou_pairwise", generalised_iou(originals[:rows, None], target[None]))
+    unit.close("giou_pairwise", generalized_iou(originals[:rows, None], target[None]))
     pred = originals.double().requires_grad_()
     loss = _criterion_loss(
         "loss_giou",
@@ -218,8 +218,8 @@ def delta_coder(unit: Unit) -> None:
     unit.close("decoded_clipped_160x224", clipped.tensor)
 
 
-def centerness_target(unit: Unit) -> None:
-    unit.close("output", centreness_target(unit["anchors"], unit["gts"]))
+def centerness_unit(unit: Unit) -> None:
+    unit.close("output", centerness_target(unit["anchors"], unit["gts"]))
 
 
 def roi_extractor(unit: Unit) -> None:

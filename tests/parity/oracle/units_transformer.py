@@ -15,7 +15,7 @@ from co_detr.layers import (
 )
 from co_detr.modeling import QualityFocalLoss, ReferencePosition, SetCriterion, SoftNMSPostprocessor
 from co_detr.modeling.geometry import Geometry, Levels, SinePosition, encode_boxes, valid_ratio
-from co_detr.modeling.losses import normalise_boxes
+from co_detr.modeling.losses import normalize_boxes
 from co_detr.modeling.queries import DenoisingQueries
 from co_detr.modeling.queries.sources import TwoStageQueries, propose_grid
 from co_detr.modeling.transformer import DeformableEncoder, inverse_sigmoid
@@ -91,7 +91,7 @@ def sine_pe(unit: Unit) -> None:
     """Both of the reference's settings; an entry names what differs from its class's defaults."""
     kind = unit["kind"]
     if not unit["normalize"]:
-        raise ValueError(f"{unit.name} is not normalised; SinePosition always normalises.")
+        raise ValueError(f"{unit.name} is not normalized; SinePosition always normalizes.")
     temperature = unit["temperature"] if unit.has("temperature") else 10000
     offset = unit["offset"] if unit.has("offset") else {"dino": 0.0}[kind]
     encoding = SinePosition(2 * unit["num_feats"], temperature, offset)
@@ -124,7 +124,7 @@ def get_reference_points(unit: Unit) -> None:
 
 
 def gen_encoder_output_proposals(unit: Unit) -> None:
-    """Grid priors, and the projected and normalised memory of the tokens that may propose."""
+    """Grid priors, and the projected and normalized memory of the tokens that may propose."""
     tokens, mask = unit["memory"], unit["padding_mask"]
     shapes = level_shapes(unit["spatial_shapes_hw"])
     levels = zip(mask.split([h * w for h, w in shapes], dim=1), shapes, strict=True)
@@ -245,7 +245,7 @@ def denoising_queries(unit: Unit) -> None:
     source.load_state_dict({"label_embedding.weight": weights})
     factors = Geometry.of(sizes, (1, 1), weights.device).factors
     truth = [
-        GroundTruth(labels, normalise_boxes(boxes, factor), factor)
+        GroundTruth(labels, normalize_boxes(boxes, factor), factor)
         for labels, boxes, factor in zip(
             unit["gt_labels"], unit["gt_boxes_xyxy"], factors, strict=True
         )

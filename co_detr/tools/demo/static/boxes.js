@@ -5,7 +5,7 @@
 const PER_LABEL = 20;
 
 export class BoxView {
-  // classes: [{ name, colour, text }], category id 1 first.
+  // classes: [{ name, color, text }], category id 1 first.
   constructor(classes) {
     this.classes = classes;
     this.layer = document.getElementById("boxes");
@@ -71,7 +71,7 @@ export class BoxView {
   }
 
   #make(annotation, image) {
-    const { name, colour, text } = this.classes[annotation.category_id - 1];
+    const { name, color, text } = this.classes[annotation.category_id - 1];
     const [x, y, width, height] = annotation.bbox;
     const score = annotation.score.toFixed(2);
 
@@ -98,7 +98,7 @@ export class BoxView {
     button.append(title, figure);
     row.append(button);
 
-    for (const element of [box, row]) paint(element, colour, text);
+    for (const element of [box, row]) paint(element, color, text);
     return { annotation, box, row };
   }
 
@@ -106,10 +106,10 @@ export class BoxView {
     const counts = new Map();
     for (const { category_id } of visible) counts.set(category_id, (counts.get(category_id) ?? 0) + 1);
     const chips = [...counts].sort((a, b) => b[1] - a[1] || a[0] - b[0]).map(([category, count]) => {
-      const { name, colour, text } = this.classes[category - 1];
+      const { name, color, text } = this.classes[category - 1];
       const chip = document.createElement("li");
       chip.textContent = `${name} ${count}`;
-      paint(chip, colour, text);
+      paint(chip, color, text);
       return chip;
     });
     this.legend.replaceChildren(...chips);
@@ -129,7 +129,7 @@ export class BoxView {
   }
 }
 
-function paint(element, colour, text) {
-  element.style.setProperty("--colour", colour);
-  element.style.setProperty("--on-colour", text);
+function paint(element, color, text) {
+  element.style.setProperty("--color", color);
+  element.style.setProperty("--on-color", text);
 }

@@ -14,16 +14,16 @@ export async function savePicture(picture, annotations, classes, fileName) {
   draw.textBaseline = "middle";
   const ranked = [...annotations].reverse(); // the best ones on top
   for (const { bbox, category_id } of ranked) {
-    draw.strokeStyle = classes[category_id - 1].colour;
+    draw.strokeStyle = classes[category_id - 1].color;
     draw.strokeRect(...bbox);
   }
   for (const { bbox: [x, y], category_id, score } of ranked) {
-    const { name, colour, text } = classes[category_id - 1];
+    const { name, color, text } = classes[category_id - 1];
     const label = `${name} ${score.toFixed(2)}`;
     const [width, height] = [draw.measureText(label).width + 6, size + 4];
     const left = Math.max(0, Math.min(x, canvas.width - width));
     const top = y >= height ? y - height : Math.max(0, y);
-    draw.fillStyle = colour;
+    draw.fillStyle = color;
     draw.fillRect(left, top, width, height);
     draw.fillStyle = text;
     draw.fillText(label, left + 3, top + height / 2);

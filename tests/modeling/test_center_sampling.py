@@ -1,11 +1,11 @@
-"""Centre sampling against a loop written from section 3 of FCOS."""
+"""Center sampling against a loop written from section 3 of FCOS."""
 
 import math
 
 import pytest
 import torch
 
-from co_detr.modeling.auxiliary import CentreSamplingAssigner
+from co_detr.modeling.auxiliary import CenterSamplingAssigner
 from tests.modeling.dense_cases import grid_anchors, make_gts
 
 STRIDES = (8, 16, 32)
@@ -25,12 +25,12 @@ def naive_assign(gt_boxes, radius):
             smallest, found = math.inf, -1
             for index, (left, top, right, bottom) in enumerate(gt_boxes.tolist()):
                 distances = (x - left, y - top, right - x, bottom - y)
-                centre_x, centre_y = (left + right) / 2, (top + bottom) / 2
+                center_x, center_y = (left + right) / 2, (top + bottom) / 2
                 in_box = min(distances) > 0
-                in_centre = max(abs(x - centre_x), abs(y - centre_y)) < radius * stride
+                in_center = max(abs(x - center_x), abs(y - center_y)) < radius * stride
                 in_range = low <= max(distances) <= high
                 area = (right - left) * (bottom - top)
-                if in_box and in_centre and in_range and area < smallest:
+                if in_box and in_center and in_range and area < smallest:
                     smallest, found = area, index
             assigned.append(found)
     return torch.tensor(assigned)
@@ -41,7 +41,7 @@ def naive_assign(gt_boxes, radius):
 @pytest.mark.parametrize("seed", range(3))
 def test_equals_the_loop(kind, radius, seed):
     gt_boxes = make_gts(kind, seed)
-    assigned = CentreSamplingAssigner(radius, reach=4.0)(LEVELS, gt_boxes)
+    assigned = CenterSamplingAssigner(radius, reach=4.0)(LEVELS, gt_boxes)
     assert torch.equal(assigned, naive_assign(gt_boxes, radius))
     if kind != "tiny":  # which may lie between the points
         assert (assigned >= 0).any() == (kind != "none")
@@ -54,7 +54,7 @@ def test_equals_the_loop(kind, radius, seed):
 def test_each_size_has_its_level():
     boxes = {0: (60, 60, 76, 76), 1: (20, 20, 100, 100), 2: (0, 0, 160, 128)}
     for expected, box in boxes.items():
-        assigned = CentreSamplingAssigner(reach=4.0)(LEVELS, torch.tensor([box]).float())
+        assigned = CenterSamplingAssigner(reach=4.0)(LEVELS, torch.tensor([box]).float())
         found = [(part >= 0).any() for part in assigned.split([len(level) for level in LEVELS])]
         assert [i for i, any_point in enumerate(found) if any_point] == [expected]
 
@@ -64,20 +64,20 @@ def test_the_default_ranges_are_those_of_the_paper():
     strides = (8, 16, 32, 64, 128)
     points = [torch.tensor([[-s / 2, -s / 2, s / 2, s / 2]]) for s in strides]
     for distance, expected in ((63, 0), (65, 1), (127, 1), (129, 2), (257, 3), (511, 3), (513, 4)):
-        # Around the origin, but for one side by a hair: centres are near enough on all levels.
+        # Around the origin, but for one side by a hair: centers are near enough on all levels.
         box = torch.tensor([[-distance, -distance, distance, distance]]).float()
-        assigned = CentreSamplingAssigner()(points, box)
+        assigned = CenterSamplingAssigner()(points, box)
         assert (assigned >= 0).nonzero().flatten().tolist() == [expected]
 
 
 @pytest.mark.parametrize("max_pairs", [1, 500, 5000])
 def test_a_crowd_is_assigned_in_parts(max_pairs):
     gt_boxes = torch.cat([make_gts("random", seed) for seed in range(5)])
-    expected = CentreSamplingAssigner(reach=4.0)(LEVELS, gt_boxes)
-    parts = CentreSamplingAssigner(reach=4.0, max_pairs=max_pairs)(LEVELS, gt_boxes)
+    expected = CenterSamplingAssigner(reach=4.0)(LEVELS, gt_boxes)
+    parts = CenterSamplingAssigner(reach=4.0, max_pairs=max_pairs)(LEVELS, gt_boxes)
     assert torch.equal(parts, expected) and (expected >= 0).any()
 
 
 def test_no_points():
     boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0]])
-    assert CentreSamplingAssigner()([torch.zeros(0, 4)], boxes).shape == (0,)
+    assert CenterSamplingAssigner()([torch.zeros(0, 4)], boxes).shape == (0,)

@@ -1,4 +1,7 @@
-"""Query sources had numbers in version 0.1: its files and settings still work."""
+"""Files and settings of earlier versions still work.
+
+Query sources had numbers in version 0.1, and the centerness of a head another spelling.
+"""
 
 import logging
 
@@ -8,7 +11,7 @@ from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 
 from co_detr.checkpoint.detector import load_detector
-from co_detr.checkpoint.loading import load_weights, with_query_names
+from co_detr.checkpoint.loading import load_weights, with_present_names
 from co_detr.checkpoint.official import restore_official
 from co_detr.checkpoint.saving import Checkpointer
 from co_detr.engine.config import config_text, load_config, save_config
@@ -18,7 +21,7 @@ from co_detr.model_zoo import choose_config
 from co_detr.modeling.queries import QuerySources
 from co_detr.moved import named_sources
 from tests.device import DEVICE
-from tests.modeling.builders import CONFIGS, detect, make_batch, randomise, shrink
+from tests.modeling.builders import CONFIGS, detect, make_batch, randomize, shrink, tiny_model
 
 OVERRIDES = ["model.auxiliary=null", "model.num_classes=5"]
 
@@ -30,7 +33,7 @@ def make_config():
 def make_model(cfg=None):
     torch.manual_seed(0)
     model = instantiate((cfg or make_config()).model).to(DEVICE)
-    randomise(model)
+    randomize(model)
     return model
 
 
@@ -49,8 +52,8 @@ def test_names_of_an_old_file():
     model = make_model()
     old = with_numbers(model.state_dict())
     assert "queries.1.label_embedding.weight" in old
-    assert same(with_query_names(old, model), model.state_dict())
-    assert same(with_query_names(model.state_dict(), model), model.state_dict())
+    assert same(with_present_names(old, model), model.state_dict())
+    assert same(with_present_names(model.state_dict(), model), model.state_dict())
 
 
 @pytest.mark.parametrize("stripped", [False, True])
@@ -71,19 +74,46 @@ def test_an_old_file_predicts(stripped, tmp_path):
         assert torch.equal(one.scores, other.scores)
 
 
-def test_a_training_goes_on_from_an_old_file(tmp_path):
+def with_old_modules(state):
+    """Tensors under the names that heads gave them before."""
+    return {key.replace(".centerness.", ".centreness."): value for key, value in state.items()}
+
+
+def test_modules_of_heads_of_an_old_file():
+    model = tiny_model(heads=1)
+    old = with_old_modules(model.state_dict())
+    assert "auxiliary.heads.atss.centreness.weight" in old
+    assert same(with_present_names(old, model), model.state_dict())
+    other = tiny_model(heads=1, seed=1)
+    assert load_weights(other, {"model": old}, "model.pth", parts="whole").complete
+    assert same(other.state_dict(), model.state_dict())
+
+
+def test_a_module_of_a_users_head_keeps_its_name():
+    model = tiny_model(heads=1)
+    model.auxiliary.heads["atss"].centreness = torch.nn.Linear(2, 1)
+    assert same(with_present_names(model.state_dict(), model), model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("make", "old_names"),
+    [(make_model, with_numbers), (lambda: tiny_model(heads=1), with_old_modules)],
+    ids=["sources", "modules"],
+)
+def test_a_training_goes_on_from_an_old_file(make, old_names, tmp_path):
     """With the state of the optimizer, which knows parameters by their order, and the average."""
-    model = make_model()
+    model = make()
     averaged = AveragedWeights(model, EmaSettings(decay=0.9, warmup_iterations=0))
     optimizer = torch.optim.AdamW(model.parameters())
     sum(parameter.sum() for parameter in model.parameters()).backward()
     optimizer.step()
     averaged.update_parameters(model)
     content = {"model": model.state_dict(), "ema": averaged.state_dict()}
-    content = {key: with_numbers(value) for key, value in content.items()}
+    content = {key: old_names(value) for key, value in content.items()}
+    assert content["ema"].keys() != averaged.state_dict().keys()
     torch.save({**content, "optimizer": optimizer.state_dict()}, tmp_path / "model_final.pth")
 
-    other = make_model()
+    other = make()
     parts = {
         "ema": AveragedWeights(other, averaged.settings),
         "optimizer": torch.optim.AdamW(other.parameters()),
@@ -106,7 +136,7 @@ def test_an_old_file_becomes_one_of_the_reference():
 def test_the_config_of_an_old_file_is_found():
     cfg = load_config(str(CONFIGS / "co_detr_r50.py"))
     with torch.device("meta"):
-        state = with_numbers(instantiate(cfg.model).state_dict())
+        state = with_old_modules(with_numbers(instantiate(cfg.model).state_dict()))
     state["decoder.class_heads.0.bias"] = torch.zeros(80)  # tells the number of classes
     assert choose_config(state, official=False).name == "co_detr_r50"
 
