@@ -29,12 +29,15 @@ from co_detr.modeling.losses import (
     normalize_boxes,
     score_groups,
 )
+from co_detr.modeling.masks import RefineMaskHead
 from co_detr.modeling.postprocess import TopKPostprocessor, in_output_resolution
 from co_detr.modeling.queries.sources import QuerySource, QuerySources
 from co_detr.modeling.transformer import DeformableDecoder, DeformableEncoder
 from co_detr.structures import (
     EncoderMemory,
     GroundTruth,
+    Predictions,
+    QueryGroup,
     QuerySet,
     StepCounts,
     TrainingOutput,
@@ -51,6 +54,8 @@ class CoDETR(nn.Module):
     3. Query sources make further groups, of which inference uses one.
     4. All groups are decoded in one pass, blind to each other, and scored by one criterion.
 
+    With a mask head, the boxes that are detected in the end also get masks.
+
     In eval mode only the memory, the inference group and the decoder are computed, unless
     ``evaluate_with`` or ``compare_detectors`` asks for one of the other `detectors`.
 
@@ -64,6 +69,8 @@ class CoDETR(nn.Module):
         encoder, decoder, assigner, criterion, postprocessor: see their classes.
         queries: query sources by name, see `QuerySources`.
         auxiliary: the auxiliary heads, or None for the plain DETR.
+        mask_head: predicts masks of detections and is trained on proposals of the decoder; None:
+            boxes only.
         pixel_mean, pixel_std: per channel, in the order and range of the input images.
         padding: how images become a batch; None: to the largest size in it, masked.
         compare_top_k: in eval, also return what plain top-k makes of the same predictions.
@@ -89,6 +96,7 @@ class CoDETR(nn.Module):
         criterion: SetCriterion | None,
         postprocessor: TopKPostprocessor | None,
         auxiliary: HybridAssignmentHeads | None = None,
+        mask_head: RefineMaskHead | None = None,
         pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
         pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
         padding: BatchPadding | None = None,
@@ -106,6 +114,7 @@ class CoDETR(nn.Module):
         self.criterion = criterion
         self.postprocessor = postprocessor
         self.auxiliary = auxiliary
+        self.mask_head = mask_head
         self.padding = padding or BatchPadding()
         self.compare_top_k = compare_top_k
         self.compare_detectors = compare_detectors
@@ -165,7 +174,12 @@ class CoDETR(nn.Module):
             return self.forward_training(images, gt_instances, counts).losses
         with torch.no_grad():
             one_pass = InferencePass(self, images)
-            detections = {"instances": one_pass.detections(self.evaluate_with or DECODER)}
+            found = one_pass.detections(self.evaluate_with or DECODER)
+            if self.mask_head is not None:
+                # In what images pad themselves with nothing is left of a detection in the end.
+                sizes = [tuple(each["image"].shape[-2:]) for each in batched_inputs]
+                found = one_pass.with_masks(found, sizes)
+            detections = {"instances": found}
             for kind in self.compared:
                 found = one_pass.detections(kind)
                 detections[f"instances_{kind}"] = [boxes_only(each) for each in found]
@@ -184,9 +198,11 @@ class CoDETR(nn.Module):
 
         Args:
             images: normalized and padded.
-            gt_instances: with ``gt_boxes`` (absolute) and ``gt_classes``, on any device.
+            gt_instances: with ``gt_boxes`` (absolute) and ``gt_classes``, for heads that learn
+                masks also ``gt_masks``, on any device.
             counts: of all micro-batches of the step; None: this batch is all of it.
         """
+        gt_masks = [each.gt_masks if each.has("gt_masks") else None for each in gt_instances]
         gt_instances = self._on_device(images, gt_instances)
         memory = self.encode(images)
         geometry = memory.levels.images
@@ -215,6 +231,10 @@ class CoDETR(nn.Module):
             losses = score_groups(groups, predictions, assignment, geometry, self.criterion, counts)
         for name, output in branch.outputs.items():
             losses.update({f"{name}.{key}": value for key, value in output.losses.items()})
+        if self.mask_head is not None:
+            proposals = self._proposals(groups, predictions)
+            of_masks = self.mask_head.losses(memory, proposals, gt_instances, gt_masks, counts)
+            losses.update({f"mask_head.{key}": value for key, value in of_masks.items()})
         return TrainingOutput(
             losses,
             memory,
@@ -223,6 +243,20 @@ class CoDETR(nn.Module):
             assignment.groups,
             assignment.proposals,
             branch.outputs,
+        )
+
+    def _proposals(self, groups: list[QueryGroup], predictions: list[Predictions]) -> Predictions:
+        """The last layer's predictions for the queries of inference and those that see them, which
+        are denoising queries."""
+        name = self.queries.inference
+        chosen = [
+            each
+            for group, each in zip(groups, predictions, strict=True)
+            if group.name == name or name in group.sees
+        ]
+        return Predictions(
+            torch.cat([each.logits[-1:] for each in chosen], dim=2),
+            torch.cat([each.boxes[-1:] for each in chosen], dim=2),
         )
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageBatch:
@@ -325,6 +359,7 @@ def check_parts(model: nn.Module) -> None:
     _check_class_counts(model)
     _check_strides(model)
     check_detectors(model)
+    _check_mask_head(model)
     if model.decoder is None:
         _check_without_decoder(model)
         return
@@ -358,6 +393,27 @@ def _check_strides(model: nn.Module) -> None:
         raise ConfigError(
             f"model.encoder measures images in cells of {list(strides)} pixels, but the maps of "
             f"model.backbone have the strides {given}: give it these, or null."
+        )
+
+
+def _check_mask_head(model: nn.Module) -> None:
+    if model.mask_head is None:
+        return
+    if model.decoder is None:
+        raise ConfigError(
+            "model.mask_head learns from what a decoder proposes, but model.decoder is null: set "
+            "model.mask_head=null, too."
+        )
+    given = [shape.stride for shape in model.backbone.output_shape().values()]
+    if model.mask_head.strides != given:
+        raise ConfigError(
+            f"model.mask_head.strides={model.mask_head.strides}, but the encoder's maps have the "
+            f"strides {given}: give it these."
+        )
+    if len(given) == 1:
+        raise ConfigError(
+            f"model.mask_head needs maps of several strides, but this encoder has one, of stride "
+            f"{given[0]}: take a model with a deformable encoder."
         )
 
 

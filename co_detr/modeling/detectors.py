@@ -181,6 +181,25 @@ class InferencePass:
             self._known[name] = self._detect(name)
         return self._known[name]
 
+    def with_masks(
+        self, found: list[Instances], image_sizes: Sequence[tuple[int, int]]
+    ) -> list[Instances]:
+        """Detections with the masks of ``mask_head``, unless they have some of their own.
+
+        Args:
+            found: of each image, in pixels of the network input.
+            image_sizes: (height, width) of the images without any padding; boxes are cut to them,
+                as masks belong to their boxes.
+        """
+        if any(each.has("pred_masks") for each in found):
+            return found
+        clipped = []
+        for each, size in zip(found, image_sizes, strict=True):
+            fields = {**each.get_fields(), "pred_boxes": each.pred_boxes.clone()}
+            fields["pred_boxes"].clip(size)
+            clipped.append(Instances(each.image_size, **fields))
+        return self._model.mask_head.detect(self._memory, clipped)
+
     def _detect(self, name: str) -> list[Instances]:
         model = self._model
         if name == TOP_K:

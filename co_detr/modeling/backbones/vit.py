@@ -286,8 +286,8 @@ class ChannelNorm(nn.LayerNorm):
     A subclass of `nn.LayerNorm`, so that optimizers recognize its weights as those of a norm.
     """
 
-    def __init__(self, channels: int):
-        super().__init__(channels, eps=1e-6)
+    def __init__(self, channels: int, eps: float = 1e-6):
+        super().__init__(channels, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -1,0 +1,40 @@
+"""The mask head of Co-DINO-Inst, for ``model.mask_head``; the interpolations reach that model.
+
+``mask_head`` reads five levels from stride 4 (Co-DINO), ``mask_head_of_four_levels`` four from
+stride 8 (Co-Deformable-DETR). The data need masks, see `use_masks` in common/masks.py.
+"""
+
+import copy
+
+from detectron2.config import LazyCall as L
+
+from co_detr.modeling.mask_losses import MaskCriterion, RegionSampler
+from co_detr.modeling.masks import MaskIoUHead, RefineMaskHead
+
+mask_head = L(RefineMaskHead)(
+    num_classes="${..num_classes}",
+    embed_dim="${..encoder.embed_dim}",
+    strides=[4, 8, 16, 32, 64],
+    num_decoder_layers="${..decoder.num_layers}",
+    lambda_2=2.0,
+    sampler=L(RegionSampler)(
+        num_proposals="${...postprocessor.max_detections}",
+        max_positives=128,
+        iou_threshold=0.5,
+    ),
+    criterion=L(MaskCriterion)(
+        loss_weight=1.33,
+        stage_weights=[0.5, 0.75, 0.75, 1.0],
+        boundary_width=2,
+    ),
+    iou_head=L(MaskIoUHead)(
+        num_classes="${..num_classes}",
+        embed_dim="${..embed_dim}",
+        conv_dim=256,
+        fc_dim=1024,
+        loss_weight=0.5,
+    ),
+)
+
+mask_head_of_four_levels = copy.deepcopy(mask_head)
+mask_head_of_four_levels.strides = [8, 16, 32, 64]
