@@ -1,14 +1,21 @@
-"""What is set in a process before PyTorch is imported, or before it does anything large.
+"""What is set up in a process around its work: messages and memory before it, signals during it.
 
-This file needs nothing but the standard library.
+Dependencies are silenced before they are imported, memory is set before anything large, and signals
+that announce the end of a job stop a training where it can go on from. This file needs nothing but
+the standard library.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import multiprocessing
 import os
+import signal
+import threading
+import time
 import warnings
+from types import FrameType, TracebackType
 
 # Detectron2 and fvcore use what newer releases of torch and setuptools deprecate.
 DEPRECATIONS = (
@@ -22,6 +29,12 @@ LOGGERS = ("torch.fx._symbolic_trace", "torch.utils.cpp_extension")
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
 OTHER_ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
+# What schedulers send some time before they kill a job.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+# A scheduler may signal all processes of a job, and the launcher among them forwards it: the same
+# signal then arrives twice.
+_FORWARDED_WITHIN = 5.0
 
 
 def silence_dependencies() -> None:
@@ -72,3 +85,83 @@ def _is_glibc() -> bool:
         return os.confstr("CS_GNU_LIBC_VERSION") is not None
     except (AttributeError, ValueError, OSError):  # no such function or name: not glibc
         return False
+
+
+class StopSignals:
+    """Inside the block, the first SIGTERM or SIGUSR1 is noted; a second one acts as usual.
+
+    Ctrl-C raises `KeyboardInterrupt` as ever, but cannot get lost: where it strikes in a callback,
+    Python prints and forgets it, and a library that is writing a file makes another error of it.
+    The trainer looks at `received` and `interrupted` once per iteration. In a thread that cannot
+    handle signals the block does nothing.
+
+    Args:
+        has_launcher: a launcher forwards signals: what arrives in the next seconds is the first.
+
+    Raises:
+        KeyboardInterrupt: at the end of the block, whatever ended it, if Ctrl-C was pressed.
+    """
+
+    def __init__(self, has_launcher: bool = False) -> None:
+        self.received = False
+        self.interrupted = False
+        self._patience = _FORWARDED_WITHIN if has_launcher else 0.0
+        self._first = 0.0
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {each: signal.signal(each, self._note) for each in SIGNALS}
+            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+        if self.interrupted and not isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.interrupted = True
+        raise KeyboardInterrupt
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        now = time.monotonic()
+        if not self.received:
+            self.received, self._first = True, now
+            _say(f"{name}: stopping after this iteration and its checkpoint; once more: at once.")
+        elif now - self._first >= self._patience:
+            _say(f"{name} again: stopping at once; --resume continues from the last checkpoint.")
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+def outlive_signals(worker_id: int = 0) -> None:
+    """`worker_init_fn` of a DataLoader: its process heeds SIGTERM from the trainer alone.
+
+    Schedulers signal all processes of a job, but the trainer needs its loading workers to finish
+    the iteration. It ends them itself, by SIGTERM, too.
+    """
+    # Handlers are not told who sent a signal; whoever waits for it is.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    while True:
+        received = signal.sigwaitinfo(SIGNALS)
+        if received.si_signo == signal.SIGTERM and received.si_pid == trainer.pid:
+            os._exit(0)
+
+
+def _say(text: str) -> None:
+    # Not through a buffered stream, which the signal may have interrupted in a write.
+    os.write(2, f"{text}\n".encode())

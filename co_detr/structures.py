@@ -1,4 +1,4 @@
-"""Typed values that travel between the parts of a model.
+"""Typed values that travel between the parts of a model, and how values travel to the device.
 
 Letters used in shapes: B images, L levels, S tokens (all levels), Q queries, G ground truths,
 R candidates, C channels, D decoder layers, K foreground classes.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
@@ -480,3 +480,21 @@ class StepCounts:
             repeats: how many queries every ground truth is matched to.
         """
         return sum(min(num_queries, repeats * number) for number in self.num_truths)
+
+
+def tensor_on(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``torch.tensor(values, dtype=dtype, device=device)`` without waiting for the device."""
+    return to_device(torch.tensor(values, dtype=dtype), device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor.to(device)`` without waiting for the device; work on the result is queued behind it.
+
+    Plain copies come from pageable memory, and make the host wait for the whole queue. In a step
+    that is done where costs are fetched for matching, not for a handful of sizes.
+    """
+    # Tracing has no memory to pin, and neither have the made-up devices of a machine without one.
+    can_pin = torch.cuda.is_available() and not torch.compiler.is_compiling()
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu" and can_pin:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from co_detr.data.images import ImageReader
 from co_detr.errors import ConfigError, DataError, first_line
+from co_detr.process_setup import outlive_signals
 from co_detr.seeding import locally_seeded, mix_seed
-from co_detr.stop_signals import outlive_signals
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 
 from co_detr.errors import ConfigError, LostProcessError, UserError, WriteError, first_line
-from co_detr.stop_signals import SIGNALS
+from co_detr.process_setup import SIGNALS
 
 Main = Callable[[DictConfig, argparse.Namespace], object]
 _INTERRUPTED = 128 + signal.SIGINT  # as shells have it

@@ -55,7 +55,7 @@ from co_detr.engine.validation import build_selection, load_validation_set
 from co_detr.engine.writers import WriterHook, build_writers
 from co_detr.errors import CheckpointError, ConfigError, UserError
 from co_detr.files import remove_incomplete
-from co_detr.stop_signals import outlive_signals
+from co_detr.process_setup import outlive_signals
 
 logger = logging.getLogger(__name__)
 

@@ -28,8 +28,8 @@ from co_detr.data.loader import BatchPlan
 from co_detr.engine.non_finite import BadStep, NonFiniteGuard, facts_of
 from co_detr.engine.optim import layout_of, with_own_settings
 from co_detr.engine.writers import WriterHook
+from co_detr.process_setup import StopSignals
 from co_detr.seeding import seed_everything
-from co_detr.stop_signals import StopSignals
 from co_detr.structures import StepCounts
 
 logger = logging.getLogger(__name__)

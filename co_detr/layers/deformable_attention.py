@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from co_detr.transfer import tensor_on
+from co_detr.structures import tensor_on
 
 HAS_EXTENSION = importlib.util.find_spec("co_detr._C") is not None
 if HAS_EXTENSION:

@@ -41,8 +41,8 @@ from co_detr.structures import (
     QuerySet,
     StepCounts,
     TrainingOutput,
+    to_device,
 )
-from co_detr.transfer import to_device
 
 
 class CoDETR(nn.Module):

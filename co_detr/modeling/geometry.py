@@ -12,7 +12,7 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
-from co_detr.transfer import tensor_on
+from co_detr.structures import tensor_on
 
 
 @dataclass(frozen=True)

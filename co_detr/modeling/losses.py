@@ -19,8 +19,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from co_detr.modeling.geometry import Geometry
-from co_detr.structures import AssignedTargets, GroundTruth, Predictions, QueryGroup, StepCounts
-from co_detr.transfer import to_device
+from co_detr.structures import (
+    AssignedTargets,
+    GroundTruth,
+    Predictions,
+    QueryGroup,
+    StepCounts,
+    to_device,
+)
 
 # The reference divides by (normalizer + eps) in all its losses.
 EPS = torch.finfo(torch.float32).eps

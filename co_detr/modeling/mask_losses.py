@@ -17,8 +17,7 @@ from torchvision.ops import roi_align
 from co_detr.modeling.geometry import Geometry
 from co_detr.modeling.losses import cxcywh_to_xyxy, iou
 from co_detr.modeling.postprocess import choose_pairs
-from co_detr.structures import Predictions, bitmaps_of
-from co_detr.transfer import to_device
+from co_detr.structures import Predictions, bitmaps_of, to_device
 
 # Pixels of ground truths that are looked at as float numbers at a time.
 MAX_PIXELS = 1 << 24

@@ -30,8 +30,7 @@ from co_detr.modeling.mask_losses import (
     refine,
     values_at,
 )
-from co_detr.structures import ClassRows, EncoderMemory, Predictions, StepCounts
-from co_detr.transfer import to_device
+from co_detr.structures import ClassRows, EncoderMemory, Predictions, StepCounts, to_device
 
 EPS = 1e-5  # of the norms
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from co_detr.errors import NonFiniteError
 from co_detr.modeling.geometry import Geometry
 from co_detr.modeling.losses import cxcywh_to_xyxy, iou
-from co_detr.transfer import to_device
+from co_detr.structures import to_device
 
 
 class TopKPostprocessor(nn.Module):

@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from benchmarks.step.waits import count_waits, own
-from co_detr.transfer import to_device
+from co_detr.structures import to_device
 from tests.gpu.steps import (
     build,
     losses_of,

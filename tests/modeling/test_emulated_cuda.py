@@ -10,7 +10,7 @@ from detectron2.utils.events import EventStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from co_detr.engine.config import load_config
-from co_detr.transfer import tensor_on, to_device
+from co_detr.structures import tensor_on, to_device
 from tests.cuda_emulation import (
     DEVICE,
     EmulatedCuda,

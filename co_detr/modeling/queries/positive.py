@@ -14,8 +14,7 @@ from co_detr.errors import ConfigError
 from co_detr.modeling.geometry import Geometry, encode_boxes
 from co_detr.modeling.losses import normalize_boxes
 from co_detr.modeling.transformer import inverse_sigmoid
-from co_detr.structures import AssignedTargets, Candidates, QueryGroup
-from co_detr.transfer import to_device
+from co_detr.structures import AssignedTargets, Candidates, QueryGroup, to_device
 
 
 @dataclass(frozen=True)
