@@ -263,6 +263,33 @@ def checked_polygons(segmentation: Any, where: str) -> list[list[float]]:
     return segmentation
 
 
+def encoded_mask(segmentation: Any, height: int, width: int) -> dict[str, Any] | None:
+    """COCO's compressed run-length form of polygons or of a run-length mask in any form.
+
+    Args:
+        segmentation: as it stands in a file.
+        height, width: of the image in pixels.
+
+    Returns:
+        what `pycocotools.mask` takes; None if the segmentation is missing, or is no mask of an
+        image of this size.
+    """
+    try:
+        if isinstance(segmentation, dict):
+            if list(segmentation["size"]) != [height, width]:
+                return None
+            if isinstance(segmentation["counts"], list):
+                return mask_utils.frPyObjects(segmentation, height, width)
+            mask_utils.area(segmentation)
+            return segmentation
+        # Four numbers would be taken for a box.
+        if not segmentation or min(map(len, segmentation)) < 6:
+            return None
+        return mask_utils.merge(mask_utils.frPyObjects(segmentation, height, width))
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
 def enclosing_box(segmentation: Any) -> list[float] | None:
     """The box (x, y, w, h) around polygons or a run-length mask; None if there is no area."""
     if isinstance(segmentation, dict):

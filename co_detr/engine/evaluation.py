@@ -1,4 +1,7 @@
-"""Evaluation of box detections: the pass over the images, files, and which detector is best."""
+"""Evaluation of detections: the pass over the images, files, and which detector is best.
+
+Boxes are always judged, masks where the model predicts them and the annotation file has them.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,14 @@ import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Instances
 from detectron2.utils import comm
 from tabulate import tabulate
 from torch import nn
 from torch.utils.data import DataLoader
 
 from co_detr.data.coco import BoxChecker, dataset_name
-from co_detr.data.coco_file import CocoFile, Entry, read_coco
+from co_detr.data.coco_file import CocoFile, Entry, encoded_mask, read_coco
 from co_detr.errors import ConfigError
 from co_detr.files import written_whole
 from co_detr.modeling.detectors import DECODER, TOP_K
@@ -32,6 +36,9 @@ from co_detr.modeling.detectors import DECODER, TOP_K
 logger = logging.getLogger(__name__)
 
 Metrics = Mapping[str, float]  # from 0 to 100; what is undefined is left out
+
+# What is judged: COCO's names. Metrics of masks are segm/AP and so on, those of boxes AP.
+BOXES, MASKS = "bbox", "segm"
 
 
 class EvaluationStopped(Exception):
@@ -88,8 +95,9 @@ def evaluate(
     Returns:
         AP, AP50, AP75, APs, APm, APl and AP-<class>, from 0 to 100, on the main process, where
         the file has null for what is undefined (no box of that size or class); {} elsewhere.
-        Detections of another kind, from the same pass, add `<kind>/AP` and so on. Without
-        annotations there are no metrics, and `metrics.json` is not written.
+        Masks add `segm/AP` and so on. Detections of another kind, from the same pass, add
+        `<kind>/AP` and so on. Without annotations there are no metrics, and `metrics.json` is not
+        written.
     """
     kinds = list(getattr(model, "compared", ()))
     evaluators = [evaluator, *(evaluator.of_kind(kind) for kind in kinds)]
@@ -99,10 +107,10 @@ def evaluate(
     if not comm.is_main_process() or not evaluator.labeled:
         return {}
     print_csv_format({name: each for name, each in results.items() if name not in kinds})
-    metrics = {name: float(value) for name, value in results.get("bbox", {}).items()}
+    metrics = {name: float(value) for name, value in results.get(BOXES, {}).items()}
     # Those of single classes, AP-<class>, have a file.
     columns = [name for name in metrics if "-" not in name]
-    for kind in kinds:
+    for kind in (MASKS, *kinds):
         values = results.get(kind, {})
         metrics |= {f"{kind}/{name}": float(value) for name, value in values.items()}
     defined = {name: value for name, value in metrics.items() if math.isfinite(value)}
@@ -122,7 +130,9 @@ class BoxEvaluator(DatasetEvaluator):
     """Gathers the detections of all processes, writes them in COCO's result format, judges them.
 
     Detections are those of a file that `load_coco` has read, and are written with its ids of images
-    and categories. A file without annotations has nothing to judge by.
+    and categories. A file without annotations has nothing to judge by. Masks are judged if the
+    detections have some, by their own scores if these are predicted, and only if no object of the
+    file is without a mask: one would never be found.
 
     A model may return several kinds of detections for one image, under ``instances`` and
     ``instances_<kind>`` (see ``CoDETR.compared``). Each kind has an evaluator of its own; only the
@@ -152,6 +162,8 @@ class BoxEvaluator(DatasetEvaluator):
         self.metadata = MetadataCatalog.get(dataset_name(annotation_file))
         self.dataset = usable_dataset(read_coco(annotation_file))
         self._detections: list[list[Entry]] = []
+        self._with_masks = False
+        self._masked: dict[str, list[Entry]] | None = None
 
     @property
     def labeled(self) -> bool:
@@ -175,20 +187,24 @@ class BoxEvaluator(DatasetEvaluator):
 
     def reset(self) -> None:
         self._detections = []
+        self._with_masks = False
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         key = f"instances_{self.kind}" if self.kind else "instances"
         for sample, output in zip(inputs, outputs, strict=True):
             found = output[key].to(torch.device("cpu"))
-            self._detections.append(instances_to_coco_json(found, sample["image_id"]))
+            self._detections.append(result_entries(found, sample["image_id"]))
+            self._with_masks |= found.has("pred_masks")
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
-        """Metrics under "bbox", or the kind, in the main process; {} without annotations."""
+        """Metrics under "bbox", or the kind, and under "segm", in the main process; {} without
+        annotations."""
         comm.synchronize()
-        gathered = comm.gather(self._detections, dst=0)
+        gathered = comm.gather((self._detections, self._with_masks), dst=0)
         if not comm.is_main_process():
             return {}
-        detections = self._with_own_ids(chain.from_iterable(chain.from_iterable(gathered)))
+        parts = [each for each, _ in gathered]
+        detections = self._with_own_ids(chain.from_iterable(chain.from_iterable(parts)))
         if self.results_path is not None:
             os.makedirs(os.path.dirname(self.results_path) or ".", exist_ok=True)
             self._log(logging.INFO, "Saving detections to %s", self.results_path)
@@ -206,11 +222,37 @@ class BoxEvaluator(DatasetEvaluator):
             return {}
         quiet = contextlib.redirect_stdout(io.StringIO())  # the APIs of COCO and LVIS print
         with quiet if self.kind else contextlib.nullcontext():
-            return {self.kind or "bbox": self.judge(detections)}
+            results = {self.kind or BOXES: self.judge(detections)}
+            if any(with_masks for _, with_masks in gathered) and self._can_judge_masks():
+                results[MASKS] = self.judge(as_masks(detections), MASKS)
+            return results
 
-    def judge(self, detections: list[Entry]) -> dict[str, float]:
-        """Metrics from 0 to 100, NaN where undefined; may change the detections."""
+    def judge(self, detections: list[Entry], iou_type: str = BOXES) -> dict[str, float]:
+        """Metrics from 0 to 100, NaN where undefined; may change the detections.
+
+        Args:
+            detections: in COCO's result format, for masks as `as_masks` gives them.
+            iou_type: `BOXES` or `MASKS`.
+        """
         raise NotImplementedError
+
+    def ground_truth(self, iou_type: str) -> dict[str, list[Entry]]:
+        """What boxes or masks are judged by; see `usable_dataset`.
+
+        Masks are read when they are asked for: most models predict none.
+        """
+        if iou_type == BOXES:
+            return self.dataset
+        if self._masked is None:
+            self._masked = usable_dataset(read_coco(self.annotation_file), with_masks=True)
+        return self._masked
+
+    def _can_judge_masks(self) -> bool:
+        """Whether the file has them; if not, a message says so."""
+        problem = missing_masks(self.annotation_file, self.ground_truth(MASKS))
+        if problem is not None:
+            self._log(logging.WARNING, "%s Only boxes are evaluated.", problem)
+        return problem is None
 
     def log_table(self, title: str, table: str) -> None:
         self._log(logging.INFO, "%s:\n%s", title, table)
@@ -231,25 +273,93 @@ class BoxEvaluator(DatasetEvaluator):
         ]
 
 
-def usable_dataset(content: CocoFile) -> dict[str, list[Entry]]:
-    """What evaluations of boxes read of an annotation file, as a copy that they may change.
+def result_entries(found: Instances, image_id: int | str) -> list[Entry]:
+    """Detections of one image in COCO's result format, best first.
+
+    Args:
+        found: on the CPU, with `DetectedMasks` if there are masks.
+
+    Returns:
+        ``image_id``, ``category_id`` (contiguous), ``bbox`` (x, y, w, h) and ``score``; of masks
+        also ``segmentation`` in run-length form and, if the model predicts how good masks are,
+        ``mask_score``, by which they are ranked instead.
+    """
+    fields = dict(found.get_fields())
+    masks = fields.pop("pred_masks", None)
+    entries = instances_to_coco_json(Instances(found.image_size, **fields), image_id)
+    added = {} if masks is None else {"segmentation": masks.rles()}
+    if found.has("mask_scores"):
+        added["mask_score"] = found.mask_scores.tolist()
+    for key, values in added.items():
+        for entry, value in zip(entries, values, strict=True):
+            entry[key] = value
+    return entries
+
+
+def as_masks(detections: list[Entry]) -> list[Entry]:
+    """Entries of masks alone, with their own scores: areas are then those of masks, too."""
+    return [
+        {
+            "image_id": each["image_id"],
+            "category_id": each["category_id"],
+            "segmentation": each["segmentation"],
+            "score": each.get("mask_score", each["score"]),
+        }
+        for each in detections
+    ]
+
+
+def usable_dataset(content: CocoFile, with_masks: bool = False) -> dict[str, list[Entry]]:
+    """What evaluations read of an annotation file, as a copy that they may change.
 
     Boxes that have no area inside their image, which no detection could match, are left out, and
     annotations are numbered anew: the COCO API miscounts ids that are 0, missing or repeated.
+
+    Args:
+        with_masks: keep masks, in run-length form, which takes little memory: ``segmentation`` is
+            None where there is none. A crowd region without one is its box.
     """
     images = {image["id"]: {"file_name": "", **image} for image in content.images}
     boxes = BoxChecker(content.path, "skip")
-    annotations = [
-        {key: value for key, value in annotation.items() if key != "segmentation"}
-        for annotation in content.annotations
-        if boxes.clip(annotation, images[annotation["image_id"]]) is not None
-    ]
+    annotations = []
+    for annotation in content.annotations:
+        image = images[annotation["image_id"]]
+        if boxes.clip(annotation, image) is None:
+            continue
+        kept = {key: value for key, value in annotation.items() if key != "segmentation"}
+        if with_masks:
+            size = image["height"], image["width"]
+            kept["segmentation"] = encoded_mask(annotation.get("segmentation"), *size)
+            if kept["segmentation"] is None and kept["iscrowd"]:
+                x, y, width, height = kept["bbox"]
+                corners = [x, y, x + width, y, x + width, y + height, x, y + height]
+                kept["segmentation"] = encoded_mask([corners], *size)
+        annotations.append(kept | {"id": len(annotations) + 1})
     return {
         "info": {},
         "images": content.images,
-        "annotations": [each | {"id": number} for number, each in enumerate(annotations, start=1)],
+        "annotations": annotations,
         "categories": content.categories,
     }
+
+
+def missing_masks(path: str, dataset: Mapping[str, list[Entry]]) -> str | None:
+    """Why masks cannot be judged by a file, in one sentence; None: they can be.
+
+    Args:
+        dataset: `usable_dataset` of the file, with masks.
+    """
+    annotations = dataset["annotations"]
+    without = [each for each in annotations if each["segmentation"] is None]
+    if not without:
+        return None
+    share = "no" if len(without) == len(annotations) else "not every"
+    first = without[0]
+    return (
+        f"{path} has {share} mask for its objects ({len(without)} of {len(annotations)} have none; "
+        f"the first is in image {first['image_id']!r}, box {first['bbox']}): add a segmentation, "
+        "polygons or run lengths of the image's size, to evaluate masks."
+    )
 
 
 def metrics_of(metrics: Metrics, kind: str) -> dict[str, float]:
@@ -260,6 +370,11 @@ def metrics_of(metrics: Metrics, kind: str) -> dict[str, float]:
     return {
         key.removeprefix(prefix): each for key, each in metrics.items() if key.startswith(prefix)
     }
+
+
+def logged_name(metric: str) -> str:
+    """The name of a metric in a run's history, which is Detectron2's: "bbox/AP50", "segm/AP"."""
+    return metric if metric.startswith(f"{MASKS}/") else f"{BOXES}/{metric}"
 
 
 def detector_table(metrics: Metrics, kinds: Sequence[str], columns: Sequence[str]) -> str:

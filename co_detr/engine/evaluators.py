@@ -1,4 +1,4 @@
-"""COCO's and LVIS's judgment of box detections.
+"""COCO's and LVIS's judgment of boxes and masks.
 
 Both are computed by the package faster-coco-eval, which gives the numbers of pycocotools and of
 lvis in a fraction of the time. Environments from before it was required have pycocotools alone.
@@ -23,7 +23,7 @@ from detectron2.utils.logger import create_small_table
 from tabulate import tabulate
 
 from co_detr.data.coco_file import Entry
-from co_detr.engine.evaluation import BoxEvaluator
+from co_detr.engine.evaluation import BOXES, MASKS, BoxEvaluator
 from co_detr.errors import ConfigError
 from co_detr.files import written_whole
 
@@ -37,8 +37,9 @@ except ImportError:
 logger = logging.getLogger(__name__)
 
 COCO_LIMIT = 100  # detections per image and class that COCO's AP looks at
-CLASS_FILE = "per_class_ap.csv"
+CLASS_FILES = {BOXES: "per_class_ap.csv", MASKS: "per_class_segm_ap.csv"}
 _CLASS_COLUMNS = ("class", "AP", "AP50", "ground_truths")
+_JUDGED = {BOXES: "boxes", MASKS: "masks"}
 _SIZES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _FREQUENCIES = {"APr": "r", "APc": "c", "APf": "f"}  # LVIS: rare, common, frequent
 MOST_PAIRS = 1_000_000  # of an image and a class, evaluated at a time: about 1 GiB
@@ -46,10 +47,11 @@ _OF_IMAGES = ("neg_category_ids", "not_exhaustive_category_ids")  # LVIS: catego
 
 
 class CocoBoxEvaluator(BoxEvaluator):
-    """The evaluation of the COCO API for box detections.
+    """The evaluation of the COCO API.
 
-    Writes `coco_instances_results.json` and `per_class_ap.csv` to `output_dir`. The file may have
-    fewer classes than the model (`align_classes`): detections of others are left out.
+    Writes `coco_instances_results.json` and `per_class_ap.csv` to `output_dir`, for masks also
+    `per_class_segm_ap.csv`. The file may have fewer classes than the model (`align_classes`):
+    detections of others are left out.
 
     Args:
         max_detections: best detections of each image and class that count; 100 is COCO's own limit,
@@ -66,38 +68,41 @@ class CocoBoxEvaluator(BoxEvaluator):
         max_detections: int = COCO_LIMIT,
     ) -> None:
         super().__init__(annotation_file, output_dir, max_detections)
-        self.numbered = NumberedDataset(self.dataset)
 
-    def judge(self, detections: list[Entry]) -> dict[str, float]:
-        evaluation = self._accumulated(self.numbered.load(detections))
+    def judge(self, detections: list[Entry], iou_type: str = BOXES) -> dict[str, float]:
+        dataset = self.ground_truth(iou_type)
+        numbered = NumberedDataset(dataset)
+        evaluation = self._accumulated(numbered, numbered.load(detections), iou_type)
         metrics = {
             name: _percent(value) for name, value in zip(_SIZES, evaluation.stats, strict=False)
         }
-        self.log_table("Evaluation results for boxes", create_small_table(metrics))
+        judged = _JUDGED[iou_type]
+        self.log_table(f"Evaluation results for {judged}", create_small_table(metrics))
         classes = class_results(
             evaluation,
-            self.dataset["annotations"],
-            list(self.numbered.categories),
+            dataset["annotations"],
+            list(numbered.categories),
             self.metadata.thing_dataset_id_to_contiguous_id,
             self.metadata.thing_classes,
         )
-        self.log_table("Results by class", format_classes(classes))
+        of_masks = f" ({judged})" if iou_type == MASKS else ""
+        self.log_table(f"Results by class{of_masks}", format_classes(classes))
         if self.output_dir:
-            write_classes(classes, self.output_dir)
+            write_classes(classes, os.path.join(self.output_dir, CLASS_FILES[iou_type]))
         return metrics | {f"AP-{each.name}": each.ap for each in classes}
 
-    def _accumulated(self, found: COCO) -> Any:
+    def _accumulated(self, numbered: NumberedDataset, found: COCO, iou_type: str) -> Any:
         limit = self.max_detections
         if limit != COCO_LIMIT:
             logger.info("Up to %d detections of each class count in an image.", limit)
         # In rising order, as the last one is the limit of AP.
         limits = [min(1, limit), min(10, limit), limit]
         if COCOeval_faster is not None:
-            evaluation = evaluated(self.numbered, found, limits)
+            evaluation = evaluated(numbered, found, limits, iou_type)
         else:
             logger.info("pycocotools evaluates; pip install faster-coco-eval takes less time.")
             # Its own summary knows COCO's limit only.
-            evaluation = COCOevalMaxDets(self.numbered.coco, found, "bbox")
+            evaluation = COCOevalMaxDets(numbered.coco, found, iou_type)
             evaluation.params.maxDets = limits
             evaluation.evaluate()
             evaluation.accumulate()
@@ -106,7 +111,7 @@ class CocoBoxEvaluator(BoxEvaluator):
 
 
 class LvisBoxEvaluator(BoxEvaluator):
-    """LVIS's own evaluation of box detections on a file that `load_lvis` has read.
+    """LVIS's own evaluation on a file that `load_lvis` has read.
 
     Reports AP, AP50, AP75, by size (APs, APm, APl) and by frequency of the class in the training
     set (APr, APc, APf: rare, common, frequent). A class counts only in images that were searched
@@ -131,25 +136,27 @@ class LvisBoxEvaluator(BoxEvaluator):
             )
         super().__init__(annotation_file, output_dir, max_detections)
 
-    def judge(self, detections: list[Entry]) -> dict[str, float]:
+    def judge(self, detections: list[Entry], iou_type: str = BOXES) -> dict[str, float]:
         if not detections:
             logger.warning("The model has not detected anything.")
             return dict.fromkeys((*_SIZES, *_FREQUENCIES), math.nan)
         logger.info("Up to %d detections count in an image.", self.max_detections)
-        numbered = NumberedDataset(self.dataset)
+        dataset = self.ground_truth(iou_type)
+        numbered = NumberedDataset(dataset)
         found = numbered.load(best_of_each_image(detections, self.max_detections))
-        evaluation = evaluated(numbered, found, [self.max_detections], lvis_style=True)
+        evaluation = evaluated(numbered, found, [self.max_detections], iou_type, lvis_style=True)
         evaluation.summarize()
         metrics = {
             name: _percent(value) for name, value in zip(_SIZES, evaluation.stats, strict=False)
         }
         # (thresholds, recalls, classes) over all sizes
         precisions = evaluation.eval["precision"][:, :, :, 0, 0]
-        frequencies = {each["id"]: each.get("frequency") for each in self.dataset["categories"]}
+        frequencies = {each["id"]: each.get("frequency") for each in dataset["categories"]}
         for name, frequency in _FREQUENCIES.items():
             those = [frequencies[key] == frequency for key in numbered.categories]
             metrics[name] = _mean(precisions[:, :, those])
-        self.log_table("Evaluation results for boxes", create_small_table(metrics))
+        title = f"Evaluation results for {_JUDGED[iou_type]}"
+        self.log_table(title, create_small_table(metrics))
         return metrics
 
 
@@ -201,7 +208,11 @@ class NumberedDataset:
 
 
 def evaluated(
-    numbered: NumberedDataset, found: COCO, limits: list[int], lvis_style: bool = False
+    numbered: NumberedDataset,
+    found: COCO,
+    limits: list[int],
+    iou_type: str,
+    lvis_style: bool = False,
 ) -> Any:
     """An accumulated `COCOeval_faster`, ready for its summary.
 
@@ -210,7 +221,7 @@ def evaluated(
     """
 
     def of(categories: list[int], **settings: Any) -> Any:
-        evaluation = COCOeval_faster(numbered.coco, found, "bbox", **settings)
+        evaluation = COCOeval_faster(numbered.coco, found, iou_type, **settings)
         evaluation.params.catIds = categories
         evaluation.params.maxDets = limits
         return evaluation
@@ -269,7 +280,7 @@ class ClassResult:
     Attributes:
         name: of the class.
         ap, ap50: from 0 to 100; NaN without ground truth.
-        ground_truths: boxes that could be found (crowd regions are not).
+        ground_truths: objects that could be found (crowd regions are not).
     """
 
     name: str
@@ -288,7 +299,7 @@ def class_results(
     """What an accumulated `COCOeval` found.
 
     Args:
-        evaluation: of boxes, with its precisions.
+        evaluation: of boxes or masks, with its precisions.
         annotations: the ground truth.
         categories: ids of the file, in the order of the evaluation's.
         order: category id of the file -> position of the class, which the result is sorted by.
@@ -320,16 +331,14 @@ def format_classes(results: Sequence[ClassResult]) -> str:
     return tabulate(rows, _CLASS_COLUMNS, tablefmt="github", colalign=align, disable_numparse=True)
 
 
-def write_classes(results: Sequence[ClassResult], folder: str) -> str:
-    """Writes `per_class_ap.csv`, where undefined numbers are empty; returns its path."""
-    path = os.path.join(folder, CLASS_FILE)
+def write_classes(results: Sequence[ClassResult], path: str) -> None:
+    """Writes a csv file, where undefined numbers are empty."""
     with written_whole(path) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_CLASS_COLUMNS)
         for each in results:
             numbers = (_text(each.ap, ".3f"), _text(each.ap50, ".3f"), each.ground_truths)
             writer.writerow((each.name, *numbers))
-    return path
 
 
 def _mean(precisions: np.ndarray) -> float:

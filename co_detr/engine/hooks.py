@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from co_detr.checkpoint.saving import FINAL, Checkpointer, numbered_name, remove_old
-from co_detr.engine.evaluation import EvaluationStopped
+from co_detr.engine.evaluation import EvaluationStopped, logged_name
 from co_detr.engine.launch import jointly, raise_jointly
 from co_detr.engine.setup import RunLog
 from co_detr.engine.trainer import Trainer
@@ -268,8 +268,7 @@ class PeriodicEvaluation:
         self._steps = steps
         self.metrics = self.run_evaluation(self.model)
         losses = {} if self.validation_loss is None else self.validation_loss(self.model)
-        # Under Detectron2's names in the history: "bbox/AP50".
-        named = {f"bbox/{name}": value for name, value in self.metrics.items()}
+        named = {logged_name(name): value for name, value in self.metrics.items()}
         storage.put_scalars(**named, **losses, smoothing_hint=False)
         if self.selection is not None:
             known = {**self.metrics, **losses} if comm.is_main_process() else {}

@@ -21,8 +21,8 @@ from co_detr.files import INCOMPLETE, written_whole
 
 logger = logging.getLogger(__name__)
 
-# Of the names under which an evaluation is logged: metrics, losses on the val set.
-EVALUATION_PREFIXES = ("bbox/", "val_loss/")
+# Of the names of what an evaluation logs: metrics of boxes and of masks, losses on the val set.
+EVALUATION_PREFIXES = ("bbox/", "segm/", "val_loss/")
 
 
 class ScalarWriter(EventWriter):

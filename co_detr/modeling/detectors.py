@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 DECODER, MERGED, CASCADE = "decoder", "merged", "cascade"
 # Beside detectors: what plain top-k makes of the decoder's predictions; see CoDETR.compare_top_k.
 TOP_K = "top_k"
-# Results of an evaluation are kept by these names; "bbox" are those of the model's own detections.
-_TAKEN = (DECODER, TOP_K, "bbox")
+# Results of an evaluation are kept by these names; "bbox" and "segm" are those of the boxes and the
+# masks of the model's own detections.
+_TAKEN = (DECODER, TOP_K, "bbox", "segm")
 _TWO_STAGES = "roi"  # the usual name of the head whose boxes are refined already
 
 

@@ -229,6 +229,15 @@ class MaskPatch:
     top: int
     pixels: np.ndarray
 
+    @classmethod
+    def of_bitmap(cls, bitmap: np.ndarray) -> MaskPatch:
+        """Of a mask ``(H, W)`` bool of the whole image: what lies between its pixels."""
+        rows, columns = (np.flatnonzero(bitmap.any(axis)) for axis in (1, 0))
+        if not len(rows):
+            return cls(0, 0, np.zeros((0, 0), bool))
+        top, left = int(rows[0]), int(columns[0])
+        return cls(left, top, bitmap[top : rows[-1] + 1, left : columns[-1] + 1].copy())
+
     def rle(self, image_size: tuple[int, int]) -> dict[str, Any]:
         """COCO's compressed run-length form of the mask in an image (height, width), as for json.
 

@@ -1,4 +1,4 @@
-"""Boxes drawn on images: one picture, predictions beside the ground truth, training samples.
+"""Boxes and masks on images: one picture, predictions beside the truth, training samples.
 
 `draw_picture` writes pixel by pixel and keeps the size of the image; the two grids are Matplotlib
 figures. All of them take the colors of `choose_colors`.
@@ -10,27 +10,38 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+import pycocotools.mask as mask_utils
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw
+from scipy.ndimage import binary_erosion
 
-from co_detr.data.coco_file import display_names, is_box, locate_files, read_coco
+from co_detr.data.coco_file import (
+    display_names,
+    encoded_mask,
+    is_box,
+    locate_files,
+    read_coco,
+)
 from co_detr.data.images import ImageReader
+from co_detr.modeling.postprocess import MaskPatch
+from co_detr.structures import bitmaps_of
 from co_detr.tools.draw.fonts import PictureFont, save_figure
 
 matplotlib.use("Agg")  # works without a display
 
 Color = tuple[int, int, int]
 _PER_ROW = 3  # images, or pairs of images, of a grid
+_MASK_OPACITY = 0.4
 _BRIGHT = 0.179  # relative luminance from which black text has more contrast than white
 # Ten hues that show on light, dark and gray ground alike, under white text.
 _TEN_COLORS = (
@@ -41,16 +52,30 @@ _TEN_COLORS = (
 
 @dataclass(frozen=True)
 class Box:
-    """A box to draw: `xywh` in absolute pixels, `score` in [0, 1] or None for the ground truth."""
+    """A box to draw.
+
+    Attributes:
+        xywh: in absolute pixels.
+        class_name: which has a color.
+        score: in [0, 1]; None for the ground truth.
+        mask: of the object; None: there is none.
+    """
 
     xywh: tuple[float, float, float, float]
     class_name: str
     score: float | None = None
+    mask: MaskPatch | None = None
 
     @classmethod
-    def of_corners(cls, xyxy: Sequence[float], class_name: str, score: float | None = None) -> Box:
+    def of_corners(
+        cls,
+        xyxy: Sequence[float],
+        class_name: str,
+        score: float | None = None,
+        mask: MaskPatch | None = None,
+    ) -> Box:
         x0, y0, x1, y1 = xyxy
-        return cls((x0, y0, x1 - x0, y1 - y0), class_name, score)
+        return cls((x0, y0, x1 - x0, y1 - y0), class_name, score, mask)
 
     @property
     def label(self) -> str:
@@ -66,7 +91,7 @@ def choose_colors(count: int) -> list[Any]:
 
 def class_colors(class_names: Sequence[str]) -> dict[str, Color]:
     """A fixed color for each class, so that it has the same one in all pictures."""
-    colors = [tuple(round(255 * part) for part in to_rgb(c)) for c in _spread(len(class_names))]
+    colors = map(_bytes_of, _spread(len(class_names)))
     return dict(zip(class_names, colors, strict=True))
 
 
@@ -98,10 +123,10 @@ def draw_picture(rgb: np.ndarray, boxes: Sequence[Box], colors: dict[str, Color]
         boxes: in pixels of the image.
         colors: of all classes; see `class_colors`.
     """
-    picture = Image.fromarray(rgb)
-    draw = ImageDraw.Draw(picture)
-    shorter = min(picture.size)
+    shorter = min(rgb.shape[:2])
     width = max(1, round(shorter / 250))
+    picture = Image.fromarray(paint_masks(rgb, boxes, colors, width))
+    draw = ImageDraw.Draw(picture)
     font = PictureFont(max(11, round(shorter / 40)))
     ranked = sorted(boxes, key=lambda box: box.score or 0.0)
     # The best ones are drawn last, on top of the others, and all labels on top of all frames.
@@ -115,6 +140,42 @@ def draw_picture(rgb: np.ndarray, boxes: Sequence[Box], colors: dict[str, Color]
     for box in ranked:
         _label(draw, box, colors[box.class_name], font, picture.size)
     return picture
+
+
+def paint_masks(
+    rgb: np.ndarray, boxes: Sequence[Box], colors: dict[str, Any], width: int = 1
+) -> np.ndarray:
+    """An image ``(H, W, 3)`` uint8 with the masks of boxes: a soft color and a firm contour.
+
+    Only the surroundings of one object are in memory as a bitmap. torchvision's
+    `draw_segmentation_masks` wants bitmaps of all, and has no contours.
+
+    Args:
+        boxes: in pixels of the image; those without a mask change nothing.
+        colors: of all classes, as bytes or as Matplotlib knows them.
+        width: of the contours in pixels.
+
+    Returns:
+        a copy, or the image itself if there are no masks.
+    """
+    masked = [box for box in boxes if box.mask is not None and box.mask.pixels.any()]
+    painted = rgb.copy() if masked else rgb
+    # Small objects last: they often lie in front of large ones.
+    for box in sorted(masked, key=lambda box: -np.count_nonzero(box.mask.pixels)):
+        pixels = box.mask.pixels
+        rows = slice(box.mask.top, box.mask.top + pixels.shape[0])
+        region = painted[rows, box.mask.left : box.mask.left + pixels.shape[1]]
+        color = np.array(_bytes_of(colors[box.class_name]), np.float32)
+        soft = (1 - _MASK_OPACITY) * region[pixels] + _MASK_OPACITY * color
+        region[pixels] = soft.round().astype(np.uint8)
+        region[pixels & ~binary_erosion(pixels, iterations=width)] = color
+    return painted
+
+
+def _bytes_of(color: Any) -> Color:
+    if isinstance(color, tuple) and all(isinstance(part, int) for part in color):
+        return color
+    return tuple(round(255 * part) for part in to_rgb(color))
 
 
 def _label(
@@ -148,6 +209,9 @@ class AnnotatedImage:
     predictions: list[Box] = field(default_factory=list)
 
 
+_Entry = tuple[Box, Any]  # with the segmentation of its file
+
+
 def load_images(
     annotations: Path, image_dir: Path, results: Path, *, score_threshold: float, count: int
 ) -> list[AnnotatedImage]:
@@ -174,10 +238,10 @@ def load_images(
         names = {number: f"class {number}" for number in numbers}
     known = {image["id"] for image in coco.images}
 
-    truth: dict[int, list[Box]] = defaultdict(list)
+    truth: dict[int, list[_Entry]] = defaultdict(list)
     for entry in filter(lambda each: is_box(each.get("bbox")), coco.annotations):
         truth[entry["image_id"]].append(_to_box(entry, names, annotations))
-    found: dict[int, list[Box]] = defaultdict(list)
+    found: dict[int, list[_Entry]] = defaultdict(list)
     for entry in predictions:
         if entry["image_id"] not in known:
             raise ValueError(
@@ -198,18 +262,31 @@ def load_images(
             raise FileNotFoundError(
                 f"The image {path} does not exist; check the image folder of {annotations}."
             )
-        images.append(AnnotatedImage(path, truth[image["id"]], found[image["id"]]))
+        drawn = ([_decoded(entry, image) for entry in each[image["id"]]] for each in (truth, found))
+        images.append(AnnotatedImage(path, *drawn))
     return images
 
 
-def _to_box(entry: dict[str, Any], names: dict[int, str], source: Path) -> Box:
+def _decoded(entry: _Entry, image: dict[str, Any]) -> Box:
+    """A box of an image with its mask, which is only decoded if it is drawn."""
+    box, segmentation = entry
+    if not segmentation:
+        return box
+    encoded = encoded_mask(segmentation, image["height"], image["width"])
+    if encoded is None:
+        return box
+    return replace(box, mask=MaskPatch.of_bitmap(mask_utils.decode(encoded).astype(bool)))
+
+
+def _to_box(entry: dict[str, Any], names: dict[int, str], source: Path) -> _Entry:
     category = entry["category_id"]
     if category not in names:
         raise ValueError(
             f"{source} uses category {category}, which the annotation file does not define; "
             "give the annotation file that the run was evaluated on."
         )
-    return Box(tuple(entry["bbox"]), names[category], entry.get("score"))
+    box = Box(tuple(entry["bbox"]), names[category], entry.get("score"))
+    return box, entry.get("segmentation")
 
 
 def _read_json(path: Path, mend: str) -> Any:
@@ -245,7 +322,7 @@ def plot_predictions(
 
 @dataclass(frozen=True)
 class Sample:
-    """An augmented image: `pixels` (H, W, 3) uint8 in RGB, `boxes` in its pixels."""
+    """An augmented image: `pixels` (H, W, 3) uint8 in RGB, `boxes` in its pixels, with masks."""
 
     name: str
     pixels: np.ndarray
@@ -262,17 +339,24 @@ def sample_of(mapped: dict[str, Any], class_names: Sequence[str], image_format: 
     """Reads what a mapper made.
 
     Args:
-        mapped: `image` (3, H, W) uint8, `instances` with `gt_boxes` and `gt_classes`, `file_name`.
+        mapped: `image` (3, H, W) uint8, `instances` with `gt_boxes`, `gt_classes` and optionally
+            `gt_masks`, `file_name`.
         image_format: "RGB" or "BGR", the order of the channels of `image`.
     """
     pixels = mapped["image"].permute(1, 2, 0).numpy()  # (3, H, W) -> (H, W, 3)
     if image_format == "BGR":
         pixels = pixels[:, :, ::-1]
     instances = mapped["instances"]
+    masks: list[MaskPatch | None] = [None] * len(instances)
+    if instances.has("gt_masks"):
+        masks = [
+            MaskPatch.of_bitmap(bitmap.numpy())
+            for bitmap in bitmaps_of(instances.gt_masks, pixels.shape[:2])
+        ]
     boxes = [
-        Box.of_corners(corners, class_names[number])
-        for corners, number in zip(
-            instances.gt_boxes.tensor.tolist(), instances.gt_classes.tolist(), strict=True
+        Box.of_corners(corners, class_names[number], mask=mask)
+        for corners, number, mask in zip(
+            instances.gt_boxes.tensor.tolist(), instances.gt_classes.tolist(), masks, strict=True
         )
     ]
     return Sample(Path(mapped["file_name"]).name, pixels, boxes)
@@ -321,8 +405,8 @@ def _write(figure: Figure, path: Path) -> None:
 def draw_boxes(
     axes: Axes, pixels: np.ndarray, boxes: list[Box], colors: dict[str, Any], title: str
 ) -> None:
-    """Shows an image (H, W, 3) with boxes in the colors of their class names."""
-    axes.imshow(pixels)
+    """Shows an image (H, W, 3) with boxes and masks in the colors of their class names."""
+    axes.imshow(paint_masks(pixels, boxes, colors, max(1, min(pixels.shape[:2]) // 250)))
     axes.set_title(title, fontsize=8, parse_math=False)
     height, width = pixels.shape[:2]
     # The best predictions are drawn last, on top of the others.

@@ -20,7 +20,11 @@ from co_detr.tools.draw.fonts import save_figure
 
 TOTAL_LOSS = "total_loss"
 VALIDATION_LOSS = "val_loss/total"
-_EVALUATION = (("bbox/AP", "AP", "-"), ("bbox/AP50", "AP50", "--"))
+_EVALUATION = (
+    ("bbox/AP", "AP", "-"),
+    ("bbox/AP50", "AP50", "--"),
+    ("segm/AP", "AP of masks", ":"),
+)
 _LINE_STYLES = ("-", "--", ":", "-.")
 
 
@@ -95,7 +99,7 @@ def read_log(path: Path, name: str) -> TrainingLog:
 
 
 def plot_training_curves(logs: list[TrainingLog], path: Path) -> None:
-    """Writes one figure: total loss, losses by part, and box AP, with all runs laid over it.
+    """Writes one figure: total loss, losses by part, and AP, with all runs laid over it.
 
     Color tells runs apart in the first and third panel; in the second, color is the part and
     line style is the run.
@@ -159,7 +163,7 @@ def _plot_parts(axes: Axes, logs: list[TrainingLog]) -> None:
 
 
 def _plot_precision(axes: Axes, logs: list[TrainingLog]) -> None:
-    axes.set_title("box AP on the validation set")
+    axes.set_title("AP on the validation set")
     for index, log in enumerate(logs):
         suffix = f" ({log.name})" if len(logs) > 1 else ""
         for key, label, style in _EVALUATION:

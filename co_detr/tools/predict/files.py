@@ -16,11 +16,12 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+import pycocotools.mask as mask_utils
 from detectron2.structures import Instances
 from PIL import Image
 from tqdm import tqdm
 
+from co_detr.engine.evaluation import result_entries
 from co_detr.errors import ConfigError, DataError
 from co_detr.files import written_whole
 from co_detr.tools.draw.boxes import Box, class_colors, draw_picture
@@ -210,12 +211,14 @@ class OutputFolder:
 
     def draw(self, rgb: np.ndarray, found: Instances) -> Image.Image:
         """The picture of an image ``(H, W, 3)`` uint8 RGB with detections in its pixels."""
+        masks = found.pred_masks.patches() if found.has("pred_masks") else [None] * len(found)
         boxes = [
-            Box.of_corners(corners, self._names[label], score)
-            for corners, label, score in zip(
+            Box.of_corners(corners, self._names[label], score, mask)
+            for corners, label, score, mask in zip(
                 found.pred_boxes.tensor.tolist(),
                 found.pred_classes.tolist(),
                 found.scores.tolist(),
+                masks,
                 strict=True,
             )
         ]
@@ -240,9 +243,10 @@ class OutputFolder:
 class CocoResults:
     """Collects detections; `content` is an annotation file whose annotations have scores.
 
-    The entries of ``annotations`` are those of COCO's result format too. Categories are numbered
-    from 1 in the order of the checkpoint's classes, whose ids in the training data it does not
-    know.
+    The entries of ``annotations`` are those of COCO's result format too, with masks in run-length
+    form as ``segmentation`` (see `result_entries`); ``area`` is that of the mask, or else of the
+    box. Categories are numbered from 1 in the order of the checkpoint's classes, whose ids in the
+    training data it does not know.
     """
 
     def __init__(self, class_names: Sequence[str]) -> None:
@@ -262,11 +266,13 @@ class CocoResults:
             "width": width,
             "height": height,
         } | details
-        entries = instances_to_coco_json(found, image_id)
+        entries = result_entries(found, image_id)
         for entry in entries:
             _, _, box_width, box_height = entry["bbox"]
             entry["category_id"] += 1
             entry |= {"area": box_width * box_height, "iscrowd": 0}
+            if "segmentation" in entry:
+                entry["area"] = int(mask_utils.area(entry["segmentation"]))
         self._found[image_id] = entries
 
     def content(self) -> dict[str, list[dict[str, Any]]]:
