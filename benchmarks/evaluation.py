@@ -100,10 +100,10 @@ def _box(random: Random) -> list[float]:
     return [random.uniform(0, SIDE - width), random.uniform(0, SIDE - height), width, height]
 
 
-def by_pycocotools(file: str, detections: list[dict]) -> dict[str, float]:
+def by_pycocotools(file: str, detections: list[dict], iou_type: str = "bbox") -> dict[str, float]:
     """COCO's six APs and those of classes, from 0 to 100; NaN where undefined."""
     truth = COCO(file)
-    evaluation = COCOeval(truth, truth.loadRes(detections), "bbox")
+    evaluation = COCOeval(truth, truth.loadRes(detections), iou_type)
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()

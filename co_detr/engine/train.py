@@ -105,13 +105,13 @@ def run_training(cfg: DictConfig, resume: bool, log: RunLog | None = None) -> di
     # finished training.
     train_loader = pin_for(instantiate(cfg.dataloader.train), device)
     names = class_names(cfg.data.train)
-    selection = build_selection(cfg, names)
     val_set = load_validation_set(cfg)
     run_evaluation = build_evaluation(cfg)
     align_classes(cfg.data.val, names)
 
     # Model and optimizer.
     model = build_model(cfg)
+    selection = build_selection(cfg, names, getattr(model, "predicts_masks", False))
     trainer = build_trainer(cfg, model, train_loader, train_loader.batch_sampler.accumulation_steps)
     logger.info(trainer.plan.text())
     averaged = build_averaged(model, cfg)

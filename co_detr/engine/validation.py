@@ -28,6 +28,8 @@ from torchvision.ops import StochasticDepth
 
 from co_detr.checkpoint.saving import Checkpointer
 from co_detr.data.coco import class_names
+from co_detr.data.coco_file import read_coco
+from co_detr.engine.evaluation import MASKS, missing_masks, usable_dataset
 from co_detr.engine.launch import jointly
 from co_detr.engine.setup import pin_for
 from co_detr.engine.trainer import StepSettings, Trainer
@@ -333,8 +335,13 @@ def evaluations_without_gain(values: Iterable[float], min_delta: float) -> int:
     return waited
 
 
-def build_selection(cfg: DictConfig, class_names: Sequence[str]) -> ModelSelection | None:
+def build_selection(
+    cfg: DictConfig, class_names: Sequence[str], predicts_masks: bool
+) -> ModelSelection | None:
     """What `train.best_metric` and `train.early_stop` ask for; None: nothing.
+
+    Args:
+        predicts_masks: whether the model does.
 
     Raises:
         ConfigError: if an evaluation will not have the metric, or a setting is out of its range.
@@ -347,11 +354,21 @@ def build_selection(cfg: DictConfig, class_names: Sequence[str]) -> ModelSelecti
             )
         return None
     # Checked now: the training would learn of it only at the first evaluation.
-    known = [*_METRICS, *([TOTAL] if cfg.train.val_loss.enabled else [])]
-    if metric not in known and metric not in [f"AP-{name}" for name in class_names]:
+    of_masks = metric.startswith(f"{MASKS}/")
+    own = metric.removeprefix(f"{MASKS}/") if predicts_masks else metric
+    losses = [TOTAL] if cfg.train.val_loss.enabled else []
+    if own not in _METRICS and metric not in losses and own not in map("AP-{}".format, class_names):
+        remark = f" or {MASKS}/ before one of these," if predicts_masks else ""
+        why = "; this model predicts no masks" if of_masks and not predicts_masks else ""
         raise ConfigError(
-            f"train.best_metric={metric} is no metric of the evaluation: choose "
-            f"{', '.join(known)} or AP-<class>, or null for no best checkpoint."
+            f"train.best_metric={metric} is no metric of the evaluation{why}: choose "
+            f"{', '.join([*_METRICS, *losses])} or AP-<class>,{remark} or null for no best "
+            "checkpoint."
         )
+    if of_masks:
+        val = usable_dataset(read_coco(cfg.data.val, keep=True), with_masks=True)
+        problem = missing_masks(cfg.data.val, val)
+        if problem is not None:
+            raise ConfigError(f"train.best_metric={metric}: {problem}")
     history = EvaluationHistory(os.path.join(cfg.train.output_dir, HISTORY_FILE))
     return ModelSelection(metric, early_stop, history)

@@ -10,13 +10,17 @@ from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
 from pycocotools.coco import COCO
 
 from benchmarks.evaluation import (
+    SIDE,
     by_pycocotools,
     evaluator_of,
     made_up_detections,
     made_up_truth,
 )
+from co_detr.data.coco_file import encoded_mask
 from co_detr.engine import evaluators
+from co_detr.engine.evaluation import MASKS
 from co_detr.engine.evaluators import COCO_LIMIT, LvisBoxEvaluator, best_of_each_image
+from tests.engine.masked import add_masks, mask_results
 
 SIZES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -44,6 +48,20 @@ LVIS_NUMBERS = {
         "APc": 11.688854288615275,
         "APf": 15.687242044987352,
     },
+}
+
+
+# Likewise for masks, ellipses in these boxes.
+LVIS_MASK_NUMBERS = {
+    "AP": 12.66591177135264,
+    "AP50": 37.64161834404852,
+    "AP75": 4.541670043006835,
+    "APs": 15.469335763915614,
+    "APm": 13.106617402611976,
+    "APl": 18.13815447724452,
+    "APr": 10.70334999613984,
+    "APc": 11.331391359267732,
+    "APf": 15.962993958650348,
 }
 
 
@@ -79,6 +97,22 @@ def test_every_number_of_coco(library, tmp_path):
     expected = by_pycocotools(file, copy.deepcopy(detections))
     assert expected["AP"] > 5 and expected["APs"] > 0 and math.isnan(expected["AP-class 5"])
     assert_same(evaluator_of(file, truth).judge(detections), expected)
+
+
+def test_every_number_of_masks(library, tmp_path):
+    """Areas are those of masks, and crowd regions are larger than what they are for."""
+    truth = made_up_truth(images=40, classes=5)
+    detections = made_up_detections(truth, per_image=60)
+    add_masks(truth["annotations"])
+    for annotation in truth["annotations"][::7]:  # in COCO's other form
+        (polygon,) = annotation["segmentation"]
+        encoded = encoded_mask([polygon], SIDE, SIDE)
+        annotation["segmentation"] = encoded | {"counts": encoded["counts"].decode()}
+    file = write(truth, tmp_path)
+    results = mask_results(detections, SIDE, SIDE)
+    expected = by_pycocotools(file, copy.deepcopy(results), MASKS)
+    assert expected["AP"] > 5 and expected["APs"] > 0
+    assert_same(evaluator_of(file, truth).judge(results, MASKS), expected)
 
 
 def test_ids_of_text(library, tmp_path):
@@ -151,6 +185,16 @@ def test_every_number_of_lvis(tmp_path, limit, with_text):
                 image[key] = [f"{each:03d}" for each in image[key]]
     evaluator = LvisBoxEvaluator(write(truth, tmp_path), max_detections=limit)
     assert_same(evaluator.judge(detections), LVIS_NUMBERS[limit])
+
+
+def test_every_number_of_masks_in_lvis(tmp_path):
+    pytest.importorskip("faster_coco_eval")
+    truth = lvis_truth()
+    detections = made_up_detections(truth, per_image=60)
+    add_masks(truth["annotations"])
+    evaluator = LvisBoxEvaluator(write(truth, tmp_path))
+    found = evaluator.judge(mask_results(detections, SIDE, SIDE), MASKS)
+    assert_same(found, LVIS_MASK_NUMBERS)
 
 
 def test_the_best_detections_of_each_image():

@@ -11,6 +11,7 @@ from detectron2.utils.env import seed_all_rng
 
 from co_detr.engine.launch import _forwarded_signals
 from co_detr.engine.train import run_evaluation_only, run_training
+from tests.engine.masked import write_masks
 from tests.engine.test_distributed import COMMON, read_run
 
 pytestmark = pytest.mark.cpu_only("two processes: NCCL wants a card for each, see tests/gpu")
@@ -111,17 +112,21 @@ def test_an_uneven_val_set_is_evaluated_once(two, tiny_data, tiny_cfg, tmp_path,
     assert len(found) == 2 * number_of_images  # one of each class
 
 
-def test_two_processes_evaluate_all_detectors_as_one_does(two, tiny_cfg, tmp_path):
-    several = "model._target_=tests.engine.tiny_detector.ComparingDetector"
+def test_two_processes_evaluate_all_detectors_as_one_does(two, tiny_data, tiny_cfg, tmp_path):
+    """Also the masks of one of them."""
+    write_masks(tiny_data)
+    several = "model._target_=tests.engine.masked.MaskedDetector"
     run_training(tiny_cfg(several, "train.max_iter=5", output="one"), resume=False)
     start = f"train.init_checkpoint={tmp_path / 'one' / 'model_final.pth'}"
     ranks = two("--eval-only", several, start)
     assert [each.wait() for each in ranks] == [0, 0], [each.output for each in ranks]
     run_evaluation_only(tiny_cfg(several, output="one"), resume=True)
-    for name in ("metrics.json", "roi/coco_instances_results.json", "roi/per_class_ap.csv"):
+    files = ("coco_instances_results.json", "per_class_segm_ap.csv", "roi/per_class_ap.csv")
+    for name in ("metrics.json", *files, "roi/coco_instances_results.json"):
         one = tmp_path / "one" / "evaluation" / name
         assert (tmp_path / "out" / name).read_text() == one.read_text()
-    assert "roi/AP" in json.loads((tmp_path / "out" / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert {"AP", "segm/AP", "roi/AP"} <= metrics.keys() and "roi/segm/AP" not in metrics
     said = [each.output.count("The best detector of this model is") for each in ranks]
     assert said == [1, 0]
 
