@@ -15,6 +15,8 @@ from torch import Tensor
 
 from co_detr.checkpoint.official_table import (
     EMA_COPIES,
+    NO_MASK_SCORES,
+    NO_MASKS,
     DroppedRow,
     Row,
     SplitRow,
@@ -125,7 +127,7 @@ def restore_official(state: Mapping[str, Tensor], model: CoDETR) -> Conversion:
                 conversion.state_dict[dropped] = row.restore(value)
                 conversion.restored.append(dropped)
     lost = {row.why for row in rows if isinstance(row, DroppedRow) and row.beside is None}
-    conversion.absent.extend(sorted(lost - {EMA_COPIES}))
+    conversion.absent.extend(sorted(lost - {EMA_COPIES, NO_MASKS, NO_MASK_SCORES}))
     return conversion
 
 

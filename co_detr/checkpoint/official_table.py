@@ -2,17 +2,17 @@
 
 A table is a list of lines and is read in both directions; the first line that knows a key decides.
 Which lines there are is read off the names of the model's tensors, so that Co-Deformable-DETR and
-Co-DINO, with and without auxiliary heads, need no switch.
+Co-DINO, with and without auxiliary heads and masks, need no switch.
 
 Keys are written with placeholders: ``{i}``, ``{j}`` for a number, ``{leaf}`` for a name
 without dots, ``{rest}`` for any tail. A line has the same placeholders on both sides.
 
 The lines of the transformer backbones and of the pyramid of the ViT are read off the reference's
 classes: ``SwinTransformerV1``, whose names Detectron2's Swin shares, and ``ViT`` with the neck
-``SFP``. They are not checked against released files; in particular it is assumed that the
-reference's wrapper for activation checkpointing (fairscale) leaves the names of blocks alone. Swin
-weights under the names of mmdet's ``SwinTransformer``, which ports of the reference use, are known
-as well; there patch merging orders its inputs otherwise.
+``SFP``. All names of its instance segmentation model with the ViT have a line; that released files
+were written under these names is not checked. Swin weights under the names of mmdet's
+``SwinTransformer``, which ports of the reference use, are known as well; there patch merging orders
+its inputs otherwise.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ Rewrite: TypeAlias = Callable[[Tensor], Tensor]
 TRANSFORMER = "query_head.transformer"
 NO_AUXILIARY = "auxiliary heads, which this model does without"
 NO_DENOISING = "labels of denoising queries, which this model does without"
+NO_MASKS = "masks, which this model does without"
+NO_MASK_SCORES = "scores of masks, which this model does without"
 COUNTERS = "counters of batch norms, which are frozen here"
 # mmdet's EMA hook swaps the two sets before it saves, so that the plain names hold the average.
 EMA_COPIES = "the second set of weights of mmdet's EMA hook"
@@ -159,6 +161,7 @@ def table(model: CoDETR) -> list[TableRow]:
         *(_dino_rows(matched, labels) if is_dino else _plain_rows(matched)),
         *_branch_rows(matched, model.decoder.num_layers),
         *(_dropped_auxiliary_rows() if model.auxiliary is None else _auxiliary_rows(model, keys)),
+        *_mask_rows(model),
     ]
 
 
@@ -299,6 +302,35 @@ def _atss_rows() -> Iterable[TableRow]:
     yield Row(f"{theirs}.atss_reg.{{leaf}}", f"{atss}.box_deltas.{{leaf}}")
     yield Row(f"{theirs}.atss_centerness.{{leaf}}", f"{atss}.centerness.{{leaf}}")
     yield Row(f"{theirs}.scales.{{i}}.scale", f"{atss}.scales.{{i}}")
+
+
+def _mask_rows(model: CoDETR) -> Iterable[TableRow]:
+    """The mask head of Co-DINO-Inst and its head of mask scores, which is a part of ours."""
+    head, scores = "mask_head", "mask_head.iou_head"
+    if model.mask_head is None:
+        yield DroppedRow(f"{head}.{{rest}}", NO_MASKS)
+    if model.mask_head is None or model.mask_head.iou_head is None:
+        yield DroppedRow("mask_iou_head.{rest}", NO_MASK_SCORES)
+    for theirs, ours in (
+        (f"{head}.instance_convs", f"{head}.instance_convs"),
+        (f"{head}.semantic_convs", f"{head}.semantic_convs"),
+        ("mask_iou_head.convs", f"{scores}.convs"),
+    ):
+        yield Row(f"{theirs}.{{i}}.conv.{{leaf}}", f"{ours}.{{i}}.{{leaf}}")
+        yield Row(f"{theirs}.{{i}}.norm_layer.{{leaf}}", f"{ours}.{{i}}.norm.{{leaf}}")
+    fusion = "fuse_conv.1"
+    for theirs, ours in (
+        ("semantic_transform_in", "semantic_conv"),
+        ("fuse_conv.0", "fuse_conv"),
+        *((f"{fusion}.dilation_conv_{n + 1}.conv", f"fusion.branches.{n}") for n in range(3)),
+        (f"{fusion}.merge_conv.conv", "fusion.merge_conv"),
+        ("fuse_transform_out", "out_conv"),
+    ):
+        stage = f"{head}.stages.{{i}}"
+        yield Row(f"{stage}.{theirs}.{{leaf}}", f"{stage}.{ours}.{{leaf}}")
+    yield Row(f"{head}.stage_instance_logits.{{i}}.{{leaf}}", f"{head}.logits.{{i}}.{{leaf}}")
+    yield Row("mask_iou_head.fcs.0.{leaf}", f"{scores}.fc.{{leaf}}")
+    yield Row("mask_iou_head.fc_mask_iou.{leaf}", f"{scores}.iou.{{leaf}}")
 
 
 def _dropped_auxiliary_rows() -> Iterable[TableRow]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from torch import Tensor
 
 from co_detr.engine.config import load_config
 from co_detr.modeling import CoDETR
+from co_detr.modeling.backbones.vit import RotaryTable
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = {
     "co_detr_r50": "official_keys_co_deformable_detr_r50.json",
     "co_dino_r50": "official_keys_co_dino_5scale_r50.json",
+    "co_dino_vit_l_o365_instance_12ep": "official_keys_co_dino_5scale_vit_large_coco_instance.json",
 }
 
 
@@ -30,6 +33,10 @@ def distinct(name: str) -> dict[str, Tensor]:
     for number, (key, shape) in enumerate(shapes(name).items()):
         if key.endswith("num_batches_tracked"):
             state[key] = torch.zeros(shape, dtype=torch.int64)
+        elif ".freqs_" in key:  # what is computed here, so that it comes back
+            side = math.isqrt(shape[0])
+            table = RotaryTable.of_map(side, side, shape[1], device="cpu", dtype=torch.float32)
+            state[key] = getattr(table, key.rpartition("_")[2])
         else:
             first = torch.arange(shape[0] if shape else 1) + 1000.0 * number
             rest = [1] * (len(shape) - 1)
