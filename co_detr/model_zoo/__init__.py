@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import co_detr
 from co_detr.checkpoint.official import misfits, rename_official
-from co_detr.checkpoint.official_table import NO_AUXILIARY
+from co_detr.checkpoint.official_table import NO_AUXILIARY, NO_MASKS
 from co_detr.checkpoint.reading import with_present_names
 from co_detr.checkpoint.saving import Checkpointer
 from co_detr.engine.config import load_config
@@ -246,7 +246,8 @@ def choose_config(state: Mapping[str, Tensor], official: bool) -> Choice:
             f"{'' if official else ', or leave --reverse out'}."
         )
     problems: dict[str, list[str]] = {}
-    # A plain DETR takes its part of any such file: right only if nothing else fits. A config for
+    # A plain DETR takes its part of any such file, and a model without masks that of one with them:
+    # right only if nothing else fits. A config for
     # another number of classes is right only if none has the file's.
     rank: dict[str, tuple[bool, bool]] = {}
     for name in ZOO:
@@ -268,12 +269,12 @@ def choose_config(state: Mapping[str, Tensor], official: bool) -> Choice:
 def _problems(
     state: Mapping[str, Tensor], model: nn.Module, official: bool
 ) -> tuple[list[str], bool]:
-    """What does not fit, and whether tensors were left out for want of auxiliary heads."""
+    """What does not fit, and whether tensors were left out for want of auxiliary heads or masks."""
     partial, unknown = False, []
     if official:
         conversion = rename_official(state, model)
         state, unknown = conversion.state_dict, conversion.unknown
-        partial = NO_AUXILIARY in conversion.ignored.values()
+        partial = not {NO_AUXILIARY, NO_MASKS}.isdisjoint(conversion.ignored.values())
     else:
         state = with_present_names(state, model)
     kinds = {"unknown": unknown, **misfits(state, model)}

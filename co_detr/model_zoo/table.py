@@ -207,6 +207,15 @@ RELEASED = (
         page=VIT_PAGE,
     ),
     _co_dino(
+        "co_dino_vit_l_o365_instance_12ep",
+        "ViT-L, boxes and masks, from Objects365, 12 epochs",
+        "co_dino_vit/co_dino_5scale_vit_large_coco_instance.py",
+        65.8,
+        parameters=VIT_BACKBONE,
+        note="mask AP 56.6; trained without the average of weights; batch size is not official",
+        page=VIT_PAGE,
+    ),
+    _co_dino(
         "co_dino_r50_lvis_12ep",
         "ResNet-50, 12 epochs",
         "co_dino/co_dino_5scale_r50_1x_lvis.py",
@@ -248,6 +257,16 @@ RELEASED = (
         note=TEST_ONLY,
         page=VIT_PAGE,
     ),
+    _co_dino(
+        "co_dino_vit_l_o365_lsj_lvis_instance_16ep",
+        "ViT-L, boxes and masks, from Objects365, LSJ, 16 epochs",
+        "co_dino_vit/co_dino_5scale_lsj_vit_large_lvis_instance.py",
+        67.3,
+        dataset="LVIS",
+        parameters=VIT_BACKBONE,
+        note=f"mask AP 60.7; {TEST_ONLY}",
+        page=VIT_PAGE,
+    ),
     ZooEntry(
         "co_dino_swin_l_objects365",
         "Co-DINO, Swin-L, the checkpoint that fine-tuning starts from",
@@ -263,6 +282,8 @@ _OUR_OWN = (
     ZooEntry("co_detr_r50_atss", "Co-Deformable-DETR, ResNet-50, ATSS head alone, 12 epochs"),
     ZooEntry("co_detr_r50_k6", "Co-Deformable-DETR, ResNet-50, six auxiliary heads, 12 epochs"),
     ZooEntry("co_detr_r50_mask_rcnn", "Co-Deformable-DETR, ResNet-50, Mask R-CNN head, 12 epochs"),
+    ZooEntry("co_detr_r50_instance", "Co-Deformable-DETR, ResNet-50, masks, 12 epochs"),
+    ZooEntry("co_dino_r50_instance", "Co-DINO-Inst, ResNet-50, boxes and masks, 12 epochs"),
     ZooEntry("deformable_detr_r50", "Deformable-DETR++, ResNet-50, no auxiliary heads, 12 epochs"),
     ZooEntry(
         "co_conditional_detr_r50", "Co-Conditional-DETR-C5, ResNet-50, ROI and ATSS, 50 epochs"
@@ -280,6 +301,7 @@ _OUR_OWN = (
     ZooEntry(
         "quickstart_k6", "small Co-Deformable-DETR with six auxiliary heads", dataset="digits"
     ),
+    ZooEntry("quickstart_masks", "small Co-Deformable-DETR with masks", dataset="digits"),
     ZooEntry("quickstart_co_dino", "small Co-DINO for the digits, from scratch", dataset="digits"),
 )
 

@@ -92,6 +92,7 @@ class RefineMaskHead(nn.Module):
         sampler: chooses the boxes to train on.
         criterion: losses of the masks.
         iou_head: predicts how good a mask is; None: there are no mask scores.
+        width: of the features of steps 1 and 2, which each stage halves; None: C.
         num_instance_convs, num_semantic_convs: 3x3 convolutions of steps 1 and 2.
         chunk_size: boxes whose masks are predicted at a time in eval mode, which bounds memory.
     """
@@ -109,6 +110,7 @@ class RefineMaskHead(nn.Module):
         sampler: RegionSampler,
         criterion: MaskCriterion,
         iou_head: MaskIoUHead | None = None,
+        width: int | None = None,
         lambda_2: float = 2.0,
         num_instance_convs: int = 1,
         num_semantic_convs: int = 2,
@@ -122,20 +124,16 @@ class RefineMaskHead(nn.Module):
         self.criterion = criterion
         self.iou_head = iou_head
         self.chunk_size = chunk_size
-        self.instance_convs = nn.Sequential(
-            *(normed_conv(embed_dim, embed_dim) for _ in range(num_instance_convs))
-        )
-        self.semantic_convs = nn.Sequential(
-            *(normed_conv(embed_dim, embed_dim) for _ in range(num_semantic_convs))
-        )
-        widths = [embed_dim // 2**stage for stage in range(4)]
+        width = width or embed_dim
+        self.instance_convs = _tower(embed_dim, width, num_instance_convs)
+        self.semantic_convs = _tower(embed_dim, width, num_semantic_convs)
+        widths = [width // 2**stage for stage in range(4)]
         self.stages = nn.ModuleList(
-            MaskStage(embed_dim, width, following)
-            for width, following in zip(widths, widths[1:], strict=False)
+            MaskStage(width, own, following)
+            for own, following in zip(widths, widths[1:], strict=False)
         )
         self.logits = nn.ModuleList(
-            plain_conv(width, 1 if stage == 3 else num_classes)
-            for stage, width in enumerate(widths)
+            plain_conv(own, 1 if stage == 3 else num_classes) for stage, own in enumerate(widths)
         )
 
     def forward(self, maps: Sequence[Tensor], regions: Regions) -> MaskPredictions:
@@ -392,6 +390,11 @@ class MaskIoUHead(nn.Module):
         error = (values_at(predicted, labels) - torch.where(counts, target, 0.0)).square() * counts
         # Without any target there is no error, but all weights have a gradient.
         return self.loss_weight * (error.sum() / counts.sum().clamp(min=1) + 0 * predicted.sum())
+
+
+def _tower(channels: int, width: int, number: int) -> nn.Sequential:
+    inputs = [channels] + [width] * (number - 1)
+    return nn.Sequential(*(normed_conv(each, width) for each in inputs))
 
 
 def normed_conv(channels: int, out_channels: int, stride: int = 1) -> Conv2d:

@@ -1,10 +1,8 @@
 """The mask head of Co-DINO-Inst, for ``model.mask_head``; the interpolations reach that model.
 
-``mask_head`` reads five levels from stride 4 (Co-DINO), ``mask_head_of_four_levels`` four from
-stride 8 (Co-Deformable-DETR). The data need masks, see `use_masks` in common/masks.py.
+It reads five levels from stride 4 (Co-DINO); Co-Deformable-DETR has four from stride 8. The data
+need masks, see common/masks.py.
 """
-
-import copy
 
 from detectron2.config import LazyCall as L
 
@@ -17,6 +15,7 @@ mask_head = L(RefineMaskHead)(
     strides=[4, 8, 16, 32, 64],
     num_decoder_layers="${..decoder.num_layers}",
     lambda_2=2.0,
+    width=None,  # that of the encoder
     sampler=L(RegionSampler)(
         num_proposals="${...postprocessor.max_detections}",
         max_positives=128,
@@ -35,6 +34,3 @@ mask_head = L(RefineMaskHead)(
         loss_weight=0.5,
     ),
 )
-
-mask_head_of_four_levels = copy.deepcopy(mask_head)
-mask_head_of_four_levels.strides = [8, 16, 32, 64]
