@@ -67,6 +67,8 @@ MOVED: dict[str, str] = {
 
 # Old key of a config -> the last part that it has now.
 RENAMED_KEYS = {"model.decoder.normalise_output": "normalize_output"}
+# Keys that are ignored, as what they said is now seen from other keys or from the data.
+DROPPED_KEYS = ("dataloader.train.mapper.use_instance_mask",)
 # Old name of a module of an auxiliary head -> the new one: part of the names of its tensors.
 RENAMED_MODULES = {"centreness": "centerness"}
 # Old name of a loss -> the new one, in the logs of a run.
@@ -81,7 +83,7 @@ def present_key(key: str) -> str:
 
 
 def rename_keys(config: MutableMapping[str, Any]) -> dict[str, str]:
-    """Gives the keys of a config, in place, the names that they have now.
+    """Gives the keys of a config, in place, the names that they have now; drops `DROPPED_KEYS`.
 
     Where a config has both names, as one in Python that changes another one, the value of the old
     name counts: whoever set it knew no other.
@@ -90,13 +92,16 @@ def rename_keys(config: MutableMapping[str, Any]) -> dict[str, str]:
         Those that were found, old -> new.
     """
     renamed = {}
-    for old in RENAMED_KEYS:
+    for old in (*RENAMED_KEYS, *DROPPED_KEYS):
         *parents, last = old.split(".")
         node: Any = config
         for part in parents:
             node = node.get(part) if isinstance(node, MutableMapping) else None
-        if isinstance(node, MutableMapping) and last in node:
-            node[RENAMED_KEYS[old]] = node.pop(last)
+        if not isinstance(node, MutableMapping) or last not in node:
+            continue
+        value = node.pop(last)
+        if old in RENAMED_KEYS:
+            node[RENAMED_KEYS[old]] = value
             renamed[old] = present_key(old)
     return renamed
 

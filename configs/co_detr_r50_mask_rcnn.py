@@ -7,6 +7,4 @@ from .co_detr_r50 import data, dataloader, lr_multiplier, model, optimizer, trai
 from .models.auxiliary import mask_branch
 
 model.auxiliary.roi.roi_heads.update(mask_branch)
-dataloader.train.dataset.with_masks = True
-dataloader.train.mapper.use_instance_mask = True
 train.output_dir = "output/co_detr_r50_mask_rcnn"

@@ -24,7 +24,6 @@ from detectron2.structures import BoxMode
 from co_detr.data.coco_file import (
     CocoFile,
     Entry,
-    checked_polygons,
     display_names,
     is_box,
     is_id,
@@ -33,6 +32,7 @@ from co_detr.data.coco_file import (
     read_coco,
     shortened,
 )
+from co_detr.data.masks import MaskChecker
 from co_detr.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -63,13 +63,13 @@ def load_coco(
             `locate_files` understands them.
         partial_classes: let the file have fewer classes than `num_classes`, as a val set may have;
             `align_classes` then has to say which ones they are.
-        with_masks: keep the polygons, for heads that learn masks (crowds have none).
+        with_masks: keep the masks of objects, for heads that learn masks; crowds keep none.
 
     Returns:
         One dict per image (images without boxes included), ordered by image id: `file_name`,
         `height`, `width`, `image_id`, and `annotations` with `bbox` (x, y, w, h in pixels),
-        `bbox_mode`, contiguous `category_id` and `iscrowd`, with masks also `segmentation`, a list
-        of polygons [x, y, x, y, ..] in pixels. Boxes are clipped to the image.
+        `bbox_mode`, contiguous `category_id` and `iscrowd`, with masks also `segmentation` as of
+        `co_detr.data.masks`, where there is one. Boxes are clipped to the image.
 
     Raises:
         DataError: in one sentence that names the file, image or annotation and the mend.
@@ -85,6 +85,7 @@ def load_coco(
     if not content.annotations:
         logger.warning("%s has no annotations: all its images count as empty.", annotation_file)
     boxes = BoxChecker(annotation_file, invalid_boxes)
+    masks = MaskChecker(annotation_file, invalid_boxes)
     for annotation in content.annotations:
         where = f"annotation {annotation.get('id')!r} of {annotation_file}"
         missing = {"image_id", "category_id", "bbox"} - annotation.keys()
@@ -115,10 +116,13 @@ def load_coco(
                 "iscrowd": int(crowd),
             }
             if with_masks and not kept["iscrowd"]:
-                image = f"{where} (image {record['file_name']})"
-                kept["segmentation"] = checked_polygons(annotation.get("segmentation"), image)
+                mask = masks.read(annotation, record)
+                if mask is not None:
+                    kept["segmentation"] = mask
             record["annotations"].append(kept)
     boxes.report()
+    if with_masks:
+        masks.report()
     dataset = [records[image_id] for image_id in sorted(records)]
     count = sum(len(record["annotations"]) for record in dataset)
     logger.info("%s: %d images, %d boxes.", annotation_file, len(dataset), count)
@@ -131,6 +135,7 @@ def load_lvis(
     num_classes: int | None = None,
     invalid_boxes: str = "error",
     repeat_threshold: float = 0.0,
+    with_masks: bool = False,
 ) -> list[dict[str, Any]]:
     """Reads an LVIS v1 json, of 1203 classes; as `load_coco`, with two differences.
 
@@ -144,7 +149,10 @@ def load_lvis(
         DataError: as `load_coco`; or if an image has no `coco_url`.
     """
     path_of = partial(_path_of_url, annotation_file)
-    records = load_coco(annotation_file, image_root, num_classes, invalid_boxes, path_of)
+    records = load_coco(
+        *(annotation_file, image_root, num_classes, invalid_boxes, path_of),
+        with_masks=with_masks,
+    )
     return repeat_rare_classes(records, repeat_threshold) if repeat_threshold else records
 
 
@@ -178,6 +186,7 @@ def load_objects365(
     image_root: str,
     num_classes: int | None = None,
     invalid_boxes: str = "error",
+    with_masks: bool = False,
 ) -> list[dict[str, Any]]:
     """Reads Objects365 v2, `zhiyuan_objv2_train.json` or `.._val.json`; as `load_coco`.
 
@@ -186,7 +195,10 @@ def load_objects365(
             name their images `images/v1/patch8/NAME.jpg`, of which only the last two parts are in
             the archives.
     """
-    return load_coco(annotation_file, image_root, num_classes, invalid_boxes, _path_in_archives)
+    return load_coco(
+        *(annotation_file, image_root, num_classes, invalid_boxes, _path_in_archives),
+        with_masks=with_masks,
+    )
 
 
 def _path_in_archives(image: dict[str, Any]) -> str:

@@ -18,8 +18,7 @@ from numbers import Real
 from typing import Any
 from urllib.parse import unquote
 
-import pycocotools.mask as mask_utils
-
+from co_detr.data.masks import check_mask, extent_of
 from co_detr.errors import DataError
 
 Entry = dict[str, Any]
@@ -233,36 +232,6 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, float) and value.is_integer()
 
 
-def checked_polygons(segmentation: Any, where: str) -> list[list[float]]:
-    """The polygons of one annotation.
-
-    Args:
-        segmentation: as it stands in the file; None: not there.
-        where: what an error calls the annotation.
-
-    Raises:
-        DataError: if it is no list of polygons with at least three points.
-    """
-    if segmentation is None:
-        raise DataError(
-            f"{where} has no segmentation: add one, or do without masks, in training with "
-            "dataloader.train.dataset.with_masks=false and a head that needs none, in a val set "
-            "with train.val_loss.enabled=false."
-        )
-    if isinstance(segmentation, dict):
-        raise DataError(f"{where} has a run-length encoded mask: write it as polygons.")
-    if not isinstance(segmentation, list) or not segmentation:
-        raise DataError(f"{where} has the segmentation {segmentation!r}: write a list of polygons.")
-    for polygon in segmentation:
-        is_polygon = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
-        if not is_polygon or not all(isinstance(each, Real) for each in polygon):
-            raise DataError(
-                f"{where} has a polygon that is not [x, y, x, y, ..] of at least three points: "
-                "mend or remove it."
-            )
-    return segmentation
-
-
 def encoded_mask(segmentation: Any, height: int, width: int) -> dict[str, Any] | None:
     """COCO's compressed run-length form of polygons or of a run-length mask in any form.
 
@@ -274,20 +243,8 @@ def encoded_mask(segmentation: Any, height: int, width: int) -> dict[str, Any] |
         what `pycocotools.mask` takes; None if the segmentation is missing, or is no mask of an
         image of this size.
     """
-    try:
-        if isinstance(segmentation, dict):
-            if list(segmentation["size"]) != [height, width]:
-                return None
-            if isinstance(segmentation["counts"], list):
-                return mask_utils.frPyObjects(segmentation, height, width)
-            mask_utils.area(segmentation)
-            return segmentation
-        # Four numbers would be taken for a box.
-        if not segmentation or min(map(len, segmentation)) < 6:
-            return None
-        return mask_utils.merge(mask_utils.frPyObjects(segmentation, height, width))
-    except (KeyError, TypeError, ValueError):
-        return None
+    usable = check_mask(segmentation, height, width).usable
+    return None if usable is None else run_lengths(usable, height, width)
 
 
 def enclosing_box(segmentation: Any) -> list[float] | None:
@@ -307,16 +264,14 @@ def enclosing_box(segmentation: Any) -> list[float] | None:
 
 
 def _box_of_mask(segmentation: dict[str, Any]) -> list[float] | None:
-    counts, size = segmentation.get("counts"), segmentation.get("size")
-    if not isinstance(size, list) or len(size) != 2 or not isinstance(counts, list | str):
+    size = segmentation.get("size")
+    if not isinstance(size, list) or len(size) != 2 or not all(map(is_number, size)):
         return None
-    try:
-        if isinstance(counts, list):
-            segmentation = mask_utils.frPyObjects(segmentation, *size)
-        box = mask_utils.toBbox(segmentation).tolist()
-    except (TypeError, ValueError):  # numbers that are none
+    usable = check_mask(segmentation, *size).usable
+    if usable is None:
         return None
-    return box if box[2] > 0 and box[3] > 0 else None
+    left, top, right, bottom = extent_of(usable)
+    return [left, top, right - left, bottom - top]
 
 
 @dataclass(frozen=True)

@@ -15,21 +15,30 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import detectron2.data.transforms as T
 import numpy as np
 import torch
 from detectron2.data import DatasetFromList, DatasetMapper
-from detectron2.data.detection_utils import convert_PIL_to_numpy
+from detectron2.data.detection_utils import (
+    annotations_to_instances,
+    convert_PIL_to_numpy,
+    transform_instance_annotations,
+)
+from detectron2.structures import Instances
 from detectron2.utils import comm
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from co_detr.data.images import ImageReader
+from co_detr.data.masks import tight_boxes, transformed_masks
 from co_detr.errors import ConfigError, DataError, first_line
 from co_detr.process_setup import outlive_signals
 from co_detr.seeding import locally_seeded, mix_seed
+
+if TYPE_CHECKING:
+    from co_detr.data.copy_paste import CopyPaste
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +54,8 @@ class CheckedDatasetMapper(DatasetMapper):
         augmentations: what is done to images and boxes, in order.
         image_format: "RGB" or "BGR", the color order of the model.
         reader: opens the images; None: one with its defaults.
-        use_instance_mask: whether to keep masks, as polygons.
-        recompute_boxes: whether boxes are drawn anew around the masks that a crop leaves.
+        recompute_boxes: whether boxes are drawn anew around what is left of the masks, where there
+            are some.
     """
 
     def __init__(
@@ -55,50 +64,66 @@ class CheckedDatasetMapper(DatasetMapper):
         augmentations: Sequence[T.Augmentation | T.Transform],
         image_format: str,
         reader: ImageReader | None = None,
-        use_instance_mask: bool = False,
         recompute_boxes: bool = False,
     ) -> None:
-        super().__init__(
-            is_train,
-            augmentations=augmentations,
-            image_format=image_format,
-            use_instance_mask=use_instance_mask,
-            recompute_boxes=recompute_boxes,
-        )
+        super().__init__(is_train, augmentations=augmentations, image_format=image_format)
         self.reader = reader or ImageReader()
+        self.recompute_boxes = recompute_boxes
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Reads and augments one image.
 
         Returns:
             `dataset_dict` with `image`, ``(3, h, w)`` uint8; in training with `instances` in place
-            of `annotations`, otherwise without them.
+            of `annotations`, otherwise without them. These have `gt_masks` (BitMasks) if all
+            objects of the image have a mask.
 
         Raises:
             DataError: if the image cannot be read or has another size than annotated.
-            ConfigError: if masks are to be cropped and a package for it is missing.
         """
         sample = copy.deepcopy(dataset_dict)  # which belongs to the data set
-        path = sample["file_name"]
-        rgb = self.reader.read_rgb(path)
-        _require_size(path, sample, rgb)
-        augmented = T.AugInput(in_format(rgb, self.image_format))
-        transforms = augment(augmented, self.augmentations, f"image {path}")
+        augmented = T.AugInput(self.read(sample))
+        transforms = augment(augmented, self.augmentations, f"image {sample['file_name']}")
         sample["image"] = as_tensor(augmented.image)
-        annotations = sample.get("annotations")
-        if not self.is_train:
-            sample.pop("annotations", None)
-        elif annotations is not None:
-            try:
-                self._transform_annotations(sample, transforms, augmented.image.shape[:2])
-            except ModuleNotFoundError as error:
-                if (error.name or "").partition(".")[0] != "shapely":
-                    raise
-                raise ConfigError(
-                    "cropping images with masks needs the package shapely: pip install shapely, or "
-                    "set dataloader.train.mapper.augmentations.crop_probability=0."
-                ) from error
+        annotations = sample.pop("annotations", None)
+        if self.is_train and annotations is not None:
+            before = (sample["height"], sample["width"])
+            after = augmented.image.shape[:2]
+            sample["instances"] = self.objects(annotations, before, transforms, after)
         return sample
+
+    def read(self, record: dict[str, Any]) -> np.ndarray:
+        """The pixels ``(H, W, 3)`` of a record, in the colour order of the model."""
+        rgb = self.reader.read_rgb(record["file_name"])
+        _require_size(record["file_name"], record, rgb)
+        return in_format(rgb, self.image_format)
+
+    def objects(
+        self,
+        annotations: list[dict[str, Any]],
+        before: tuple[int, int],
+        transforms: T.TransformList,
+        after: tuple[int, int],
+    ) -> Instances:
+        """What can be learned of an augmented image: crowds, and objects that do not show, cannot.
+
+        Args:
+            annotations: of the image; changed.
+            before, after: its (height, width) without and with augmentation.
+        """
+        annotations = [each for each in annotations if not each.get("iscrowd", 0)]
+        masks = [each.pop("segmentation", None) for each in annotations]
+        for each in annotations:
+            transform_instance_annotations(each, transforms, after)
+        instances = annotations_to_instances(annotations, after)
+        shows = instances.gt_boxes.nonempty(threshold=1e-5)
+        if masks and all(mask is not None for mask in masks):
+            instances.gt_masks = transformed_masks(masks, before, transforms)
+            around = tight_boxes(instances.gt_masks)
+            shows &= around.nonempty()
+            if self.recompute_boxes:
+                instances.gt_boxes = around
+        return instances[shows]
 
 
 def in_format(rgb: np.ndarray, image_format: str) -> np.ndarray:
@@ -358,14 +383,19 @@ class SeededDataset(Dataset[dict[str, Any]]):
         records: DatasetFromList,
         mapper: Callable[[dict[str, Any]], dict[str, Any]],
         seed: int,
+        copy_paste: CopyPaste | None = None,
     ) -> None:
         self.records = records
         self.mapper = mapper
         self.seed = seed
+        self.copy_paste = copy_paste
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
         with locally_seeded("sample", self.seed, key.position):
-            return self.mapper(self.records[key.index])
+            sample = self.mapper(self.records[key.index])
+            if self.copy_paste is None:
+                return sample
+            return self.copy_paste(sample, self.records, self.mapper)
 
 
 def build_train_loader(
@@ -377,6 +407,7 @@ def build_train_loader(
     images_per_gpu: int | None = None,
     aspect_ratio_grouping: bool = True,
     num_workers: int = 0,
+    copy_paste: CopyPaste | None = None,
 ) -> DataLoader:
     """Builds the endless loader of this process's micro-batches (lists of mapped dicts).
 
@@ -387,10 +418,15 @@ def build_train_loader(
         seed: of the order of the images and of their augmentation.
         aspect_ratio_grouping: whether landscape and portrait images are batched apart.
         num_workers: loading processes; 0 loads in this process. Does not change the batches.
+        copy_paste: pastes objects of other images into each; not where the data have no masks.
 
     Raises:
         ConfigError: if a batch cannot be divided evenly.
     """
+    if copy_paste is not None and not any(
+        "segmentation" in each for record in dataset for each in record["annotations"]
+    ):
+        copy_paste = None  # of which loading the data has told
     groups = [int(record["width"] > record["height"]) for record in dataset]
     plan = BatchPlan(
         len(dataset),
@@ -402,7 +438,7 @@ def build_train_loader(
         world_size=comm.get_world_size(),
     )
     return DataLoader(
-        SeededDataset(DatasetFromList(dataset, copy=False), mapper, seed),
+        SeededDataset(DatasetFromList(dataset, copy=False), mapper, seed, copy_paste),
         batch_sampler=plan,
         num_workers=num_workers,
         # A step begins with all of its micro-batches: the workers load them during the one before.

@@ -97,10 +97,31 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
         sources = OmegaConf.to_container(cfg.model.queries, resolve=False)
         cfg.model.queries = named_sources(sources)
     apply_overrides(cfg, overrides)
+    _settle_masks(cfg)
     _check_texts(cfg)
     _check_train_node(cfg.train)
     _check_batch(cfg)
     return cfg
+
+
+def _settle_masks(cfg: DictConfig) -> None:
+    """Where a config leaves it open (null), masks are read if something learns or moves them."""
+    train = cfg.dataloader.train
+    learns, pasting = learns_masks(cfg.model), train.get("copy_paste")
+    if train.dataset.get("with_masks", False) is None:
+        train.dataset.with_masks = learns or pasting is not None
+    if pasting is not None and pasting.get("keep_masks", False) is None:
+        pasting.keep_masks = learns
+
+
+def learns_masks(model: Any) -> bool:
+    """Whether a part of a model's config, such as the model or an auxiliary head, has a mask head.
+
+    That is a node `mask_head`, wherever it stands, which is not null.
+    """
+    if not isinstance(model, DictConfig):
+        return False
+    return model.get("mask_head") is not None or any(map(learns_masks, model.values()))
 
 
 def save_config(cfg: DictConfig, path: str) -> None:

@@ -29,6 +29,7 @@ from torchvision.ops import StochasticDepth
 from co_detr.checkpoint.saving import Checkpointer
 from co_detr.data.coco import class_names
 from co_detr.data.coco_file import read_coco
+from co_detr.engine.config import learns_masks
 from co_detr.engine.evaluation import MASKS, missing_masks, usable_dataset
 from co_detr.engine.launch import jointly
 from co_detr.engine.setup import pin_for
@@ -143,11 +144,8 @@ class ValidationSet:
     def __init__(self, cfg: DictConfig, max_images: int | None) -> None:
         self.test = copy.deepcopy(cfg.dataloader.test)
         # A loss of masks needs them here, too; the evaluation, which has the same node, does not.
-        train = cfg.dataloader.train
-        if train.dataset.get("with_masks", False):
-            self.test.dataset.with_masks = True
-        if train.mapper.get("use_instance_mask", False):
-            self.test.mapper.use_instance_mask = True
+        if cfg.dataloader.train.dataset.get("with_masks", False):
+            self.test.dataset.with_masks = learns_masks(cfg.model)
         records = instantiate(self.test.dataset)
         number = min(max_images or len(records), len(records))
         self.records = [records[index * len(records) // number] for index in range(number)]

@@ -43,6 +43,7 @@ dataloader = dict(
             image_root="${data.train_images}",
             num_classes="${model.num_classes}",
             invalid_boxes="${data.invalid_boxes}",
+            with_masks=None,  # None: if the model has a mask head, or objects are pasted
         ),
         mapper=L(CheckedDatasetMapper)(
             is_train=True,
@@ -55,6 +56,7 @@ dataloader = dict(
         num_workers=min(4, os.cpu_count() or 1),
         aspect_ratio_grouping=True,
         seed="${train.seed}",
+        copy_paste=None,  # of objects with masks into other images, see co_detr/data/copy_paste.py
     ),
     test=L(build_detection_test_loader)(
         dataset=L(load_coco)(

@@ -26,6 +26,7 @@ def _lvis(split):
 
 
 dataloader.train.dataset = _lvis("train")
+dataloader.train.dataset.with_masks = None  # as the model needs, see coco.py
 dataloader.test.dataset = _lvis("val")
 dataloader.evaluator = L(LvisBoxEvaluator)(
     annotation_file="${data.val}", output_dir="${train.output_dir}", max_detections=300

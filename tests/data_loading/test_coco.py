@@ -2,14 +2,10 @@
 
 import json
 import logging
-import re
-import sys
 
-import detectron2.data.transforms as T
 import numpy as np
 import pytest
 from detectron2.data import MetadataCatalog
-from detectron2.structures import BitMasks
 from PIL import Image
 
 from co_detr.data.coco import align_classes, class_names, dataset_name, load_coco
@@ -229,60 +225,3 @@ def test_image_of_another_size_than_annotated(tmp_path, content):
     records = _load(tmp_path, content)
     with pytest.raises(DataError, match=r"a\.png is 40x30 but its annotation file says 50x30"):
         _map(records[0])
-
-
-POLYGON = [5, 6, 15, 6, 15, 14, 5, 14]
-
-
-def test_masks_are_kept_if_asked_for(tmp_path, content):
-    content["annotations"][0]["segmentation"] = [POLYGON]
-    assert "segmentation" not in _load(tmp_path, content)[0]["annotations"][0]
-    mask, crowd = _load(tmp_path, content, with_masks=True)[0]["annotations"]
-    assert mask["segmentation"] == [POLYGON]
-    assert "segmentation" not in crowd
-
-
-@pytest.mark.parametrize(
-    ("segmentation", "sentence"),
-    [
-        (None, "has no segmentation"),
-        ([], r"has the segmentation \[\]"),
-        ("", "has the segmentation ''"),
-        ({"counts": "abc", "size": [30, 40]}, "run-length encoded"),
-        ([POLYGON, [1, 2, 3, 4]], "at least three points"),
-        ([POLYGON[:-1]], "at least three points"),
-        ([[*POLYGON[:-1], "9"]], "at least three points"),
-        ([7], "at least three points"),
-    ],
-)
-def test_masks_that_are_none(tmp_path, content, segmentation, sentence):
-    if segmentation is not None:
-        content["annotations"][0]["segmentation"] = segmentation
-    message = _error(tmp_path, content, with_masks=True)
-    assert re.search(sentence, message)
-    assert "annotation 1 of" in message and "a.png" in message
-
-
-def _mapped(tmp_path, content, transform):
-    content["annotations"][0]["segmentation"] = [POLYGON]
-    mapper = CheckedDatasetMapper(
-        is_train=True, augmentations=[transform], image_format="RGB", use_instance_mask=True
-    )
-    return mapper(_load(tmp_path, content, with_masks=True)[0])["instances"]
-
-
-def test_masks_follow_a_crop(tmp_path, content):
-    pytest.importorskip("shapely")
-    found = _mapped(tmp_path, content, T.CropTransform(0, 0, 10, 10))
-    assert found.gt_boxes.tensor.tolist() == [[5, 6, 10, 10]]
-    mask = BitMasks.from_polygon_masks(found.gt_masks, 10, 10).tensor[0].numpy()
-    expected = np.zeros((10, 10), bool)
-    expected[6:, 5:] = True
-    assert (mask == expected).all()
-
-
-def test_a_crop_of_masks_needs_a_package(tmp_path, content, monkeypatch):
-    monkeypatch.setitem(sys.modules, "shapely", None)
-    monkeypatch.setitem(sys.modules, "shapely.geometry", None)
-    with pytest.raises(ConfigError, match="pip install shapely"):
-        _mapped(tmp_path, content, T.CropTransform(0, 0, 10, 10))

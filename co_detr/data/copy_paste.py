@@ -1,0 +1,249 @@
+"""Copy-paste: objects of a second image are pasted into a training image by their masks.
+
+Source: Ghiasi et al., "Simple Copy-Paste is a Strong Data Augmentation Method", CVPR 2021, as the
+reference's LSJ configs have it (``CopyPaste`` of mmdet 2, without blending).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import detectron2.data.transforms as T
+import numpy as np
+import torch
+from detectron2.structures import BitMasks, Boxes, Instances
+from PIL import Image
+from torch import Tensor
+
+from co_detr.data.loader import CheckedDatasetMapper, as_tensor, augment
+from co_detr.data.masks import PLAIN_TRANSFORMS, span, tight_boxes
+
+Window = tuple[slice, slice]  # rows and columns
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An augmented training image: `image` (3, h, w), `instances` with `gt_masks` (BitMasks)."""
+
+    image: Tensor
+    instances: Instances
+
+
+@dataclass(frozen=True)
+class CopyPaste:
+    """Pastes objects of an image that is drawn from the whole data set, which may be the same.
+
+    The second image is augmented like any other. As many of its objects as a number says that is
+    drawn evenly from 0 to all (at most `max_pasted` - 1) are pasted. Nothing is pasted into or from
+    an image with objects that have no masks.
+
+    Args:
+        max_pasted: one more than the most objects that are pasted.
+        pad_value: of the pixels where the second image is larger than the first; what the model
+            pads with.
+        keep_masks: whether a sample keeps its masks, for a head that learns them; None: as the
+            model of the config needs.
+    """
+
+    max_pasted: int = 100
+    pad_value: float = 114.0
+    keep_masks: bool | None = None
+
+    def __call__(
+        self,
+        sample: dict[str, Any],
+        records: Sequence[dict[str, Any]],
+        mapper: CheckedDatasetMapper,
+    ) -> dict[str, Any]:
+        """Changes a sample of `mapper`.
+
+        Draws from NumPy's generator, so that a sample depends on its seed alone.
+
+        Args:
+            records: of the data set.
+
+        Raises:
+            DataError: if the second image cannot be read, or has another size than annotated.
+        """
+        donor = draw_donor(records[np.random.randint(len(records))], mapper)
+        chosen = self.draw(len(donor.instances))
+        instances = sample["instances"]
+        if not len(instances):
+            size = instances.image_size
+            instances.gt_masks = BitMasks(torch.zeros(0, *size, dtype=torch.bool))
+        if len(chosen) and donor.instances.has("gt_masks") and instances.has("gt_masks"):
+            scene = Scene(sample["image"], instances)
+            objects = donor.instances[torch.from_numpy(chosen)]
+            pasted = paste(scene, objects, donor.pixels, self.pad_value)
+            sample = sample | {"image": pasted.image, "instances": pasted.instances}
+        if not self.keep_masks and sample["instances"].has("gt_masks"):
+            sample["instances"].remove("gt_masks")  # workers would hand megabytes over
+        return sample
+
+    def draw(self, number: int) -> np.ndarray:
+        """``(n,)`` int64: which of so many objects are pasted, in this order."""
+        count = np.random.randint(0, min(number + 1, self.max_pasted))
+        return np.random.choice(number, size=count, replace=False) if count else np.zeros(0, int)
+
+
+def paste(
+    scene: Scene,
+    objects: Instances,
+    pixels: Callable[[Window], Tensor],
+    pad_value: float = 114.0,
+    *,
+    most_moved: float = 10.0,
+    most_hidden: int = 300,
+) -> Scene:
+    """Puts objects over a scene.
+
+    Boxes of the scene are drawn anew around what is left of the masks. An object of the scene stays
+    if no side of its box has moved by more than `most_moved` pixels, or if more than `most_hidden`
+    pixels of it are left. One of which nothing is left goes in any case; the reference keeps it
+    with an empty box where that lies near the upper left corner of the image.
+
+    Args:
+        scene: is not changed.
+        objects: with `gt_boxes`, `gt_classes` and `gt_masks` in an image that begins at the same
+            corner; they come behind those of the scene, with the boxes that they have.
+        pixels: gives ``(3, h, w)`` of a window of the image that the objects are in.
+        pad_value: where that image is larger than the scene, which then grows to its size.
+    """
+    if not len(objects):
+        return scene
+    size = tuple(map(max, scene.instances.image_size, objects.image_size))
+    added = _enlarged(objects.gt_masks.tensor, size, False)
+    covered = added.numpy().any(axis=0)
+    window = span(covered.any(axis=1)), span(covered.any(axis=0))
+    over = torch.from_numpy(covered[window])
+
+    image = _enlarged(scene.image, size, pad_value)
+    image[(..., *window)] = torch.where(over, pixels(window), image[(..., *window)])
+    masks = _enlarged(scene.instances.gt_masks.tensor, size, False)
+    masks[(..., *window)] &= ~over
+
+    boxes = tight_boxes(BitMasks(masks))
+    moved = (boxes.tensor - scene.instances.gt_boxes.tensor).abs().amax(dim=1)
+    left = torch.tensor([np.count_nonzero(mask) for mask in masks.numpy()], dtype=torch.int64)
+    stays = (left > 0) & ((moved <= most_moved) | (left > most_hidden))
+    classes = torch.cat([scene.instances.gt_classes[stays], objects.gt_classes])
+    instances = Instances(
+        size,
+        gt_boxes=Boxes(torch.cat([boxes.tensor[stays], objects.gt_boxes.tensor])),
+        gt_classes=classes,
+        gt_masks=BitMasks(torch.cat([masks[stays], added])),
+    )
+    return Scene(image, instances)
+
+
+def _enlarged(maps: Tensor, size: tuple[int, int], value: float) -> Tensor:
+    """A copy of maps ``(n, h, w)`` with `value` behind their rows and columns, ``(n, *size)``."""
+    enlarged = maps.new_full((len(maps), *size), value)
+    enlarged[:, : maps.shape[1], : maps.shape[2]] = maps
+    return enlarged
+
+
+@dataclass(frozen=True)
+class Donor:
+    """An augmented image whose pixels are only computed where they are asked for.
+
+    Attributes:
+        instances: what a mapper makes of its annotations.
+        pixels: gives ``(3, h, w)`` uint8 of a window of the augmented image.
+    """
+
+    instances: Instances
+    pixels: Callable[[Window], Tensor]
+
+
+def draw_donor(record: dict[str, Any], mapper: CheckedDatasetMapper) -> Donor:
+    """Augments an image without its pixels, if all its transforms are resizes, crops and mirrors.
+
+    Augmentations then see the shape of the image, and black in place of its pixels. Any other
+    transform has the image read and augmented as a whole.
+
+    Raises:
+        DataError: as the mapper; of an image that cannot be read, when pixels are asked for.
+    """
+    name = f"image {record['file_name']}"
+    before = record["height"], record["width"]
+    shape = _ShapeOnly(_black(*before))
+    try:
+        transforms = augment(shape, mapper.augmentations, name)
+    except _NeedsPixelsError:
+        whole = T.AugInput(mapper.read(record))
+        transforms = augment(whole, mapper.augmentations, name)
+        after = whole.image.shape[:2]
+
+        def pixels(window: Window) -> Tensor:
+            return as_tensor(whole.image[window])
+
+    else:
+        after = shape.image.shape[:2]
+
+        def pixels(window: Window) -> Tensor:
+            return as_tensor(window_of(mapper.read(record), transforms, window))
+
+    return Donor(mapper.objects(record["annotations"], before, transforms, after), pixels)
+
+
+class _NeedsPixelsError(Exception):
+    """A transform is none of those whose shape is known without pixels."""
+
+
+class _ShapeOnly(T.AugInput):
+    def transform(self, tfm: T.Transform) -> None:
+        if isinstance(tfm, T.ResizeTransform):
+            self.image = _black(tfm.new_h, tfm.new_w)
+        elif isinstance(tfm, T.CropTransform):
+            self.image = _black(tfm.h, tfm.w)
+        elif not isinstance(tfm, (T.HFlipTransform, T.VFlipTransform, *PLAIN_TRANSFORMS)):
+            raise _NeedsPixelsError
+
+
+def _black(height: int, width: int) -> np.ndarray:
+    """``(height, width, 3)`` uint8 that takes no memory."""
+    return np.broadcast_to(np.zeros(3, np.uint8), (height, width, 3))
+
+
+def window_of(rgb: np.ndarray, transforms: T.TransformList, window: Window) -> np.ndarray:
+    """A window of ``transforms.apply_image(rgb)``, of which only that part is resized.
+
+    Resizing a part rounds a few values to the other side: they differ by 1.
+
+    Args:
+        rgb: ``(H, W, 3)`` uint8.
+        transforms: resizes, crops, mirrors and changes of colors.
+        window: of the result.
+    """
+    rows, columns = window
+    y, height = rows.start, rows.stop - rows.start
+    x, width = columns.start, columns.stop - columns.start
+    steps, behind = list(transforms.transforms), []
+    source = None
+    while steps and source is None:
+        each = steps.pop()
+        if isinstance(each, T.CropTransform):
+            x, y = x + each.x0, y + each.y0
+        elif isinstance(each, T.HFlipTransform):
+            x = each.width - x - width
+            behind.append(T.HFlipTransform(width))
+        elif isinstance(each, T.VFlipTransform):
+            y = each.height - y - height
+            behind.append(T.VFlipTransform(height))
+        elif isinstance(each, T.ResizeTransform):
+            whole = T.TransformList(steps).apply_image(rgb)
+            down, across = each.h / each.new_h, each.w / each.new_w
+            box = (x * across, y * down, (x + width) * across, (y + height) * down)
+            box = (*box[:2], min(box[2], each.w), min(box[3], each.h))
+            picture = Image.fromarray(whole).resize((width, height), each.interp, box)
+            source = np.asarray(picture)
+        else:
+            behind.append(each)
+    if source is None:
+        source = rgb[y : y + height, x : x + width]
+    for each in reversed(behind):
+        source = each.apply_image(source)
+    return source
