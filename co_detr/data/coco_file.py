@@ -18,7 +18,7 @@ from numbers import Real
 from typing import Any
 from urllib.parse import unquote
 
-from co_detr.data.masks import check_mask, extent_of
+from co_detr.data.masks import check_mask, extent_of, run_lengths
 from co_detr.errors import DataError
 
 Entry = dict[str, Any]

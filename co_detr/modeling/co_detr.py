@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.modeling import Backbone
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import BitMasks, Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
@@ -313,7 +313,9 @@ class CoDETR(nn.Module):
             truth.gt_boxes = Boxes(to_device(instances.gt_boxes.tensor, device))
             truth.gt_classes = to_device(instances.gt_classes, device)
             if instances.has("gt_masks") and auxiliary is not None and auxiliary.reads_masks:
-                truth.gt_masks = instances.gt_masks.to(device)
+                masks = instances.gt_masks
+                is_bitmap = isinstance(masks, BitMasks)
+                truth.gt_masks = BitMasks(to_device(masks.tensor, device)) if is_bitmap else masks
             truths.append(truth)
         return truths
 

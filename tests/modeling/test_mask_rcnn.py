@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from detectron2.structures import BitMasks
 
 from co_detr.engine.train import run_evaluation_only
-from co_detr.errors import ConfigError
+from co_detr.modeling.auxiliary.faster_rcnn import SharedBitMasks
 from co_detr.tools.predict.files import CocoResults
 from tests.device import DEVICE
 from tests.modeling.builders import (
@@ -14,6 +15,7 @@ from tests.modeling.builders import (
     detect,
     evaluating,
     make_batch,
+    random_boxes,
     randomize,
     shrink,
     tiny_model,
@@ -99,9 +101,31 @@ def test_the_decoder_does_without_the_mask_head(model):
         assert torch.equal(one.pred_boxes.tensor, other.pred_boxes.tensor)
 
 
-def test_data_without_masks(model):
-    with pytest.raises(ConfigError, match="mask head but the data come without masks"):
-        train_step(model, make_batch())
+def test_images_without_masks_train_the_rest(model):
+    """The mask head learns from the other images of the batch, or nothing, in finite steps."""
+    batch = with_masks(make_batch())
+    both = train_step(model, batch)
+    del batch[1]["instances"]._fields["gt_masks"]
+    one = train_step(model, batch)
+    assert_complete(model, one)
+    assert 0 < one["roi.loss_mask"] != both["roi.loss_mask"]
+    for name in one.keys() - {"roi.loss_mask"}:
+        torch.testing.assert_close(one[name], both[name])
+    del batch[0]["instances"]._fields["gt_masks"]
+    none = train_step(model, batch)
+    assert_complete(model, none)
+    assert none["roi.loss_mask"] == 0
+
+
+def test_shared_bitmaps_are_those_of_detectron2():
+    masks = BitMasks(torch.rand(3, 20, 30) > 0.5)
+    rows = torch.tensor([2, 0, 2, 1, 1])
+    boxes = random_boxes(5, (20, 30), torch.Generator().manual_seed(0), smallest=3.0)
+    shared = SharedBitMasks(masks.tensor)[rows]
+    assert torch.equal(shared.tensor, masks.tensor[rows]) and len(shared) == 5
+    assert torch.equal(shared.crop_and_resize(boxes, 14), masks[rows].crop_and_resize(boxes, 14))
+    positive = torch.tensor([True, False, True, False, True])
+    assert torch.equal(shared[positive].tensor, masks.tensor[rows[positive]])
 
 
 def test_boxes_of_detections_with_masks_are_evaluated(rectangles, tmp_path):

@@ -6,11 +6,11 @@ import torch
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
 from detectron2.modeling.roi_heads import StandardROIHeads
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import BitMasks, Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
+from torchvision.ops import roi_align
 
-from co_detr.errors import ConfigError
 from co_detr.structures import AuxiliaryOutput, Candidates, ClassRows, HeadCounts, HeadDetections
 
 
@@ -41,6 +41,46 @@ class CollaborativeRPN(RPN):
             )
 
 
+class SharedBitMasks(BitMasks):
+    """Bitmaps that several rows may share: what is indexed are indices.
+
+    Detectron2 gives each of 512 sampled proposals a copy of its object's mask, which at a byte per
+    pixel is half a gigabyte for an image of a megapixel, and makes float32 of those of positives.
+
+    Args:
+        bitmaps: ``(m, H, W)`` bool.
+        rows: ``(n,)`` int64, which bitmap each of the n masks is; None: one after the other.
+    """
+
+    def __init__(self, bitmaps: Tensor, rows: Tensor | None = None):
+        self.bitmaps = bitmaps
+        self.rows = torch.arange(len(bitmaps), device=bitmaps.device) if rows is None else rows
+        self.image_size = bitmaps.shape[1:]
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.bitmaps[self.rows]
+
+    @property
+    def device(self) -> torch.device:
+        return self.bitmaps.device
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, item: int | slice | Tensor) -> SharedBitMasks:
+        return SharedBitMasks(self.bitmaps, self.rows[item].reshape(-1))
+
+    def to(self, *args, **kwargs) -> SharedBitMasks:
+        return SharedBitMasks(self.bitmaps.to(*args, **kwargs), self.rows.to(*args, **kwargs))
+
+    def crop_and_resize(self, boxes: Tensor, mask_size: int) -> Tensor:
+        """As that of `BitMasks`: ``(n, mask_size, mask_size)`` bool for boxes ``(n, 4)``."""
+        rois = torch.cat([self.rows[:, None].to(boxes.dtype), boxes], dim=1)
+        maps = self.bitmaps[:, None].to(boxes.dtype)
+        return roi_align(maps, rois, mask_size, aligned=True)[:, 0] >= 0.5
+
+
 class CollaborativeROIHeads(StandardROIHeads):
     """``StandardROIHeads`` whose training proposals also carry ``query_features (P, C)``.
 
@@ -67,6 +107,12 @@ class CollaborativeROIHeads(StandardROIHeads):
         """
         maps = [features[name] for name in self.box_in_features]
         return self.box_pooler(maps, boxes).mean(dim=(2, 3))
+
+    def _forward_mask(self, features: dict[str, Tensor], instances: list[Instances]):
+        if self.training and self.mask_on:
+            # Images whose objects have no masks teach the mask head nothing.
+            instances = [each if each.has("gt_masks") else each[:0] for each in instances]
+        return super()._forward_mask(features, instances)
 
     def _forward_box(self, features: dict[str, Tensor], proposals: list[Instances]):
         maps = [features[name] for name in self.box_in_features]
@@ -131,15 +177,9 @@ class FasterRCNNHead(nn.Module):
             totals: what `count` gives for the images of all micro-batches, to whose losses those
                 of this one are then a contribution; None: this batch is all there is.
 
-        Raises:
-            ConfigError: if there is a mask head but the ground truth has no masks.
+        Images without ``gt_masks`` add nothing to the loss of a mask head.
         """
-        if self.reads_masks and not all(each.has("gt_masks") for each in gt_instances):
-            raise ConfigError(
-                f"the auxiliary head {self.name} has a mask head but the data come without masks: "
-                "set dataloader.train.dataset.with_masks and "
-                "dataloader.train.mapper.use_instance_mask to true."
-            )
+        gt_instances = self._with_shared_masks(gt_instances)
         with get_event_storage().name_scope(self.name):
             proposals, losses = self.rpn(images, features, gt_instances)
             samples, roi_losses = self.roi_heads(images, features, proposals, gt_instances)
@@ -166,6 +206,7 @@ class FasterRCNNHead(nn.Module):
         self, images: ImageList, features: dict[str, Tensor], gt_instances: list[Instances]
     ) -> HeadCounts:
         """What Detectron2 makes means over in this batch: sampled proposals, and positive ones."""
+        gt_instances = self._with_shared_masks(gt_instances)
         with get_event_storage().name_scope(self.name):
             proposals, _ = self.rpn(images, features, gt_instances)
             samples = self.roi_heads.label_and_sample_proposals(proposals, gt_instances)
@@ -173,9 +214,26 @@ class FasterRCNNHead(nn.Module):
         return HeadCounts(self._normalizers(samples), positives.tolist())
 
     def _normalizers(self, samples: list[Instances]) -> Tensor:
-        """``(2,)`` int64: sampled proposals, and positive ones."""
-        positive = torch.cat([self._is_positive(each) for each in samples]).sum()
-        return torch.stack([positive.new_full((), sum(map(len, samples))), positive])
+        """``(3,)`` int64: sampled proposals, positive ones, those of them that have a mask."""
+        positive = torch.stack([self._is_positive(each).sum() for each in samples])
+        with_masks = [int(each.has("gt_masks")) for each in samples]
+        masked = sum(number * has for number, has in zip(positive, with_masks, strict=True))
+        sampled = positive.new_full((), sum(map(len, samples)))
+        return torch.stack([sampled, positive.sum(), masked])
+
+    def _with_shared_masks(self, gt_instances: list[Instances]) -> list[Instances]:
+        """Copies whose masks are not copied for each proposal; none if this head reads none."""
+        truths = []
+        for each in gt_instances:
+            truth = Instances(each.image_size, **each.get_fields())
+            if truth.has("gt_masks"):
+                masks = truth.gt_masks
+                truth.remove("gt_masks")
+                if self.reads_masks:
+                    is_bitmap = isinstance(masks, BitMasks)
+                    truth.gt_masks = SharedBitMasks(masks.tensor) if is_bitmap else masks
+            truths.append(truth)
+        return truths
 
     def _contributions(
         self, losses: dict[str, Tensor], samples: list[Instances], totals: HeadCounts
@@ -185,8 +243,8 @@ class FasterRCNNHead(nn.Module):
         The RPN's are means over images, whose number it multiplies by a constant.
         """
         images = len(samples) / len(totals.positives)
-        sampled, positive = zip(self._normalizers(samples), totals.normalizers, strict=True)
-        of_loss = {"loss_cls": sampled, "loss_box_reg": sampled, "loss_mask": positive}
+        sampled, _, masked = zip(self._normalizers(samples), totals.normalizers, strict=True)
+        of_loss = {"loss_cls": sampled, "loss_box_reg": sampled, "loss_mask": masked}
         weighted = {}
         for name, value in losses.items():
             weight = images
