@@ -4,9 +4,7 @@ As the model without masks, from whose weights it may start as well; losses of m
 """
 
 from .co_dino_vit_l_o365_12ep import data, dataloader, lr_multiplier, model, optimizer, train
-from .common.masks import use_masks
 from .models.mask_head import mask_head
 
 model.mask_head = mask_head
-use_masks(dataloader)
 train.output_dir = "output/co_dino_vit_l_o365_instance_12ep"

@@ -11,10 +11,8 @@ from .co_dino_vit_l_o365_lsj_lvis_16ep import (
     optimizer,
     train,
 )
-from .common.masks import use_masks
 from .models.mask_head import mask_head
 
 model.mask_head = mask_head
 model.mask_head.criterion.loss_weight = 1.0
-use_masks(dataloader)
 train.output_dir = "output/co_dino_vit_l_o365_lsj_lvis_instance_16ep"

@@ -1,6 +1,5 @@
 """The quick start with masks: a lean mask head, which adds a third to the time of a step."""
 
-from .common.masks import use_masks
 from .models.mask_head import mask_head
 from .models.small import STRIDES
 from .quickstart import data, dataloader, lr_multiplier, model, optimizer, train
@@ -9,5 +8,4 @@ model.mask_head = mask_head
 model.mask_head.update(strides=STRIDES[:3], width=32, num_semantic_convs=1)
 model.mask_head.sampler.max_positives = 8
 model.mask_head.iou_head.update(conv_dim=32, fc_dim=64)
-use_masks(dataloader)
 train.output_dir = "output/quickstart_masks"

@@ -95,7 +95,7 @@ roi_heads = L(CollaborativeROIHeads)(
     ),
 )
 
-# For roi_heads.update(...): Mask R-CNN. The data need masks, see co_detr_r50_mask_rcnn.py.
+# For roi_heads.update(...): Mask R-CNN, which has the data read masks by itself (common/coco.py).
 mask_branch = dict(
     mask_in_features=["p3", "p4", "p5", "p6"],
     mask_pooler=L(ROIPooler)(

@@ -1,7 +1,7 @@
 """The mask head of Co-DINO-Inst, for ``model.mask_head``; the interpolations reach that model.
 
 It reads five levels from stride 4 (Co-DINO); Co-Deformable-DETR has four from stride 8. The data
-need masks, see common/masks.py.
+need masks, which a config with a mask head reads by itself (common/coco.py).
 """
 
 from detectron2.config import LazyCall as L
