@@ -150,6 +150,14 @@ class CoDETR(nn.Module):
             kinds += [name for name in self.detectors if name != DECODER]
         return kinds
 
+    @property
+    def predicts_masks(self) -> bool:
+        """Whether ``instances`` of eval mode have masks."""
+        if self.mask_head is not None:
+            return True
+        heads = {} if self.auxiliary is None else self.auxiliary.heads
+        return self.evaluate_with in heads and heads[self.evaluate_with].reads_masks
+
     def forward(
         self, batched_inputs: list[dict], counts: StepCounts | None = None
     ) -> dict[str, Tensor] | list[dict]:
@@ -165,8 +173,9 @@ class CoDETR(nn.Module):
         Returns:
             training: weighted losses by name, their sum is the total loss; with ``counts``, what
                 this micro-batch contributes to the losses of the step;
-            eval: per image ``{"instances": Instances}`` in output resolution, and for every kind
-                that is `compared` an ``"instances_<kind>"`` without masks.
+            eval: per image ``{"instances": Instances}`` in output resolution, with `DetectedMasks`
+                if the model `predicts_masks`; and for every kind that is `compared` an
+                ``"instances_<kind>"`` without masks.
         """
         images = self.preprocess(batched_inputs)
         if self.training:

@@ -11,6 +11,7 @@ from co_detr.tools.predict.command_line import (
     add_amp_argument,
     add_device_argument,
     add_image_arguments,
+    add_mask_argument,
     add_model_arguments,
 )
 
@@ -31,7 +32,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments of demo.py."""
     parser = argparse.ArgumentParser(
         prog="demo.py",
-        description="Serves a web page: drop an image, see its boxes, move the score slider.",
+        description="Serves a web page: drop an image, see its boxes and masks, move the score "
+        "slider.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -39,6 +41,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_device_argument(parser)
     add_amp_argument(parser)
     add_image_arguments(parser)
+    add_mask_argument(parser)
     add = parser.add_argument
     add("--score", type=float, default=0.3, help="where the slider starts (default: 0.3)")
     add("--port", type=int, default=7860, help="port of the page (default: 7860)")
@@ -76,6 +79,7 @@ def run(options: argparse.Namespace) -> None:
         overrides=options.set,
         unsafe=options.unsafe,
         max_image_pixels=options.max_image_pixels,
+        mask_threshold=options.mask_threshold,
         amp=options.amp,
     )
     hosts = [options.host, *options.allow_host]

@@ -27,7 +27,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments of predict.py; options may stand before, between or behind the inputs."""
     parser = argparse.ArgumentParser(
         prog="predict.py",
-        description="Detects objects in images or videos; writes drawn pictures and one json.",
+        description="Detects objects in images or videos; writes drawn pictures and one json, with "
+        "masks where the model predicts them.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -39,6 +40,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("inputs", nargs="+", metavar="INPUT", help="file, folder (with subfolders) or pattern")
     add("--output", required=True, metavar="DIR", help="folder for pictures and predictions.json")
     add("--score", type=float, default=0.3, help="lowest score to keep (default: 0.3)")
+    add_mask_argument(parser)
     add("--batch-size", type=int, default=1, help="images of equal size at once (default: 1)")
     add("--video", action="store_true", help="the inputs are videos (needs OpenCV)")
     return parser.parse_intermixed_args(argv)
@@ -76,6 +78,18 @@ def add_amp_argument(parser: argparse.ArgumentParser) -> None:
         "--amp",
         choices=["bfloat16", "float16"],
         help="mixed precision: faster on a GPU, detections change a little (default: float32)",
+    )
+
+
+def add_mask_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds what makes a mask of probabilities."""
+    parser.add_argument(
+        "--mask-threshold",
+        type=float,
+        default=0.5,
+        metavar="P",
+        help="probability from which on a pixel is of an object, for models with masks "
+        "(default: 0.5)",
     )
 
 
@@ -122,6 +136,7 @@ def run(options: argparse.Namespace) -> int:
         overrides=options.set,
         unsafe=options.unsafe,
         max_image_pixels=options.max_image_pixels,
+        mask_threshold=options.mask_threshold,
         amp=options.amp,
     )
     output = files.OutputFolder(folder, predictor.class_names)

@@ -65,6 +65,8 @@ class Predictor:
         unsafe: let the checkpoint run code while it is read. Only for files of people you trust.
         max_image_pixels: files with more are refused; by default data.max_image_pixels of the
             config.
+        mask_threshold: probability from which on a pixel belongs to an object, above 0 and below
+            1; a lower one makes masks larger.
         amp: "bfloat16" or "float16": compute in mixed precision, which is faster on a GPU and
             changes detections a little; by default not.
 
@@ -92,10 +94,13 @@ class Predictor:
         overrides: Sequence[str] = (),
         unsafe: bool = False,
         max_image_pixels: int | None = None,
+        mask_threshold: float = 0.5,
         amp: str | None = None,
     ) -> None:
         if not 0 <= score_threshold <= 1:
             raise ConfigError(f"the score threshold {score_threshold} must be from 0 to 1.")
+        if not 0 < mask_threshold < 1:
+            raise ConfigError(f"the mask threshold {mask_threshold} must be above 0 and below 1.")
         if batch_size < 1:
             raise ConfigError(f"the batch size {batch_size} must be at least 1.")
         if amp not in (None, "bfloat16", "float16"):
@@ -103,6 +108,7 @@ class Predictor:
         self.amp = None if amp is None else getattr(torch, amp)
         self.device = choose_device(device)
         self.score_threshold = score_threshold
+        self.mask_threshold = mask_threshold
         self.batch_size = batch_size
         loaded = load_detector(
             config, checkpoint, detector=detector, overrides=overrides, unsafe=unsafe
@@ -126,8 +132,9 @@ class Predictor:
 
         Returns:
             ``pred_boxes`` in absolute xyxy pixels of the image, ``scores`` in [0, 1] from high to
-            low, and ``pred_classes``, all on the CPU; also ``pred_masks`` ``(N, H, W)`` bool from
-            the detector "roi" where that head has a mask branch.
+            low, and ``pred_classes``, all on the CPU. A model with masks adds ``pred_masks``, which
+            stand for ``(N, H, W)`` bool without taking its memory (see `DetectedMasks`), and, if it
+            judges its masks, ``mask_scores`` in [0, 1].
 
         Raises:
             DataError: if an image cannot be read.
@@ -174,6 +181,9 @@ class Predictor:
         with cuda_settings(self._train, self.device), autocast:
             outputs = self.model(inputs)
         detections = [output["instances"].to("cpu") for output in outputs]
+        for found in detections:
+            if found.has("pred_masks"):
+                found.pred_masks.threshold = self.mask_threshold
         return [
             (key, sample, found[found.scores >= self.score_threshold])
             for (key, sample), found in zip(batch, detections, strict=True)
