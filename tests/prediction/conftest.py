@@ -4,14 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from detectron2.config import LazyConfig
+from detectron2.config import LazyConfig, instantiate
 from PIL import Image
 
 from co_detr.checkpoint.saving import Checkpointer
 from co_detr.tools.predict.predictor import Predictor
 from tests.device import CHILD, NAME
 from tests.modeling.builders import randomize, tiny_config, tiny_model
-from tests.prediction.trained_run import CLASSES, SIZE, Run
+from tests.prediction.trained_run import CLASSES, SIZE, Run, masked_config
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +29,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="session")
 def predictor(trained: Run) -> Predictor:
     return Predictor(trained.config, trained.checkpoint, device=NAME)
+
+
+@pytest.fixture(scope="session")
+def masked(trained: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same model with a mask head."""
+    folder = tmp_path_factory.mktemp("masked")
+    cfg = masked_config()
+    LazyConfig.save(cfg, str(folder / "config.yaml"))
+    model = instantiate(cfg.model).to(NAME)
+    randomize(model)
+    model.load_state_dict(trained.model.state_dict(), strict=False)
+    Checkpointer(model, str(folder), class_names=CLASSES).save("model_final")
+    return Run(folder, cfg, model)
 
 
 @pytest.fixture
