@@ -58,11 +58,12 @@ def main() -> None:
     )
     decoder = timings["decoder"].median
     rows = [
-        (name, format_ms(each), f"{each.median / decoder:.2f}") for name, each in timings.items()
+        (name, format_ms(timing), f"{timing.median / decoder:.2f}")
+        for name, timing in timings.items()
     ]
     print(markdown_table(("detector", "ms per image (quartiles)", "times the decoder"), rows))
     if options.json is not None:
-        content = {name: each.as_dict() for name, each in timings.items()}
+        content = {name: timing.as_dict() for name, timing in timings.items()}
         write_json(options.json, {"environment": environment(), "detectors": content})
 
 

@@ -114,13 +114,13 @@ def by_pycocotools(file: str, detections: list[dict], iou_type: str = "bbox") ->
         defined = precisions[precisions > -1]
         name = truth.cats[category]["name"]
         numbers[f"AP-{name}"] = float(defined.mean()) if defined.size else -1.0
-    return {name: math.nan if each < 0 else 100 * each for name, each in numbers.items()}
+    return {name: math.nan if number < 0 else 100 * number for name, number in numbers.items()}
 
 
 def evaluator_of(file: str, truth: dict[str, list[dict]]) -> evaluators.CocoBoxEvaluator:
     """This project's, for a file without image files."""
-    ids = sorted(each["id"] for each in truth["categories"])
-    names = {each["id"]: each["name"] for each in truth["categories"]}
+    ids = sorted(category["id"] for category in truth["categories"])
+    names = {category["id"]: category["name"] for category in truth["categories"]}
     MetadataCatalog.get(dataset_name(file)).set(
         thing_classes=[names[key] for key in ids],
         thing_dataset_id_to_contiguous_id={key: index for index, key in enumerate(ids)},
@@ -152,7 +152,7 @@ def main() -> None:
         old, expected = _timed(lambda: by_pycocotools(file, copied))
         new, found = _timed(lambda: evaluator_of(file, truth).judge(detections))
     difference = max(
-        abs(found[name] - each) for name, each in expected.items() if not math.isnan(each)
+        abs(found[name] - value) for name, value in expected.items() if not math.isnan(value)
     )
     library = "pycocotools" if evaluators.COCOeval_faster is None else "faster-coco-eval"
     print(f"{len(truth['annotations'])} objects, {len(detections)} detections")

@@ -175,16 +175,16 @@ def cases(options: argparse.Namespace) -> list[Case]:
 def choose_contestants(options: argparse.Namespace) -> list[Contestant]:
     """Built-in ones, added ones, and those of the other checkout; peers only if installed."""
     chosen = [BUILT_IN[name] for name in options.contestants] + options.added
-    peers = [each for each in chosen if each.kind == "transformers"]
+    peers = [contestant for contestant in chosen if contestant.kind == "transformers"]
     if peers and not has_transformers(options.peer_python):
         print(
             f"{options.peer_python} has no transformers: the peer is left out; "
             "pip install -r requirements-bench.txt, or use --peer-python."
         )
-        chosen = [each for each in chosen if each not in peers]
+        chosen = [contestant for contestant in chosen if contestant not in peers]
     if options.against:
-        own = [each for each in chosen if each.kind == "co_detr"]
-        chosen += [from_other_checkout(each, options.against.resolve()) for each in own]
+        own = [contestant for contestant in chosen if contestant.kind == "co_detr"]
+        chosen += [from_other_checkout(contestant, options.against.resolve()) for contestant in own]
     return chosen
 
 

@@ -123,8 +123,8 @@ class EmulatedDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
-        emulated = any(isinstance(each, EmulatedTensor) for each in tensors)
+        tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+        emulated = any(isinstance(tensor, EmulatedTensor) for tensor in tensors)
         target = kwargs.get("device")
         target = None if target is None else torch.device(target).type
         if not emulated and target != self.device.type:
@@ -136,12 +136,12 @@ class EmulatedDevice(TorchDispatchMode):
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
         inner_args, inner_kwargs = tree_map_only(
-            EmulatedTensor, lambda each: each.host, (args, kwargs)
+            EmulatedTensor, lambda tensor: tensor.host, (args, kwargs)
         )
         result = REPLACED.get(func, func)(*inner_args, **inner_kwargs)
         if target == "cpu" or (func is aten.copy_.default and not _on_device(args[0])):
             return args[0] if func is aten.copy_.default else result.clone()
-        wrapped = tree_map_only(Tensor, lambda each: EmulatedTensor(each, self.device), result)
+        wrapped = tree_map_only(Tensor, lambda tensor: EmulatedTensor(tensor, self.device), result)
         return return_and_correct_aliasing(func, args, kwargs, wrapped)
 
     def _check_devices(self, func, args, tensors: list[Tensor]) -> None:
@@ -149,7 +149,7 @@ class EmulatedDevice(TorchDispatchMode):
             return
         if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
             tensors = [args[0]]  # indices may lie on the host, which makes it wait
-        devices = {_on_device(each) for each in tensors if each.dim()}
+        devices = {_on_device(tensor) for tensor in tensors if tensor.dim()}
         if len(devices) > 1:
             raise RuntimeError(f"{func}: tensors of the host and of the device meet.")
 
@@ -224,10 +224,10 @@ def register_emulated_device(name: str) -> None:
 
 
 def _index_wait(indices: Iterable[Tensor | None]) -> str | None:
-    for each in indices:
-        if each is not None and each.dtype in (torch.bool, torch.uint8):
+    for index in indices:
+        if index is not None and index.dtype in (torch.bool, torch.uint8):
             return "boolean index"
-        if each is not None and not _on_device(each):
+        if index is not None and not _on_device(index):
             return "index of the host"
     return None
 

@@ -118,9 +118,9 @@ def assert_close(actual: Any, expected: Any, **options: Any) -> None:
 
     Not where equal bits are asked for, and not for float64.
     """
-    leaves = [each for each in tree_leaves(actual) if isinstance(each, Tensor)]
+    leaves = [leaf for leaf in tree_leaves(actual) if isinstance(leaf, Tensor)]
     exact = options.get("rtol") == options.get("atol") == 0
-    if not exact and all(each.dtype != torch.float64 for each in leaves):
+    if not exact and all(leaf.dtype != torch.float64 for leaf in leaves):
         for name, least in FLOAT32.items():
             options[name] = max(options.get(name, 0.0), least)
     _assert_close(actual, expected, **options)

@@ -50,7 +50,7 @@ def first_samples(args: argparse.Namespace) -> tuple[list[Sample], list[str]]:
     loader = instantiate(cfg.dataloader.train)
     names = class_names(cfg.data.train)
     mapped = itertools.islice(itertools.chain.from_iterable(loader), max(1, args.count))
-    return [sample_of(each, names, cfg.data.image_format) for each in mapped], names
+    return [sample_of(entry, names, cfg.data.image_format) for entry in mapped], names
 
 
 def main(argv: list[str] | None = None) -> int:

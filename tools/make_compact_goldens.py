@@ -168,7 +168,7 @@ def compact_case(case: dict[str, Any]) -> dict[str, Any]:
     for part in {"train", "train_finite"} & small.keys():
         queries = small[part]["aux"]
         meta["dropped"] += [f"{part}.aux[{i}].{key}" for i in range(len(queries)) for key in large]
-        queries = [{k: v for k, v in each.items() if k not in large} for each in queries]
+        queries = [{k: v for k, v in query.items() if k not in large} for query in queries]
         small[part] = {**small[part], "aux": queries}
     if "state_dict" in small:
         small["state_dict"] = _after(small["state_dict"])
@@ -187,8 +187,8 @@ def decoder_unit(case: dict[str, Any], image: int = 1, num_layers: int = 2) -> d
     """
     meta, values, row = case["meta"], case["eval"], slice(image, image + 1)
     levels = values["encoder_levels"][: len(values["masks"])]  # without that of the heads
-    mask = torch.cat([each[row].flatten(1) for each in values["masks"]], dim=1)
-    memory = torch.cat([each[row].flatten(2).transpose(1, 2) for each in levels], dim=1)
+    mask = torch.cat([mask[row].flatten(1) for mask in values["masks"]], dim=1)
+    memory = torch.cat([level_map[row].flatten(2).transpose(1, 2) for level_map in levels], dim=1)
     encoder_head, layers = meta["dec_layers"], range(num_layers)
     starts = {f"{TRANSFORMER}.{name}." for name in DECODER_PARTS}
     starts |= {f"{TRANSFORMER}.decoder.layers.{layer}." for layer in layers}
@@ -203,7 +203,7 @@ def decoder_unit(case: dict[str, Any], image: int = 1, num_layers: int = 2) -> d
     return {
         "num_classes": meta["num_classes"],
         "image_sizes_hw": [case["image_sizes_hw"][image]],
-        "spatial_shapes_hw": torch.tensor([list(each.shape[-2:]) for each in levels]),
+        "spatial_shapes_hw": torch.tensor([list(level_map.shape[-2:]) for level_map in levels]),
         "memory": memory.masked_fill(mask[..., None], 0.0),
         "padding_mask": mask,
         "valid_ratios": values["valid_ratios"][row],
@@ -233,9 +233,9 @@ def _after(values: dict[str, Any]) -> dict[str, Any]:
 def packed(value: Any, pool: dict[tuple, Tensor]) -> Any:
     """Copies views, whose files would hold the whole storage, and stores equal tensors once."""
     if isinstance(value, dict):
-        return {key: packed(each, pool) for key, each in value.items()}
+        return {key: packed(inner, pool) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(packed(each, pool) for each in value)
+        return type(value)(packed(inner, pool) for inner in value)
     if not isinstance(value, Tensor):
         return value
     value = value.clone(memory_format=torch.contiguous_format)

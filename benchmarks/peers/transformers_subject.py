@@ -67,7 +67,7 @@ class TransformersSubject:
         found = self.processor.post_process_object_detection(
             outputs, threshold=0.0, target_sizes=self.sizes, top_k=100
         )
-        return sum(len(each["scores"]) for each in found)
+        return sum(len(detections["scores"]) for detections in found)
 
     def optimizer(self) -> torch.optim.Optimizer:
         trainable = [p for p in self.model.parameters() if p.requires_grad]

@@ -42,7 +42,7 @@ class CoDETRSubject:
             return sum(self.model(self.batch).values())
 
     def detect(self) -> int:
-        return sum(len(each["instances"]) for each in self.model(self.batch))
+        return sum(len(result["instances"]) for result in self.model(self.batch))
 
     def optimizer(self) -> torch.optim.Optimizer:
         self.cfg.optimizer.params.model = self.model
@@ -82,6 +82,6 @@ class SequentialDecoder(nn.Module):
             for content, position, reference in parts
         ]
         return Predictions(
-            torch.cat([each.logits for each in decoded], dim=2),
-            torch.cat([each.boxes for each in decoded], dim=2),
+            torch.cat([predictions.logits for predictions in decoded], dim=2),
+            torch.cat([predictions.boxes for predictions in decoded], dim=2),
         )

@@ -36,8 +36,8 @@ class Contestant:
 
 
 BUILT_IN = {
-    each.name: each
-    for each in (
+    contestant.name: contestant
+    for contestant in (
         Contestant("k0", "no auxiliary head", config="configs/deformable_detr_r50.py"),
         Contestant("k1", "ATSS", config="configs/co_detr_r50_atss.py"),
         Contestant("k2", "Faster R-CNN and ATSS", config="configs/co_detr_r50.py"),

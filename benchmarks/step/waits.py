@@ -15,7 +15,7 @@ import torchvision
 
 import co_detr
 
-PACKAGES = [Path(each.__file__).parent for each in (co_detr, detectron2, torchvision, fvcore)]
+PACKAGES = [Path(package.__file__).parent for package in (co_detr, detectron2, torchvision, fvcore)]
 ELSEWHERE = "elsewhere"
 _WARNING = "synchronizing CUDA operation"  # part of what PyTorch says
 

@@ -212,7 +212,9 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def __init__(self, file: IO[bytes], *, encoding: str) -> None:
         super().__init__(file, encoding=encoding)
-        self.known = {f"{each.__module__}.{each.__name__}": each for each in _harmless()}
+        self.known = {
+            f"{function.__module__}.{function.__name__}": function for function in _harmless()
+        }
 
     def find_class(self, module: str, name: str) -> Any:
         """What a pickle may name."""

@@ -182,7 +182,7 @@ def _mended(path: str, content: Any) -> CocoFile:
     for image in lists["images"]:
         for name in _WHOLE_LISTS:
             if isinstance(image.get(name), list):
-                image[name] = [int(each) if _is_whole(each) else each for each in image[name]]
+                image[name] = [int(side) if _is_whole(side) else side for side in image[name]]
     for category in lists["categories"]:
         if isinstance(category.get("name"), str):
             # Some systems write accents as characters of their own: the name is the same.

@@ -189,7 +189,7 @@ class ImageReader:
         Raises:
             DataError: if it is missing, no image, or has too many pixels.
         """
-        allowed = [each for each in readable_formats() if formats is None or each in formats]
+        allowed = [format for format in readable_formats() if formats is None or format in formats]
         try:
             try:
                 image = Image.open(file, formats=allowed)
@@ -271,7 +271,7 @@ class ImageReader:
 
     def _pixels(self, image: Image.Image, name: str) -> Pixels:
         layouts = [_layout(tile) for tile in getattr(image, "tile", [])]
-        deep_colors = bool(layouts) and all(_DEEP_COLORS.fullmatch(each) for each in layouts)
+        deep_colors = bool(layouts) and all(_DEEP_COLORS.fullmatch(layout) for layout in layouts)
         bits = _tiff_tag(image, _TIFF_BITS)
         sample_format = _tiff_tag(image, _TIFF_SAMPLE_FORMAT)
         white_is_low = bits > 0 and _tiff_tag(image, _TIFF_PHOTOMETRIC, 1) == 0
@@ -283,7 +283,9 @@ class ImageReader:
         # Only now: Pillow itself turns some TIFF files while it loads them.
         turn = _TURNS[orientation_of(image)]
         if twin is not None:
-            high, low = (np.asarray(each)[:, :, :3].astype(np.uint16) for each in (image, twin))
+            high, low = (
+                np.asarray(picture)[:, :, :3].astype(np.uint16) for picture in (image, twin)
+            )
             return Pixels(turn(high << 8 | low), (0, 65535))
         if image.mode.startswith("I;16"):
             values = np.asarray(image).astype(np.uint16)  # in the byte order of this machine

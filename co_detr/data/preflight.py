@@ -106,7 +106,7 @@ def preflight(
         reports.append(report)
         root = os.path.realpath(files.images)
         paths.append(
-            {os.path.normpath(os.path.join(root, each["file_name"])) for each in checked.found}
+            {os.path.normpath(os.path.join(root, image["file_name"])) for image in checked.found}
         )
     check_values(reports[0], deep)
     if len(reports) == 2:
@@ -264,21 +264,21 @@ def check_images(
             leave=False,
         )
         decoded = list(bar)
-    errors = [each.error for each in decoded if each.error is not None]
+    errors = [image.error for image in decoded if image.error is not None]
     for what, mend in dict.fromkeys((error.what, error.mend) for error in errors):
         cases = [
-            f"{each.path} {each.error.says}"
-            for each in decoded
-            if each.error is not None and each.error.what == what
+            f"{image.path} {image.error.says}"
+            for image in decoded
+            if image.error is not None and image.error.what == what
         ]
         report.add("error", cases, what, mend)
     report.add(
         "error",
-        [f"{each.path} is {each.other_size}" for each in decoded if each.other_size],
+        [f"{image.path} is {image.other_size}" for image in decoded if image.other_size],
         "image files of another size than the json says",
         "write the true sizes (width x height), or remove a rotation from the EXIF data",
     )
-    return CheckedImages(found, [each.deep for each in decoded if each.deep is not None])
+    return CheckedImages(found, [image.deep for image in decoded if image.deep is not None])
 
 
 def check_values(report: SplitReport, images: list[DeepImage]) -> None:

@@ -113,9 +113,12 @@ class PreflightReport:
             for row in rows
         ]
         lines += [f"classes: {_listed(self.splits[0].categories)}"]
-        lines += [f"values: {each}" for split in self.splits for each in split.values]
-        lines += [f"{split.split}: {each}" for split in self.splits for each in split.sizes]
-        lines += [f"{each.level:7}  {each.split:5}  {each.sentence()}" for each in self.findings]
+        lines += [f"values: {value}" for split in self.splits for value in split.values]
+        lines += [f"{split.split}: {size}" for split in self.splits for size in split.sizes]
+        lines += [
+            f"{finding.level:7}  {finding.split:5}  {finding.sentence()}"
+            for finding in self.findings
+        ]
         if not self.findings:
             lines.append("no defects found")
         return printable("\n".join(lines))
@@ -244,7 +247,7 @@ def _check_categories(report: SplitReport, entries: list[Entry]) -> None:
 def _check_annotations(report: SplitReport, entries: list[Entry], images: Images) -> list[Entry]:
     complete = _complete(report, "annotations", entries, ("image_id", "category_id", "bbox"))
     _check_references(report, complete, images)
-    ids = [repr(each["id"]) if is_id(each.get("id")) else "missing" for each in complete]
+    ids = [repr(entry["id"]) if is_id(entry.get("id")) else "missing" for entry in complete]
     if "missing" in ids:
         ids.append("missing")  # one without an id is worth a warning, too
     report.add(
@@ -254,36 +257,36 @@ def _check_annotations(report: SplitReport, entries: list[Entry], images: Images
         "numbered anew for the evaluation",
     )
     bad_crowds = [
-        f"{name_of(each)}, iscrowd {each['iscrowd']!r}"
-        for each in complete
-        if each.get("iscrowd", 0) not in (0, 1)
+        f"{name_of(entry)}, iscrowd {entry['iscrowd']!r}"
+        for entry in complete
+        if entry.get("iscrowd", 0) not in (0, 1)
     ]
     report.add("error", bad_crowds, "annotations whose iscrowd is not 0 or 1", "write 0 or 1")
     names = dict(report.categories)
     return [
-        each
-        for each in complete
-        if _known(each["image_id"], images) and _known(each["category_id"], names)
+        entry
+        for entry in complete
+        if _known(entry["image_id"], images) and _known(entry["category_id"], names)
     ]
 
 
 def _check_references(report: SplitReport, entries: list[Entry], images: Images) -> None:
     # With a bad list of images, every annotation would be reported: the images come first.
     if len(images) == report.images:
-        unknown = [each for each in entries if not _known(each["image_id"], images)]
+        unknown = [entry for entry in entries if not _known(entry["image_id"], images)]
         report.add(
             "error",
-            [f"{name_of(each)}, image_id {each['image_id']!r}" for each in unknown],
+            [f"{name_of(entry)}, image_id {entry['image_id']!r}" for entry in unknown],
             "annotations of an image_id that is not in 'images'",
             "add the images or remove the annotations"
-            + _other_type((each["image_id"] for each in unknown), images),
+            + _other_type((entry["image_id"] for entry in unknown), images),
         )
     names = dict(report.categories)
-    unknown = [each for each in entries if not _known(each["category_id"], names)]
-    cause = _other_type((each["category_id"] for each in unknown), names)
+    unknown = [entry for entry in entries if not _known(entry["category_id"], names)]
+    cause = _other_type((entry["category_id"] for entry in unknown), names)
     report.add(
         "error",
-        [f"{name_of(each)}, category_id {each['category_id']!r}" for each in unknown],
+        [f"{name_of(entry)}, category_id {entry['category_id']!r}" for entry in unknown],
         "annotations of a category_id that is not in 'categories'",
         "add the categories or correct the ids"
         + (cause or " (are they shifted, from 0 against from 1?)"),
@@ -305,7 +308,7 @@ def _complete(
     report: SplitReport, key: str, entries: list[Entry], needed: tuple[str, ...]
 ) -> list[Entry]:
     lacking = [
-        f"{name_of(entry)} has no {' and no '.join(each for each in needed if each not in entry)}"
+        f"{name_of(entry)} has no {' and no '.join(name for name in needed if name not in entry)}"
         for entry in entries
         if not set(needed) <= entry.keys()
     ]
@@ -346,7 +349,7 @@ def _is_utf8(text: Any) -> bool:
 
 
 def _is_length(*values: Any) -> bool:
-    return all(is_number(each) and each > 0 for each in values)
+    return all(is_number(value) and value > 0 for value in values)
 
 
 def name_of(entry: Entry) -> str:

@@ -78,17 +78,17 @@ def check_boxes(
         entries: annotations of `images` that have a `bbox`.
         invalid_boxes: "error" or "skip", what `load_coco` does with boxes without area.
     """
-    typed = [each for each in entries if is_typed_box(each["bbox"])]
+    typed = [entry for entry in entries if is_typed_box(entry["bbox"])]
     report.add(
         "error",
-        [_case(each) for each in entries if not is_typed_box(each["bbox"])],
+        [_case(entry) for entry in entries if not is_typed_box(entry["bbox"])],
         "annotations whose bbox is no list of four numbers",
         "write x, y, w and h as numbers, without quotes",
     )
     if _judge_file(report, typed, images):
         return typed  # what follows would be said of most of the boxes
     boxes = BoxChecker(report.file, "skip")
-    good = [each for each in typed if boxes.clip(each, images[each["image_id"]]) is not None]
+    good = [entry for entry in typed if boxes.clip(entry, images[entry["image_id"]]) is not None]
     by_kind: dict[str, list[str]] = {}
     for skipped in boxes.skipped:
         by_kind.setdefault(skipped.kind, []).append(skipped.where)
@@ -99,7 +99,7 @@ def check_boxes(
             mend = "correct or remove them, or set data.invalid_boxes=skip to leave them out"
             report.add("error", cases, f"boxes that {kind}", mend)
     report.add("warning", boxes.clipped, "boxes that are partly outside their image", "clipped")
-    places = repeated((each["image_id"], each["category_id"], *each["bbox"]) for each in good)
+    places = repeated((entry["image_id"], entry["category_id"], *entry["bbox"]) for entry in good)
     report.add("warning", places, "boxes that occur twice (image, category, box)", "remove them")
     return good
 
@@ -157,12 +157,13 @@ _OTHER_NOTATIONS = (
 
 def _judge_file(report: SplitReport, entries: list[Entry], images: Images) -> bool:
     """Notes that all boxes are in another notation or unit; returns whether that is an error."""
-    finite = [each for each in entries if is_box(each["bbox"])]
+    finite = [entry for entry in entries if is_box(entry["bbox"])]
     if not finite:
         return False
-    boxes = np.array([each["bbox"] for each in finite], dtype=np.float64)  # (N, 4)
+    boxes = np.array([entry["bbox"] for entry in finite], dtype=np.float64)  # (N, 4)
     sides = [
-        (images[each["image_id"]]["width"], images[each["image_id"]]["height"]) for each in finite
+        (images[entry["image_id"]]["width"], images[entry["image_id"]]["height"])
+        for entry in finite
     ]
     sizes = np.array(sides, dtype=np.float64)  # (N, 2): width, height
     small = (np.abs(boxes).max(axis=1) <= _LARGEST_PART) & (sizes.min(axis=1) > 4)
@@ -185,7 +186,7 @@ def _note_parts(report: SplitReport, entries: list[Entry], boxes: np.ndarray) ->
     if other is not None:
         kind += f", and {other.notation.name} instead of (x, y, w, h)"
         mend = f"{other.notation.mend}, and {mend}"
-    report.add("error", [_case(each) for each in entries], f"boxes that are {kind}", mend)
+    report.add("error", [_case(entry) for entry in entries], f"boxes that are {kind}", mend)
     return True
 
 
@@ -262,10 +263,10 @@ def _stays(corners: np.ndarray, sizes: np.ndarray, tolerance: float) -> np.ndarr
 
 def count_objects(report: SplitReport, good: list[Entry], images: Images, limits: Limits) -> None:
     """Counts boxes, crowds and empty images, and compares images with what can be found."""
-    crowds = [each for each in good if each.get("iscrowd", 0) == 1]
-    objects = [each for each in good if each.get("iscrowd", 0) != 1]
+    crowds = [entry for entry in good if entry.get("iscrowd", 0) == 1]
+    objects = [entry for entry in good if entry.get("iscrowd", 0) != 1]
     report.crowd, report.boxes = len(crowds), len(objects)
-    report.empty = len(images) - len({each["image_id"] for each in objects})
+    report.empty = len(images) - len({entry["image_id"] for entry in objects})
     _check_crowds(report, crowds, len(good))
     if not objects:
         if not crowds:
@@ -273,7 +274,7 @@ def count_objects(report: SplitReport, good: list[Entry], images: Images, limits
             mend = "annotate objects, or give the right file"
             report.add("error", none, f"no box to {_purpose(report)}", mend)
         return
-    used = {each["category_id"] for each in objects}
+    used = {entry["category_id"] for entry in objects}
     unused = [name for key, name in report.categories if key not in used]
     effect = "they cannot be learned" if report.split == "train" else "their AP is undefined"
     report.add("warning", unused, "classes without a box", effect)
@@ -283,11 +284,11 @@ def count_objects(report: SplitReport, good: list[Entry], images: Images, limits
 
 
 def _check_crowds(report: SplitReport, crowds: list[Entry], number: int) -> None:
-    masks = sum(isinstance(each.get("segmentation"), dict) for each in crowds)
+    masks = sum(isinstance(crowd.get("segmentation"), dict) for crowd in crowds)
     cause = "label tools mark masks in run-length form as crowd"
     if masks:
         cause = f"{masks} of them have masks in run-length form, which label tools mark as crowd"
-    cases = [name_of(each) for each in crowds]
+    cases = [name_of(crowd) for crowd in crowds]
     if crowds and len(crowds) == number:
         report.add(
             "error",
@@ -308,8 +309,8 @@ def _check_crowds(report: SplitReport, crowds: list[Entry], number: int) -> None
 def _compare_with_limits(
     report: SplitReport, objects: list[Entry], images: Images, limits: Limits
 ) -> None:
-    per_image = Counter(each["image_id"] for each in objects)
-    per_class = Counter((each["image_id"], each["category_id"]) for each in objects)
+    per_image = Counter(entry["image_id"] for entry in objects)
+    per_class = Counter((entry["image_id"], entry["category_id"]) for entry in objects)
     of_one_class: dict[int | str, int] = {}
     for (image, _), count in per_class.items():
         of_one_class[image] = max(count, of_one_class.get(image, 0))
@@ -341,8 +342,8 @@ def _tell_sizes(
 ) -> None:
     """Objects as the model sees them; too small ones give a low AP that nothing else explains."""
     sides = []
-    for each in objects:
-        image, (_, _, w, h) = images[each["image_id"]], each["bbox"]
+    for entry in objects:
+        image, (_, _, w, h) = images[entry["image_id"]], entry["bbox"]
         # Clipped boxes would be a little smaller; the square root is that of COCO's sizes.
         sides.append(input_size.scale(image["width"], image["height"]) * math.sqrt(w * h))
     small, median, large = np.percentile(sides, [10, 50, 90])
@@ -374,7 +375,7 @@ def _tell_sizes(
 
 
 def _cases(entries: list[Entry], chosen: np.ndarray) -> list[str]:
-    return [_case(each) for each, is_chosen in zip(entries, chosen, strict=True) if is_chosen]
+    return [_case(entry) for entry, is_chosen in zip(entries, chosen, strict=True) if is_chosen]
 
 
 def _case(entry: Entry) -> str:

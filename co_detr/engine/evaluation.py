@@ -368,7 +368,7 @@ def metrics_of(metrics: Metrics, kind: str) -> dict[str, float]:
         return dict(metrics)
     prefix = f"{kind}/"
     return {
-        key.removeprefix(prefix): each for key, each in metrics.items() if key.startswith(prefix)
+        key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)
     }
 
 

@@ -171,14 +171,15 @@ class NumberedDataset:
     """
 
     def __init__(self, dataset: Mapping[str, list[Entry]]) -> None:
-        self.images = _numbers(each["id"] for each in dataset["images"])
-        self.categories = _numbers(each["id"] for each in dataset["categories"])
+        self.images = _numbers(image["id"] for image in dataset["images"])
+        self.categories = _numbers(category["id"] for category in dataset["categories"])
         self._lists = {
             "info": {},
-            "images": [self._image(each) for each in dataset["images"]],
+            "images": [self._image(image) for image in dataset["images"]],
             "annotations": list(map(self._annotation, dataset["annotations"])),
             "categories": [
-                each | {"id": self.categories[each["id"]]} for each in dataset["categories"]
+                category | {"id": self.categories[category["id"]]}
+                for category in dataset["categories"]
             ],
         }
         self.coco = _indexed(self._lists)
@@ -200,7 +201,9 @@ class NumberedDataset:
 
     def _image(self, entry: Entry) -> Entry:
         lists = {
-            key: [self.categories[each] for each in entry[key] if each in self.categories]
+            key: [
+                self.categories[category] for category in entry[key] if category in self.categories
+            ]
             for key in _OF_IMAGES
             if key in entry
         }
@@ -246,12 +249,12 @@ def evaluated(
 def best_of_each_image(detections: Iterable[Entry], number: int) -> list[Entry]:
     """The detections with the highest scores; of equal scores those that come first."""
     by_image: dict[int | str, list[Entry]] = defaultdict(list)
-    for each in detections:
-        by_image[each["image_id"]].append(each)
+    for detection in detections:
+        by_image[detection["image_id"]].append(detection)
     return [
-        each
+        best
         for found in by_image.values()
-        for each in sorted(found, key=lambda entry: entry["score"], reverse=True)[:number]
+        for best in sorted(found, key=lambda entry: entry["score"], reverse=True)[:number]
     ]
 
 
@@ -308,7 +311,9 @@ def class_results(
     # (thresholds, recalls, classes) over all sizes, with the largest number of detections
     precisions = evaluation.eval["precision"][:, :, :, 0, -1]
     at_50 = int(np.flatnonzero(np.isclose(evaluation.params.iouThrs, 0.5))[0])
-    boxes = Counter(each["category_id"] for each in annotations if not each["iscrowd"])
+    boxes = Counter(
+        annotation["category_id"] for annotation in annotations if not annotation["iscrowd"]
+    )
     results = {
         category: ClassResult(
             names[order[category]],
@@ -324,8 +329,8 @@ def class_results(
 def format_classes(results: Sequence[ClassResult]) -> str:
     """A table with one line per class."""
     rows = [
-        (each.name, _text(each.ap, ".1f"), _text(each.ap50, ".1f"), each.ground_truths)
-        for each in results
+        (result.name, _text(result.ap, ".1f"), _text(result.ap50, ".1f"), result.ground_truths)
+        for result in results
     ]
     align = ("left", "right", "right", "right")
     return tabulate(rows, _CLASS_COLUMNS, tablefmt="github", colalign=align, disable_numparse=True)

@@ -216,12 +216,12 @@ def _forwarded_signals() -> Iterator[None]:
             if process.pid is not None:
                 os.kill(process.pid, number)
 
-    before = {each: signal.signal(each, forward) for each in SIGNALS}
+    before = {stop: signal.signal(stop, forward) for stop in SIGNALS}
     try:
         yield
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for stop, handler in before.items():
+            signal.signal(stop, handler)
 
 
 def _patience(cfg: DictConfig) -> timedelta:

@@ -133,13 +133,17 @@ class NonFiniteGuard:
             "non_finite_tensors": {
                 "parameters": _not_finite(self.model.named_parameters()),
                 "gradients": _not_finite(
-                    (name, each.grad) for name, each in self.model.named_parameters()
+                    (name, parameter.grad) for name, parameter in self.model.named_parameters()
                 ),
                 "buffers": _not_finite(self.model.named_buffers()),
             },
             "processes": [
-                {"rank": rank, "loss_terms": each.losses, "images": list(map(asdict, each.images))}
-                for rank, each in enumerate(summary.processes)
+                {
+                    "rank": rank,
+                    "loss_terms": process.losses,
+                    "images": list(map(asdict, process.images)),
+                }
+                for rank, process in enumerate(summary.processes)
             ],
         }
         try:
@@ -207,17 +211,17 @@ def facts_of(batches: Iterable[Sequence[dict[str, Any]]]) -> list[ImageFacts]:
 def summarize(processes: list[BadStep]) -> Summary:
     """Brings together what each process knows of one step."""
     guilty = [
-        each
-        for each in processes
-        if each.cause or not all(map(math.isfinite, each.losses.values()))
+        process
+        for process in processes
+        if process.cause or not all(map(math.isfinite, process.losses.values()))
     ]
     terms = {
         name: value
-        for each in guilty
-        for name, value in each.losses.items()
+        for process in guilty
+        for name, value in process.losses.items()
         if not math.isfinite(value)
     }
-    causes = [each.cause for each in guilty if each.cause]
+    causes = [process.cause for process in guilty if process.cause]
     if causes:
         what, details = causes[0].rstrip("."), ""
     elif terms:
@@ -229,8 +233,8 @@ def summarize(processes: list[BadStep]) -> Summary:
         details = f" (norm={processes[0].grad_norm})"
     images = [
         f"{image.file_name} (id {image.image_id})"
-        for each in guilty or processes
-        for image in each.images
+        for process in guilty or processes
+        for image in process.images
     ]
     return Summary(what, terms, details, images, processes)
 
@@ -253,13 +257,15 @@ def _first(values: list[str]) -> list[str]:
 
 
 def _not_finite(tensors: Iterable[tuple[str, Tensor | None]]) -> list[str]:
-    return [name for name, each in tensors if each is not None and not torch.isfinite(each).all()]
+    return [
+        name for name, tensor in tensors if tensor is not None and not torch.isfinite(tensor).all()
+    ]
 
 
 def _json_numbers(value: Any) -> Any:
     """JSON has no NaN and no infinity: they become "nan", "inf" and "-inf"."""
     if isinstance(value, dict):
-        return {key: _json_numbers(each) for key, each in value.items()}
+        return {key: _json_numbers(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_json_numbers(each) for each in value]
+        return [_json_numbers(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -207,7 +207,7 @@ def _tell_changes(groups: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]])
         logger.info(
             "The optimizer goes on with the moments of the checkpoint and the settings of the "
             "config; changed: %s.",
-            "; ".join(f"{name}: {', '.join(each)}" for name, each in changes.items()),
+            "; ".join(f"{name}: {', '.join(values)}" for name, values in changes.items()),
         )
 
 

@@ -249,7 +249,7 @@ def _kinds(hint: Any) -> set[Any]:
     if origin in (typing.Union, types.UnionType):
         return set().union(*map(_kinds, arguments))
     if origin is typing.Literal:
-        return {type(each) for each in arguments}
+        return {type(choice) for choice in arguments}
     plain = origin or hint
     is_path = inspect.isclass(plain) and issubclass(plain, os.PathLike)
     return {str if is_path else plain}

@@ -293,7 +293,7 @@ class Trainer(SimpleTrainer):
         return {name: loss.detach().float() / divisor for name, loss in losses.items()}
 
     def _parameters(self) -> list[nn.Parameter]:
-        return [each for group in self.optimizer.param_groups for each in group["params"]]
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _to_host(self, losses: dict[str, Tensor], grad_norm: Tensor) -> JointResult:
         """Brings together what all processes have to agree on, with one transfer."""
@@ -342,7 +342,7 @@ class Trainer(SimpleTrainer):
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     """L2 norm over all gradients, a scalar; the gradients stay as they are."""
-    gradients = [each.grad for each in parameters if each.grad is not None]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if hasattr(nn.utils, "get_total_norm"):
         return nn.utils.get_total_norm(gradients)
     # torch before 2.6

@@ -130,7 +130,7 @@ class ValidationLoss:
         for part in comm.all_gather(sums):
             for name, value in part.items():
                 totals[name] = totals.get(name, 0.0) + value
-        means = {f"{LOSS_PREFIX}{name}": each / self.num_images for name, each in totals.items()}
+        means = {f"{LOSS_PREFIX}{name}": total / self.num_images for name, total in totals.items()}
         return {**means, TOTAL: sum(means.values())}
 
 
@@ -236,12 +236,12 @@ class EvaluationHistory:
             return
         try:
             with open(self.path, encoding="utf-8") as file:
-                found = {int(steps): dict(each) for steps, each in json.load(file).items()}
+                found = {int(steps): dict(metrics) for steps, metrics in json.load(file).items()}
         except (ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{self.path} is no history of evaluations ({error}): remove it to go on without."
             ) from error
-        self.metrics = {steps: each for steps, each in found.items() if steps <= until}
+        self.metrics = {steps: metrics for steps, metrics in found.items() if steps <= until}
 
     def forget_earlier_run(self) -> None:
         """Removes the file of the run that has used the folder before."""

@@ -179,7 +179,7 @@ class CoDETR(nn.Module):
         """
         images = self.preprocess(batched_inputs)
         if self.training:
-            gt_instances = [each["instances"] for each in batched_inputs]
+            gt_instances = [entry["instances"] for entry in batched_inputs]
             return self.forward_training(images, gt_instances, counts).losses
         with torch.no_grad():
             one_pass = InferencePass(self, images)
@@ -191,10 +191,10 @@ class CoDETR(nn.Module):
             detections = {"instances": found}
             for kind in self.compared:
                 found = one_pass.detections(kind)
-                detections[f"instances_{kind}"] = [boxes_only(each) for each in found]
+                detections[f"instances_{kind}"] = [boxes_only(instances) for instances in found]
         return [
-            {key: in_output_resolution(found[index], each) for key, found in detections.items()}
-            for index, each in enumerate(batched_inputs)
+            {key: in_output_resolution(found[index], entry) for key, found in detections.items()}
+            for index, entry in enumerate(batched_inputs)
         ]
 
     def forward_training(
@@ -219,9 +219,11 @@ class CoDETR(nn.Module):
         dtype = torch.promote_types(memory.tokens.dtype, torch.float32)
         truth = [
             GroundTruth(
-                each.gt_classes, normalize_boxes(each.gt_boxes.tensor.to(dtype), factor), factor
+                instances.gt_classes,
+                normalize_boxes(instances.gt_boxes.tensor.to(dtype), factor),
+                factor,
             )
-            for each, factor in zip(gt_instances, geometry.factors, strict=True)
+            for instances, factor in zip(gt_instances, geometry.factors, strict=True)
         ]
         groups = [
             group
@@ -271,7 +273,7 @@ class CoDETR(nn.Module):
     def preprocess(self, batched_inputs: list[dict]) -> ImageBatch:
         """Normalizes the images and pads them to a common size; see `BatchPadding`."""
         device = self.device
-        images = [to_device(each["image"], device) for each in batched_inputs]
+        images = [to_device(entry["image"], device) for entry in batched_inputs]
         backbone = self.backbone
         return self.padding(
             images,
@@ -300,7 +302,7 @@ class CoDETR(nn.Module):
                 they predict. For the same assignment as in training, the generators have to be in
                 the same state (dropout). Batch norms that learn update their statistics in both.
         """
-        gt_instances = [each["instances"] for each in batched_inputs]
+        gt_instances = [entry["instances"] for entry in batched_inputs]
         heads = {}
         if self.auxiliary is not None:
             images = self.preprocess(batched_inputs)
@@ -308,7 +310,7 @@ class CoDETR(nn.Module):
             heads = self.auxiliary.count_without_memory(images, truth)
             if with_heads and self.auxiliary.counts_need_memory:
                 heads |= self.auxiliary.count(images, self.encode(images), truth)
-        return StepCounts([len(each) for each in gt_instances], heads)
+        return StepCounts([len(instances) for instances in gt_instances], heads)
 
     def _on_device(self, images: ImageList, gt_instances: list[Instances]) -> list[Instances]:
         """What training reads of the ground truth.

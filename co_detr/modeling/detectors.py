@@ -210,7 +210,7 @@ class InferencePass:
             return model.postprocessor(*self._predictions)
         if name == MERGED:
             lists = [self.detections(member) for member in members_of(model)]
-            return [model.auxiliary.merged.merge(each) for each in zip(*lists, strict=True)]
+            return [model.auxiliary.merged.merge(image) for image in zip(*lists, strict=True)]
         if name == CASCADE:
             return self._cascade(first_stage_of(model))
         return self._head(name).instances
@@ -218,17 +218,20 @@ class InferencePass:
     def _cascade(self, name: str) -> list[Instances]:
         model, found = self._model, self._head(name)
         rule, source = model.auxiliary.cascade, model.auxiliary.positive_queries[name]
-        if not any(len(each) for each in found.instances):
-            return [boxes_only(each) for each in found.instances]
+        if not any(len(instances) for instances in found.instances):
+            return [boxes_only(instances) for instances in found.instances]
         geometry = self._memory.geometry
         queries = source.of_detections(name, found.candidates, geometry)
         decoded = model.decoder(QuerySet.concat([queries]), self._memory)
         logits, boxes = decoded.logits[-1], decoded.boxes[-1]
         return [
             rule.combine(
-                each, logits[image, : len(each)], boxes[image, : len(each)], geometry.factors[image]
+                instances,
+                logits[image, : len(instances)],
+                boxes[image, : len(instances)],
+                geometry.factors[image],
             )
-            for image, each in enumerate(found.instances)
+            for image, instances in enumerate(found.instances)
         ]
 
     def _head(self, name: str) -> HeadDetections:

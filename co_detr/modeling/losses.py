@@ -52,12 +52,13 @@ def assign_targets(
 ) -> Assignment:
     """Matches, in one go, all groups and encoder proposals that have no targets yet."""
     as_object = [
-        GroundTruth(torch.zeros_like(each.labels), each.boxes, each.factor) for each in ground_truth
+        GroundTruth(torch.zeros_like(truth.labels), truth.boxes, truth.factor)
+        for truth in ground_truth
     ]
     problems = {}
     for index, (group, predicted) in enumerate(zip(groups, predictions, strict=True)):
         if group.targets is None:
-            truth = [_repeated(each, group.truth_repeats) for each in ground_truth]
+            truth = [_repeated(image, group.truth_repeats) for image in ground_truth]
             problems[index] = MatchingProblem(predicted, truth, num_classes)
         if group.proposals is not None:
             truth = as_object if group.proposals.binary else ground_truth
@@ -233,13 +234,13 @@ def score_groups(
             number = None if counts is None else counts.num_matched(predicted.boxes.shape[2])
             scored.append(_Scored(f"{group.name}.enc", 1.0, predicted, targets, number))
     # One reduction over processes for the normalizers of all groups.
-    totals = [_positives_of_layers(each, criterion, counts) for each in scored]
-    totals = average_over_processes(torch.cat(totals)).split([len(each) for each in totals])
+    totals = [_positives_of_layers(part, criterion, counts) for part in scored]
+    totals = average_over_processes(torch.cat(totals)).split([len(total) for total in totals])
     losses: dict[str, Tensor] = {}
-    for each, total in zip(scored, totals, strict=True):
-        terms = criterion(each.predictions, each.targets, geometry, total)
-        terms = {key: value * each.loss_weight for key, value in terms.items()}
-        losses.update(name_layers(each.name, terms))
+    for part, total in zip(scored, totals, strict=True):
+        terms = criterion(part.predictions, part.targets, geometry, total)
+        terms = {key: value * part.loss_weight for key, value in terms.items()}
+        losses.update(name_layers(part.name, terms))
     return losses
 
 
@@ -250,15 +251,15 @@ def _num_positives(group: QueryGroup, counts: StepCounts | None) -> int | None:
 
 
 def _positives_of_layers(
-    each: _Scored, criterion: SetCriterion, counts: StepCounts | None
+    part: _Scored, criterion: SetCriterion, counts: StepCounts | None
 ) -> Tensor:
     """``(D,)`` in all micro-batches of the step."""
-    targets = each.targets
+    targets = part.targets
     if counts is None:
         return criterion.count_positives(targets)
-    if each.num_positives is None:
+    if part.num_positives is None:
         return criterion.count_positives(targets) / counts.share(targets.labels.shape[1])
-    return targets.boxes.new_full((len(targets.labels),), each.num_positives)
+    return targets.boxes.new_full((len(targets.labels),), part.num_positives)
 
 
 def name_layers(prefix: str, losses: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -426,7 +427,7 @@ def in_parts(loss: Callable[..., Tensor], logits: Tensor, *others: Tensor) -> Te
     """
     if logits.numel() <= MAX_LOGITS:
         return loss(logits, *others)
-    rows = [logits.flatten(0, -2), *(each.flatten() for each in others)]
+    rows = [logits.flatten(0, -2), *(other.flatten() for other in others)]
     num_rows = max(1, MAX_LOGITS // logits.shape[-1])
     return _InParts.apply(loss, num_rows, *rows).view(logits.shape[:-1])
 
@@ -438,7 +439,7 @@ class _InParts(torch.autograd.Function):
     def forward(ctx, loss, num_rows, logits, *others):
         ctx.loss, ctx.num_rows = loss, num_rows
         ctx.save_for_backward(logits, *others)
-        parts = zip(*(each.split(num_rows) for each in (logits, *others)), strict=True)
+        parts = zip(*(tensor.split(num_rows) for tensor in (logits, *others)), strict=True)
         return torch.cat([loss(*part) for part in parts])
 
     @staticmethod
@@ -447,7 +448,7 @@ class _InParts(torch.autograd.Function):
         logits, *others = ctx.saved_tensors
         result = torch.empty_like(logits)
         parts = zip(
-            *(each.split(ctx.num_rows) for each in (result, grad, logits, *others)), strict=True
+            *(tensor.split(ctx.num_rows) for tensor in (result, grad, logits, *others)), strict=True
         )
         for into, grad_part, some, *rest in parts:
             with torch.enable_grad():

@@ -81,7 +81,7 @@ class SoftNMSPostprocessor(nn.Module):
     def forward(self, logits: Tensor, boxes: Tensor, geometry: Geometry) -> list[Instances]:
         """As `TopKPostprocessor`."""
         candidates = best_pairs(logits, boxes, geometry, logits.shape[1])
-        return [self.thin_out(each) for each in candidates]
+        return [self.thin_out(pairs) for pairs in candidates]
 
     def thin_out(self, found: Instances) -> Instances:
         """The detections that stay, with lowered scores, best first."""
@@ -297,8 +297,8 @@ class DetectedMasks:
     def cat(cls, parts: Sequence[DetectedMasks]) -> DetectedMasks:
         """The masks of all parts, which are of one image."""
         return cls(
-            torch.cat([each.probabilities for each in parts]),
-            torch.cat([each.boxes for each in parts]),
+            torch.cat([part.probabilities for part in parts]),
+            torch.cat([part.boxes for part in parts]),
             parts[0].image_size,
             parts[0].threshold,
         )

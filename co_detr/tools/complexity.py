@@ -91,7 +91,7 @@ def analyze(model: CoDETR, batched_inputs: list[dict]) -> Complexity:
         batched_inputs: as for the model; with ``instances`` in training mode.
     """
     traceable = _Traceable(model, batched_inputs)
-    images = tuple(each["image"] for each in batched_inputs)
+    images = tuple(entry["image"] for entry in batched_inputs)
     flops = _quiet(FlopCountAnalysis(traceable, images))
     flops.set_op_handle(**FLOP_HANDLERS)
     activations = _quiet(ActivationCountAnalysis(traceable, images))
@@ -118,8 +118,10 @@ class _Traceable(nn.Module):
             outputs = self.model(batch)
         if self.training:
             return tuple(outputs.values())
-        found = [each["instances"] for each in outputs]
-        return tuple(x for each in found for x in (each.pred_boxes.tensor, each.scores))
+        found = [output["instances"] for output in outputs]
+        return tuple(
+            x for instances in found for x in (instances.pred_boxes.tensor, instances.scores)
+        )
 
 
 @contextlib.contextmanager

@@ -113,8 +113,8 @@ class Check:
     def run(self) -> int:
         for group in sorted({stage.group for stage in self.stages}):
             stages = [stage for stage in self.stages if stage.group == group]
-            for each in [stages] if self.at_once else [[stage] for stage in stages]:
-                self._run_group(each)
+            for together in [stages] if self.at_once else [[stage] for stage in stages]:
+                self._run_group(together)
         order = [stage.name for stage in self.stages]
         self.outcomes.sort(key=lambda outcome: order.index(outcome.stage))
         self._write()
@@ -134,17 +134,17 @@ class Check:
                     print(f"{stage.name} ...", flush=True)
                     running.append(Running(stage, self.out, min(stage.limit, left)))
             while running:
-                for each in list(running):
-                    outcome = each.poll()
+                for process in list(running):
+                    outcome = process.poll()
                     if outcome is not None:
-                        running.remove(each)
-                        self._keep_output(each)
+                        running.remove(process)
+                        self._keep_output(process)
                         self._add(outcome)
                 time.sleep(0.1)
         finally:
-            for each in running:  # whoever runs this wants it to end
-                each.end()
-                self._keep_output(each)
+            for process in running:  # whoever runs this wants it to end
+                process.end()
+                self._keep_output(process)
 
     def _keep_output(self, running: Running) -> None:
         """One file for all: machines are lent that give few files back."""

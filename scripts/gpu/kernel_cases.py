@@ -35,9 +35,9 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 def worst_error(case: Case, dtype: torch.dtype, device: str) -> float:
     """Largest error of output and gradients against fp64, relative to the largest entry."""
     tensors = case.tensors(dtype)
-    exact = tuple(each.detach().double().requires_grad_() for each in tensors)
+    exact = tuple(tensor.detach().double().requires_grad_() for tensor in tensors)
     expected = outputs_and_gradients(ms_deform_attn_reference, case, exact)
-    moved = tuple(each.detach().to(device).requires_grad_() for each in tensors)
+    moved = tuple(tensor.detach().to(device).requires_grad_() for tensor in tensors)
     actual = outputs_and_gradients(ms_deform_attn, case, moved)
     return max(
         ((actual[name].cpu().double() - wanted).abs().max() / wanted.abs().max()).item()

@@ -308,15 +308,15 @@ def operator_figures(path: Path, case: str) -> Figures:
     """Milliseconds of ours in one case, and how many times faster than each other it is."""
     report = json.loads(path.read_text())
     found: Figures = {}
-    for each in report["cases"]:
-        if each["case"] != case:
+    for measured in report["cases"]:
+        if measured["case"] != case:
             continue
         for direction in ("forward", "forward+backward"):
-            times = each["timings"][direction]
+            times = measured["timings"][direction]
             if "ours" not in times:
                 continue
             ours = times["ours"]["median_s"]
-            name = f"{each['dtype']} {direction}"
+            name = f"{measured['dtype']} {direction}"
             found[f"{name} ms"] = round(1e3 * ours, 3)
             for other, timing in times.items():
                 if other != "ours":
@@ -330,9 +330,9 @@ def step_figures(path: Path) -> Figures:
     found: Figures = {}
     for result in json.loads(path.read_text())["results"]:
         case = result["case"]
-        for each in result["contestants"]:
-            name = f"{case['mode']} {case['precision']} {each['contestant']['name']}"
-            seconds = statistics.median(each["step"]["round_medians_s"])
-            peak = each["memory"]["peak"] / 2**30
+        for contestant in result["contestants"]:
+            name = f"{case['mode']} {case['precision']} {contestant['contestant']['name']}"
+            seconds = statistics.median(contestant["step"]["round_medians_s"])
+            peak = contestant["memory"]["peak"] / 2**30
             found[name] = f"{1e3 * seconds:.0f} ms, {peak:.1f} GiB"
     return found

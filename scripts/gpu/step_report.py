@@ -71,7 +71,7 @@ def report_profile(step: Callable[[], None], options: argparse.Namespace) -> Non
     times = (
         _kernel_times(averages)
         if on_cuda
-        else Counter({each.key: each.self_cpu_time_total for each in averages})
+        else Counter({average.key: average.self_cpu_time_total for average in averages})
     )
     shares = {name[:48]: f"{time / times.total():.0%}" for name, time in times.most_common(3)}
     print(f"figures: {json.dumps({'ms': round(times.total() / 1000, 1)} | shares)}")
@@ -84,7 +84,7 @@ def _kernel_times(averages) -> Counter[str]:
     name = "self_device_time_total"
     if on_device and not hasattr(on_device[0], name):
         name = "self_cuda_time_total"
-    return Counter({each.key: getattr(each, name) for each in on_device})
+    return Counter({average.key: getattr(average, name) for average in on_device})
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -44,8 +44,8 @@ def test_without_axes_it_is_the_config() -> None:
 def test_overrides_make_what_the_name_says() -> None:
     axes = Axes(("none", "atss"), ("on", "off"), (0.25,), (1e-5,))
     none, on, off = (
-        load_config(each.config, each.overrides).model
-        for each in combine(SMALL, axes, [0]).variants
+        load_config(variant.config, variant.overrides).model
+        for variant in combine(SMALL, axes, [0]).variants
     )
     assert none.auxiliary is None
     for model in (on, off):

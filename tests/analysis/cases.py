@@ -25,7 +25,7 @@ def tiny_subject(heads: int = 2, name: str | None = None, overrides=(), seed: in
 
 def tiny_samples(sizes=((96, 128), (80, 112)), num_gts=(3, 2), seed: int = 0) -> list[Sample]:
     batch = make_batch(sizes, num_gts, seed)
-    return [Sample(each, f"{index}.png", each["image_id"]) for index, each in enumerate(batch)]
+    return [Sample(entry, f"{index}.png", entry["image_id"]) for index, entry in enumerate(batch)]
 
 
 def encoder_only_subject() -> Subject:

@@ -59,7 +59,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def analyze(*arguments) -> int:
-    options = parse_arguments([str(each) for each in arguments])
+    options = parse_arguments([str(argument) for argument in arguments])
     return exit_code(lambda: run(options))
 
 
@@ -79,7 +79,7 @@ def test_two_runs_give_a_report(runs, tmp_path, capsys):
     assert set(results["measures"]["positives"]) == {"K = 0", "K = 2"}
     assert "K = 0=" in results["command"] and "tools/analyze.py" in html
     intervals = results["measures"]["instability"]["intervals"]["K = 2"]
-    assert [(each["start"], each["end"]) for each in intervals] == [(5, 10)]
+    assert [(interval["start"], interval["end"]) for interval in intervals] == [(5, 10)]
 
 
 def test_a_measure_gives_the_same_alone_and_again(runs, tmp_path):
@@ -98,7 +98,9 @@ def test_config_and_weights_on_another_set_without_a_run(runs, tmp_path):
     content = json.loads(runs.data.train.read_text())
     content["categories"] = [{"id": 1, "name": "plate"}]
     content["annotations"] = [
-        {**each, "category_id": 1} for each in content["annotations"] if each["category_id"] == 7
+        {**annotation, "category_id": 1}
+        for annotation in content["annotations"]
+        if annotation["category_id"] == 7
     ]
     (tmp_path / "plates.json").write_text(json.dumps(content))
     model = f"mine={runs.hybrid / 'config.yaml'},{runs.hybrid / 'model_final.pth'}"
@@ -114,13 +116,13 @@ def test_config_and_weights_on_another_set_without_a_run(runs, tmp_path):
 def test_samples_have_the_classes_of_the_model(runs, tmp_path):
     cfg = tiny_config(0, ["model.num_classes=2", *SIZE, *runs.data.overrides(tmp_path)])
     samples = load_samples(cfg, ["plate", "dust", "cell"], 10)
-    labels = [each.input["instances"].gt_classes.tolist() for each in samples]
+    labels = [sample.input["instances"].gt_classes.tolist() for sample in samples]
     assert labels[:3] == [[], [2], [2, 0]]
     assert samples[1].input["image"].shape == (3, 96, 128)
-    assert [each.image_id for each in samples[:3]] == [1, 2, 3]
+    assert [sample.image_id for sample in samples[:3]] == [1, 2, 3]
     # Without a name in common, the order counts.
     by_order = load_samples(cfg, ["a", "b"], 10)
-    labels = [each.input["instances"].gt_classes.tolist() for each in by_order[:3]]
+    labels = [sample.input["instances"].gt_classes.tolist() for sample in by_order[:3]]
     assert labels == [[], [0], [0, 1]]
 
 
@@ -249,7 +251,9 @@ def test_measures_keep_the_order_of_the_report():
 @pytest.mark.parametrize("name", MEASURES)
 def test_detectors_without_a_decoder(name):
     subjects = [encoder_only_subject(), tiny_subject(2)]
-    sections = [MEASURES[name](each, tiny_samples(), plain) for each in (subjects[:1], subjects)]
+    sections = [
+        MEASURES[name](chosen, tiny_samples(), plain) for chosen in (subjects[:1], subjects)
+    ]
     for section in sections:
         assert "encoder only" in section.text or section.tables
         json.dumps(section.numbers, allow_nan=False)

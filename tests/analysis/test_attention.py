@@ -110,7 +110,7 @@ def test_captured_points_are_those_of_the_output():
     expected = torch.einsum("hs,shd->hd", torch.stack(heads), value).flatten()
     torch.testing.assert_close(seen["sum"][0, 3], expected)
     torch.testing.assert_close(
-        sum(each.sum() for each in layer.maps(query)), torch.stack(heads).sum()
+        sum(level_map.sum() for level_map in layer.maps(query)), torch.stack(heads).sum()
     )
 
 
@@ -118,7 +118,9 @@ def test_matched_queries_are_one_per_object():
     subject, (sample, _) = tiny_subject(0), tiny_samples()
     with torch.no_grad():
         maps = attention_maps(subject.model, sample)
-    assert all(each.shape == (96, 128) and each.isfinite().all() for each in maps.values())
+    assert all(
+        level_map.shape == (96, 128) and level_map.isfinite().all() for level_map in maps.values()
+    )
     # Two layers, of which the last is also there by level and in the mean.
     assert len(maps) == 2 * (2 * 5 + 1)
     assert not torch.equal(maps["all queries, last layer"], maps["matched queries, last layer"])

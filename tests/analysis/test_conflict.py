@@ -38,7 +38,7 @@ def test_divergence_against_its_definition():
 
 
 def test_equal_maps_have_no_distance_and_none_is_negative():
-    logs = [log_distribution(each) for each in (*_maps(5), torch.zeros(6, 8))]
+    logs = [log_distribution(scores) for scores in (*_maps(5), torch.zeros(6, 8))]
     for i, first in enumerate(logs):
         for j, second in enumerate(logs):
             found = divergence(first, second)
@@ -127,7 +127,7 @@ def test_nothing_is_left_behind():
     with torch.no_grad():
         second = distances_of(model.requires_grad_(False), samples, plain)
     np.testing.assert_allclose(second.images, first.images, rtol=1e-6)
-    assert len(first.images) == 2 and all(np.isfinite(each).all() for each in first.images)
+    assert len(first.images) == 2 and all(np.isfinite(picture).all() for picture in first.images)
 
 
 def test_an_error_leaves_the_model_in_eval_mode():

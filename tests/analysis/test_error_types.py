@@ -32,7 +32,7 @@ def image(detections, truths) -> ImageResult:
 
 
 def judge(*images: ImageResult, num_classes: int = 2) -> Judgment:
-    return Judgment.joined([judge_image(each, num_classes) for each in images])
+    return Judgment.joined([judge_image(image, num_classes) for image in images])
 
 
 @pytest.mark.parametrize(
@@ -186,10 +186,10 @@ def test_against_the_authors_program(seed):
 
     images = random_images(seed)
     truth, found = tidecv.Data("truth"), tidecv.Data("found")
-    for number, each in enumerate(images):
-        for box, label in zip(each.truth_boxes, each.truth_classes, strict=True):
+    for number, image in enumerate(images):
+        for box, label in zip(image.truth_boxes, image.truth_classes, strict=True):
             truth.add_ground_truth(number, int(label), xywh(box))
-        for box, score, label in zip(each.boxes, each.scores, each.classes, strict=True):
+        for box, score, label in zip(image.boxes, image.scores, image.classes, strict=True):
             found.add_detection(number, int(label), float(score), xywh(box))
     tide = tidecv.TIDE()
     run = tide.evaluate(truth, found, mode=tidecv.TIDE.BOX)

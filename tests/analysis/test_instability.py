@@ -37,7 +37,7 @@ def naive(before: list[int], after: list[int]) -> int:
     ],
 )
 def test_queries_that_change_their_object(before, after, expected):
-    old, new = (QueryMatching(np.array(each, dtype=int), None) for each in (before, after))
+    old, new = (QueryMatching(np.array(columns, dtype=int), None) for columns in (before, after))
     assert naive(before, after) == expected
     assert instability(by_number(old), by_number(new)) == expected
 

@@ -63,16 +63,16 @@ def test_counts_are_those_of_a_training_step(overrides):
     found = count_positives(subject.model, samples)
     torch.manual_seed(3)
     counts, queries = naive_counts(subject.model, samples)
-    assert {name: each.tolist() for name, each in found.counts.items()} == counts
+    assert {name: counts.tolist() for name, counts in found.counts.items()} == counts
     assert sum(counts["atss"]) > sum(counts[MATCHED])
     for name in ("roi", "atss"):
         assert found.queries[name].tolist() == queries[name]
-    areas = torch.cat([each.input["instances"].gt_boxes.area() for each in samples])
+    areas = torch.cat([sample.input["instances"].gt_boxes.area() for sample in samples])
     assert np.allclose(found.areas, areas)
     if overrides:
         per_image = [found.queries["atss"][:3].sum(), found.queries["atss"][3:].sum()]
         # At least min_queries slots are made, whatever the limit.
-        assert all(each <= 9 for each in per_image)
+        assert all(number <= 9 for number in per_image)
 
 
 def test_nothing_of_the_model_or_the_generators_changes():

@@ -156,7 +156,7 @@ def test_contents_lead_to_every_section(section):
     _, page = page_of(section)
     targets = [link["href"].removeprefix("#") for link in page.all("a")]
     assert targets == ["models", "sample", "origin"]
-    assert [each["id"] for each in page.all("section")] == targets
+    assert [tag["id"] for tag in page.all("section")] == targets
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(set(ids)) == len(ids)
     assert page.all("html")[0]["lang"] == "en"

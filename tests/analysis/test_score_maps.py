@@ -30,8 +30,8 @@ def test_equation_7():
     values = [torch.rand(shape, generator=generator) * 5 for shape in layout.level_shapes]
     maps = score_maps(values, layout)
     resized = [
-        F.interpolate((each / each.max())[None, None], size, mode="bilinear")[0, 0]
-        for each in values
+        F.interpolate((level / level.max())[None, None], size, mode="bilinear")[0, 0]
+        for level in values
     ]
     for found, expected in zip(maps.levels, resized, strict=True):
         torch.testing.assert_close(found, expected)
@@ -47,11 +47,11 @@ def test_padding_changes_nothing():
     values = [torch.rand(shape, generator=generator) for shape in layout.level_shapes]
     alone = LevelLayout(size, size, _shapes(size))
     expected = score_maps(
-        [each[: shape[0], : shape[1]] for each, shape in zip(values, _shapes(size), strict=True)],
+        [level[: shape[0], : shape[1]] for level, shape in zip(values, _shapes(size), strict=True)],
         alone,
     )
-    for each, shape in zip(values, _shapes(size), strict=True):
-        each[:, shape[1] :] = 1e6
+    for level, shape in zip(values, _shapes(size), strict=True):
+        level[:, shape[1] :] = 1e6
     torch.testing.assert_close(score_maps(values, layout).fused, expected.fused)
 
 

@@ -27,7 +27,7 @@ def test_captured_weights_are_those_of_the_output(name):
     subject, samples = _subject(name), tiny_samples(((60, 128), (96, 128)))
     model, seen = subject.model, {}
     attention = model.decoder.layers[-1].cross_attention
-    batch = [each.input for each in samples]  # the first image is padded
+    batch = [sample.input for sample in samples]  # the first image is padded
     with torch.no_grad(), captured_attention(model.decoder) as captured:
         memory = model.encode(model.preprocess(batch))
         handle = attention.register_forward_hook(lambda *call: seen.update(output=call[2]))

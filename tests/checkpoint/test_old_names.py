@@ -170,7 +170,7 @@ def test_an_old_override_names_the_present_key(caplog):
     with caplog.at_level(logging.WARNING):
         cfg = load_config(str(CONFIGS / "co_dino_r50.py"), ["model.queries.1.num_queries=40"])
     assert cfg.model.queries.denoising.num_queries == 40
-    (warning,) = [each.getMessage() for each in caplog.records]
+    (warning,) = [record.getMessage() for record in caplog.records]
     assert "model.queries.1.num_queries is called model.queries.denoising.num_queries" in warning
     with pytest.raises(ConfigError, match="model.queries.2.num_queries names no key"):
         load_config(str(CONFIGS / "co_dino_r50.py"), ["model.queries.2.num_queries=40"])

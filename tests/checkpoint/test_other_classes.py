@@ -191,5 +191,5 @@ def test_masks_follow_the_names(tmp_path):
     path = saved(source, tmp_path / "m.pth", class_names=THEIRS)
     Checkpointer(model, mismatch="by_name", class_names=OURS).load(path)
     key = "auxiliary.heads.roi.roi_heads.mask_head.predictor.weight"
-    old, new = (each.state_dict()[key] for each in models)
+    old, new = (model.state_dict()[key] for model in models)
     assert torch.equal(new[[0, 2]], old[[2, 0]])

@@ -23,10 +23,12 @@ class Result:
     def boxes(self, split: str) -> dict[str, list[tuple]]:
         """(class name, x, y, width, height) by the name of the image file, without its folder."""
         content = self.content(split)
-        names = {each["id"]: each["name"] for each in content["categories"]}
+        names = {category["id"]: category["name"] for category in content["categories"]}
         boxes = {image["id"]: [] for image in content["images"]}
-        for each in content["annotations"]:
-            boxes[each["image_id"]].append((names[each["category_id"]], *each["bbox"]))
+        for annotation in content["annotations"]:
+            boxes[annotation["image_id"]].append(
+                (names[annotation["category_id"]], *annotation["bbox"])
+            )
         return {Path(i["file_name"]).name: boxes[i["id"]] for i in content["images"]}
 
 

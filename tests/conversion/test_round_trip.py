@@ -23,9 +23,9 @@ def expected(pictures: list[Picture]) -> dict[str, list[tuple]]:
 def assert_close(boxes: dict[str, list[tuple]], truth: dict[str, list[tuple]], atol: float) -> None:
     assert boxes.keys() == truth.keys()
     for name in truth:
-        assert [each[0] for each in boxes[name]] == [each[0] for each in truth[name]]
+        assert [box[0] for box in boxes[name]] == [box[0] for box in truth[name]]
         np.testing.assert_allclose(
-            [each[1:] for each in boxes[name]], [each[1:] for each in truth[name]], atol=atol
+            [box[1:] for box in boxes[name]], [box[1:] for box in truth[name]], atol=atol
         )
 
 
@@ -37,7 +37,7 @@ def test_round_trip(convert, write, tmp_path):
     assert_close(result.boxes("val"), expected(VAL), atol)
     for split, pictures in (("train", TRAIN), ("val", VAL)):
         content = result.content(split)
-        assert [each["name"] for each in content["categories"]] == CLASSES
+        assert [category["name"] for category in content["categories"]] == CLASSES
         sizes = {p.name: p.size for p in pictures}
         for image in content["images"]:
             assert (image["width"], image["height"]) == sizes[Path(image["file_name"]).name]
@@ -77,15 +77,19 @@ def test_the_printed_command_reads_the_boxes_where_they_are_in_the_image(convert
 @pytest.mark.parametrize("layout", ["yolo", "voc"])
 def test_blood_cells(convert, tmp_path, layout):
     truth = json.loads((BCCD / "val.json").read_text())
-    names = {each["id"]: each["name"] for each in truth["categories"]}
+    names = {category["id"]: category["name"] for category in truth["categories"]}
     sets = {"train": truth["images"][:8], "val": truth["images"][8:12]}
     boxes: dict[str, list[tuple]] = {}
     source = tmp_path / "source"
     for split, images in sets.items():
         for image in images:
-            mine = [each for each in truth["annotations"] if each["image_id"] == image["id"]]
+            mine = [
+                annotation
+                for annotation in truth["annotations"]
+                if annotation["image_id"] == image["id"]
+            ]
             boxes[image["file_name"]] = [
-                (names[each["category_id"]], *each["bbox"]) for each in mine
+                (names[annotation["category_id"]], *annotation["bbox"]) for annotation in mine
             ]
             write_blood_cells(source, layout, split, image, boxes[image["file_name"]])
     if layout == "yolo":

@@ -49,11 +49,16 @@ def test_difficult_objects_are_crowd_regions_unless_kept(convert, tmp_path):
     label = source / "Annotations" / "a.xml"
     label.write_text(TRAIN[0].voc(difficult=1))
     result = convert(source)
-    assert [each["iscrowd"] for each in result.content("train")["annotations"]] == [1, 1, 0, 0]
+    assert [annotation["iscrowd"] for annotation in result.content("train")["annotations"]] == [
+        1,
+        1,
+        0,
+        0,
+    ]
     assert "4 images, 2 boxes, 2 crowd regions" in result.printed
     assert "images with objects marked as difficult: 1" in result.printed
     result = convert(source, "--keep-difficult", "--force")
-    assert {each["iscrowd"] for each in result.content("train")["annotations"]} == {0}
+    assert {annotation["iscrowd"] for annotation in result.content("train")["annotations"]} == {0}
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
@@ -152,7 +157,7 @@ def test_layouts(convert, tmp_path, change):
     result = convert(source, "--force")
     for split in ("train", "val"):
         assert result.boxes(split) == expected.boxes(split)
-    names = [each["name"] for each in result.content("val")["categories"]]
+    names = [category["name"] for category in result.content("val")["categories"]]
     assert names == ["blue", "green", "red"]  # sorted: the format has no order
 
 

@@ -66,7 +66,9 @@ def test_crop_offsets_of_both_directions_are_independent():
     offsets = []
     for seed in range(80):
         _, applied = _augmented(seed, image, scales=(2.0, 2.0), flip_probability=0.0)
-        crop = next(each for each in applied.transforms if isinstance(each, T.CropTransform))
+        crop = next(
+            transform for transform in applied.transforms if isinstance(transform, T.CropTransform)
+        )
         offsets.append((crop.x0, crop.y0))
     assert abs(np.corrcoef(np.array(offsets).T)[0, 1]) < 0.3
 

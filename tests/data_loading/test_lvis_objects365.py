@@ -108,7 +108,9 @@ def _as_floats(path):
         for key in ("image_id", "category_id"):
             annotation[key] = float(annotation[key])
         annotation["area"] = None
-    content["categories"] = [each | {"id": float(each["id"])} for each in content["categories"]]
+    content["categories"] = [
+        category | {"id": float(category["id"])} for category in content["categories"]
+    ]
     path.write_text(json.dumps(content), encoding="utf-8-sig")
 
 
@@ -162,9 +164,9 @@ def test_lvis_judges_several_kinds_of_detections(lvis_file, tmp_path, capsys, ca
     both = [evaluator, evaluator.of_kind("roi")]
     found = Instances((30, 40), pred_boxes=Boxes(torch.tensor([[5.0, 6.0, 15.0, 14.0]])))
     found.scores, found.pred_classes = torch.ones(1), torch.tensor([0])
-    for each in both:
-        each.reset()
-        each.process(records[:1], [{"instances": found[:0], "instances_roi": found}])
+    for judge in both:
+        judge.reset()
+        judge.process(records[:1], [{"instances": found[:0], "instances_roi": found}])
     assert evaluator.evaluate()["bbox"].keys() == both[1].evaluate()["roi"].keys()
     assert (tmp_path / "out" / "roi" / "lvis_instances_results.json").is_file()
     caplog.set_level("INFO")

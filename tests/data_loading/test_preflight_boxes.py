@@ -187,14 +187,14 @@ def test_sizes_of_objects_are_told_as_the_model_sees_them(data):
     # 40 * 192 / 300 = 25.6
     assert "half of the objects are smaller than 26 pixels (3.2 cells" in sentence
     assert f"train: {sentence}" in report.text()
-    assert not [each for each in report.findings if "cells" in each.what]
+    assert not [finding for finding in report.findings if "cells" in finding.what]
 
 
 def test_objects_of_few_cells_get_the_override_that_helps(data):
     _with_objects(data, 20)
     limits = Limits(input_size=InputSize(short_edge=192, max_size=320, stride=8))
     report = preflight([data.files("train")], PreflightSettings(images="off"), limits=limits)
-    (finding,) = [each for each in report.findings if "cells" in each.what]
+    (finding,) = [finding for finding in report.findings if "cells" in finding.what]
     assert finding.level == "warning" and "smaller than 3 cells of the finest level" in finding.what
     # 5 cells of 8 pixels from 20 * 192 / 300 = 12.8 pixels: 3.125 times as large.
     for part in (
@@ -206,7 +206,7 @@ def test_objects_of_few_cells_get_the_override_that_helps(data):
         assert part in finding.sentence(), finding.sentence()
     larger = Limits(input_size=InputSize(short_edge=608, max_size=1024, stride=8))
     report = preflight([data.files("train")], PreflightSettings(images="off"), limits=larger)
-    assert not [each for each in report.findings if "cells" in each.what]
+    assert not [finding for finding in report.findings if "cells" in finding.what]
 
 
 def test_the_longer_side_may_bound_the_input(data):

@@ -80,7 +80,7 @@ def test_images_that_are_very_thin_or_too_large(data):
     data.write()
     assert (1, "images that are more than 100 times as long as wide") in data.warnings()
     limit = preflight([data.files("train")], reader=ImageReader(max_pixels=1500))
-    assert [(each.count, each.what) for each in limit.errors] == [
+    assert [(error.count, error.what) for error in limit.errors] == [
         (3, "images with more pixels than data.max_image_pixels")
     ]
     assert "raise data.max_image_pixels" in limit.errors[0].mend

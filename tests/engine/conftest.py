@@ -87,6 +87,6 @@ def two(train_process):
 
     def start(*arguments, **settings):
         port = free_port()
-        return [train_process(*arguments, rank=each, port=port, **settings) for each in (0, 1)]
+        return [train_process(*arguments, rank=rank, port=port, **settings) for rank in (0, 1)]
 
     return start

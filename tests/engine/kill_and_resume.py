@@ -117,8 +117,8 @@ def _incomplete(folder: Path) -> set[tuple[str, int]]:
     """Names of half-written files, and which file it is that has the name."""
     if not folder.is_dir():
         return set()
-    entries = [each for each in os.scandir(folder) if each.name.endswith(INCOMPLETE)]
-    return {(each.name, each.inode()) for each in entries}
+    entries = [entry for entry in os.scandir(folder) if entry.name.endswith(INCOMPLETE)]
+    return {(entry.name, entry.inode()) for entry in entries}
 
 
 def _unreadable(folder: Path) -> list[str]:
@@ -137,7 +137,7 @@ def _differences(whole: Path, parts: Path) -> list[str]:
             problems.append(f"{key} of model_final.pth differs")
     best = [torch.load(folder / "model_best.pth") for folder in (whole, parts)]
     if best[0]["iteration"] != best[1]["iteration"] or not _equal(
-        *(each["model"] for each in best)
+        *(checkpoint["model"] for checkpoint in best)
     ):
         problems.append("model_best.pth differs")
     if _log(whole) != _log(parts):
@@ -179,7 +179,7 @@ def tensorboard_events(folder: Path) -> list[tuple[str, int, float]]:
             event = Event.FromString(record)
             for value in event.summary.value:
                 found.append((value.tag, event.step, value.simple_value))
-    return sorted(each for each in found if "time" not in each[0] and "eta" not in each[0])
+    return sorted(line for line in found if "time" not in line[0] and "eta" not in line[0])
 
 
 def main() -> int:

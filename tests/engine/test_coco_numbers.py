@@ -90,8 +90,10 @@ def assert_same(found, expected):
 def test_every_number_of_coco(library, tmp_path):
     """With crowd regions, equal scores, all sizes, and a class and images without objects."""
     truth = made_up_truth(images=60, classes=6)
-    truth["annotations"] = [each for each in truth["annotations"] if each["category_id"] != 5]
-    assert any(each["iscrowd"] for each in truth["annotations"])
+    truth["annotations"] = [
+        annotation for annotation in truth["annotations"] if annotation["category_id"] != 5
+    ]
+    assert any(annotation["iscrowd"] for annotation in truth["annotations"])
     detections = made_up_detections(truth, per_image=150)  # more than count
     file = write(truth, tmp_path)
     expected = by_pycocotools(file, copy.deepcopy(detections))
@@ -119,11 +121,11 @@ def test_ids_of_text(library, tmp_path):
     """Their order is that of text, so that equal scores come in another order."""
     truth = made_up_truth(images=30, classes=4)
     detections = made_up_detections(truth, per_image=30)
-    for each in (*truth["annotations"], *detections):
-        each["image_id"], each["category_id"] = f"i{each['image_id']}", f"c{each['category_id']}"
+    for box in (*truth["annotations"], *detections):
+        box["image_id"], box["category_id"] = f"i{box['image_id']}", f"c{box['category_id']}"
     for kind in ("images", "categories"):
-        for each in truth[kind]:
-            each["id"] = f"{kind[0]}{each['id']}"
+        for entry in truth[kind]:
+            entry["id"] = f"{kind[0]}{entry['id']}"
     file = write(truth, tmp_path)
     expected = by_pycocotools(file, copy.deepcopy(detections))
     assert_same(evaluator_of(file, truth).judge(detections), expected)
@@ -175,14 +177,14 @@ def test_every_number_of_lvis(tmp_path, limit, with_text):
     detections = made_up_detections(truth, per_image=60)
     if with_text:
         # Sorted as the numbers are.
-        for each in (*truth["annotations"], *detections):
-            each["image_id"] = f"{each['image_id']:03d}"
-            each["category_id"] = f"{each['category_id']:03d}"
-        for each in (*truth["images"], *truth["categories"]):
-            each["id"] = f"{each['id']:03d}"
+        for box in (*truth["annotations"], *detections):
+            box["image_id"] = f"{box['image_id']:03d}"
+            box["category_id"] = f"{box['category_id']:03d}"
+        for entry in (*truth["images"], *truth["categories"]):
+            entry["id"] = f"{entry['id']:03d}"
         for image in truth["images"]:
             for key in ("neg_category_ids", "not_exhaustive_category_ids"):
-                image[key] = [f"{each:03d}" for each in image[key]]
+                image[key] = [f"{identifier:03d}" for identifier in image[key]]
     evaluator = LvisBoxEvaluator(write(truth, tmp_path), max_detections=limit)
     assert_same(evaluator.judge(detections), LVIS_NUMBERS[limit])
 
@@ -202,7 +204,7 @@ def test_the_best_detections_of_each_image():
         {"image_id": image, "score": score, "place": place}
         for place, (image, score) in enumerate([(1, 0.5), (2, 0.1), (1, 0.7), (1, 0.5), (2, 0.2)])
     ]
-    assert [each["place"] for each in best_of_each_image(detections, 2)] == [2, 0, 4, 1]
+    assert [detection["place"] for detection in best_of_each_image(detections, 2)] == [2, 0, 4, 1]
     assert len(best_of_each_image(detections, 3)) == 5
 
 

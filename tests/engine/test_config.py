@@ -192,7 +192,8 @@ def test_a_saved_config_keeps_the_order_of_the_heads(tmp_path):
     save_config(cfg, str(tmp_path / "config.yaml"))
     again = load_config(str(tmp_path / "config.yaml"))
     names = [
-        [name for name, _ in instantiate(each.model).named_parameters()] for each in (cfg, again)
+        [name for name, _ in instantiate(config.model).named_parameters()]
+        for config in (cfg, again)
     ]
     assert names[0] == names[1]
 
@@ -232,8 +233,8 @@ def test_a_warm_up_is_as_long_as_it_says_whatever_the_training(tmp_path):
     for max_iter in (90000, 1000, 100):
         cfg = load_config(path, [f"train.max_iter={max_iter}"])
         save_config(cfg, str(tmp_path / "config.yaml"))
-        for each in (cfg, load_config(str(tmp_path / "config.yaml"))):
-            schedule = instantiate(each.lr_multiplier)
+        for config in (cfg, load_config(str(tmp_path / "config.yaml"))):
+            schedule = instantiate(config.lr_multiplier)
             for iteration in (0, 1, 50, 99):
                 where = iteration / max_iter
                 expected = (0.01 + 0.99 * iteration / 500) * (0.1 if where >= 7 / 12 else 1)

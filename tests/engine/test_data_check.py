@@ -54,7 +54,7 @@ def three_classes(tiny_data):
 )
 def test_class_count(three_classes, tmp_path, drop, extra, eval_only, count):
     given = three_classes.overrides(tmp_path / "out")
-    overrides = [each for each in given if each.partition("=")[0] not in drop] + extra
+    overrides = [override for override in given if override.partition("=")[0] not in drop] + extra
     cfg = load_config(CONFIG_FILE, overrides)
     adopt_class_count(cfg, overrides, eval_only)
     assert cfg.model.num_classes == count
@@ -83,7 +83,11 @@ def test_one_command_trains_and_evaluates_other_val_sets(train_net, three_classe
 
     _edit(three_classes.root / "val.json", shuffle)
     checkpoint = f"train.init_checkpoint={tmp_path / 'out' / 'model_final.pth'}"
-    val = [each for each in three_classes.overrides(tmp_path / "other") if "data.val" in each]
+    val = [
+        override
+        for override in three_classes.overrides(tmp_path / "other")
+        if "data.val" in override
+    ]
     evaluate = [*val, "--eval-only", checkpoint, f"train.output_dir={tmp_path / 'other'}"]
     result = train_net(*evaluate)
     assert result.returncode == 0, result.stderr
@@ -150,7 +154,7 @@ def trained(tmp_path):
 
 
 def _evaluate(tiny_data, output, *overrides, resume=False, config=CONFIG_FILE):
-    given = [each for each in tiny_data.overrides(output) if "data.train" not in each]
+    given = [override for override in tiny_data.overrides(output) if "data.train" not in override]
     given += overrides
     cfg = load_config(config, given)
     adopt_class_count(cfg, given, eval_only=True, resume=resume)
@@ -165,7 +169,7 @@ def test_a_val_set_that_lacks_a_class_of_the_checkpoint(trained, tiny_data, tmp_
     """Without data.train: the checkpoint says how many classes the model has."""
     out = tmp_path / "out"
     found = _evaluate(tiny_data, out, f"train.init_checkpoint={trained}")
-    assert {each["category_id"] for each in found} == {3, 7}
+    assert {detection["category_id"] for detection in found} == {3, 7}
     metrics = json.loads((out / "metrics.json").read_text())
     assert {"AP-cell", "AP-plate"} <= metrics.keys() and "AP-disc" not in metrics
     # The same weights as the last checkpoint of a run.
@@ -206,8 +210,8 @@ def test_a_test_set_without_categories_is_numbered_as_the_checkpoint(trained, ti
 
     _edit(tiny_data.root / "val.json", strip)
     found = _evaluate(tiny_data, tmp_path / "out", f"train.init_checkpoint={trained}")
-    assert {each["category_id"] for each in found} == {1, 2, 3}
-    assert {each["image_id"] for each in found} == set(range(1, 11))
+    assert {detection["category_id"] for detection in found} == {1, 2, 3}
+    assert {detection["image_id"] for detection in found} == set(range(1, 11))
     # Nothing says what the classes are.
     content = torch.load(trained)
     torch.save({"model": content["model"]}, trained)

@@ -69,14 +69,16 @@ def test_a_training_reports_them_at_every_evaluation(tiny_cfg, tmp_path, caplog,
     history = json.loads((out / "evaluations.json").read_text())
     assert list(history) == ["3", "6"] and history["6"] == returned
     lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
-    assert [each["iteration"] for each in lines if "bbox/roi/AP" in each] == [2, 6]
+    assert [line["iteration"] for line in lines if "bbox/roi/AP" in line] == [2, 6]
     for name in ("coco_instances_results.json", "per_class_ap.csv"):
         assert (out / name).is_file() and (out / "roi" / name).is_file()
     own, other = (
         json.loads((folder / "coco_instances_results.json").read_text())
         for folder in (out, out / "roi")
     )
-    assert [each["bbox"][0] + 1 for each in own] == pytest.approx([e["bbox"][0] for e in other])
+    assert [detection["bbox"][0] + 1 for detection in own] == pytest.approx(
+        [e["bbox"][0] for e in other]
+    )
     tables = caplog.text.count("Detectors of this model, from one pass over the images:")
     assert tables == caplog.text.count("Evaluation results for boxes") == 2
     assert caplog.text.count("best detector of this model") == 1
@@ -105,7 +107,7 @@ def test_averaged_weights_and_a_resumed_run(tiny_cfg, tmp_path):
     run_training(tiny_cfg(*overrides, "train.max_iter=9"), resume=True)
     history = json.loads((tmp_path / "out" / "evaluations.json").read_text())
     assert list(history) == ["3", "6", "9"]
-    assert all({"AP", "roi/AP"} <= each.keys() for each in history.values())
+    assert all({"AP", "roi/AP"} <= metrics.keys() for metrics in history.values())
 
 
 def test_evaluation_alone_names_what_it_has_evaluated(tiny_cfg, tmp_path, caplog):

@@ -46,7 +46,7 @@ def seen(monkeypatch):
 
     def watched(self, batched_inputs):
         batches.append(
-            [(*each["image"].shape[1:], len(each["instances"])) for each in batched_inputs]
+            [(*entry["image"].shape[1:], len(entry["instances"])) for entry in batched_inputs]
         )
         return forward(self, batched_inputs)
 

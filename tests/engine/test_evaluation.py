@@ -111,7 +111,7 @@ def test_boxes_that_nothing_can_match_are_not_missed(oracle_cfg, tiny_data):
     _edit_val(tiny_data, change)
     cfg = oracle_cfg()
     model = instantiate(cfg.model)
-    model.annotations = [each for each in model.annotations if each["id"] < 900]
+    model.annotations = [annotation for annotation in model.annotations if annotation["id"] < 900]
     assert build_evaluation(cfg)(model)["AP"] == pytest.approx(100)
 
 
@@ -257,8 +257,8 @@ def test_table_of_classes(oracle_cfg, tiny_data, tmp_path, caplog):
     path = tiny_data.root / "val.json"
     content = json.loads(path.read_text())
     content["annotations"][0]["iscrowd"] = 1
-    for each in content["annotations"]:
-        each["category_id"] = {3: 8, 7: 2}[each["category_id"]]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = {3: 8, 7: 2}[annotation["category_id"]]
     content["categories"] = [
         {"id": 2, "name": "plate"},
         {"id": 5, "name": "dust"},

@@ -28,7 +28,7 @@ def model():
 
 
 def gradients(model):
-    return [each.grad for each in model.parameters() if each.grad is not None]
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
 @pytest.mark.parametrize("max_norm", [None, 0.1, 1e9])
@@ -38,7 +38,7 @@ def test_equals_clip_grad_norm(torch_version, model, max_norm):
         theirs.grad = None if ours.grad is None else ours.grad.clone()
     limit = float("inf") if max_norm is None else max_norm
     expected_norm = nn.utils.clip_grad_norm_(expected.parameters(), limit)
-    before = [each.clone() for each in gradients(model)]
+    before = [gradient.clone() for gradient in gradients(model)]
 
     norm = gradient_norm(list(model.parameters()))
     torch.testing.assert_close(norm, expected_norm)
@@ -55,4 +55,4 @@ def test_no_gradient_at_all(torch_version):
 def test_a_nan_is_measured_without_spreading(torch_version, model):
     model[0].weight.grad[0, 0] = float("nan")
     assert gradient_norm(list(model.parameters())).isnan()
-    assert sum(int(each.isnan().sum()) for each in gradients(model)) == 1
+    assert sum(int(gradient.isnan().sum()) for gradient in gradients(model)) == 1

@@ -15,7 +15,7 @@ from co_detr.errors import CheckpointError, ConfigError
 
 
 def _errors(processes):
-    said = "".join(each.output for each in processes)
+    said = "".join(process.output for process in processes)
     return [line for line in said.splitlines() if "error: " in line]
 
 
@@ -33,8 +33,8 @@ def tell_the_timeout():
 
 def test_processes_wait_for_objects_as_long_as_they_are_told(two):
     ranks = two("train.process_timeout_minutes=7", prepare=tell_the_timeout)
-    assert [each.wait() for each in ranks] == [0, 0], [each.output for each in ranks]
-    assert all("waits 0:07:00" in each.output for each in ranks)
+    assert [process.wait() for process in ranks] == [0, 0], [process.output for process in ranks]
+    assert all("waits 0:07:00" in process.output for process in ranks)
 
 
 def test_beside_nccl_too(monkeypatch):
@@ -108,7 +108,7 @@ def forbid_the_writers():
 def test_what_the_main_process_alone_finds_ends_all_with_one_sentence(two, tiny_cfg, prepare):
     run_training(tiny_cfg("train.max_iter=3"), resume=False)
     ranks = two("--resume", prepare=prepare)
-    assert [each.wait() for each in ranks] == [2, 2], [each.output for each in ranks]
+    assert [process.wait() for process in ranks] == [2, 2], [process.output for process in ranks]
     (error,) = _errors(ranks)
     assert error.startswith("[rank 0] error: ")
 

@@ -64,13 +64,17 @@ def test_a_few_bad_steps_are_skipped(tiny_cfg, tmp_path, caplog, detector, dtype
             other = after["trainer"]["optimizer"]["state"][index]
             assert all(torch.equal(other[key], value) for key, value in state.items())
     assert _checkpoint(tmp_path / "out", 4)["trainer"]["skips_in_a_row"] == 0
-    warnings = [each.getMessage() for each in caplog.records if "skipped" in each.getMessage()]
+    warnings = [
+        record.getMessage() for record in caplog.records if "skipped" in record.getMessage()
+    ]
     assert len(warnings) == 2
     assert "at iteration 2 (roi.loss_bbox=nan" in warnings[0] and ".png (id " in warnings[0]
     assert "(2 in a row; more than 2 stop the training)" in warnings[1]
     trained = [line["iteration"] for line in _lines(tmp_path / "out") if "total_loss" in line]
     assert trained == [0, 1, 4, 5]
-    scales = [each["trainer"]["grad_scaler"].get("scale") for each in (before, *skipped)]
+    scales = [
+        checkpoint["trainer"]["grad_scaler"].get("scale") for checkpoint in (before, *skipped)
+    ]
     if dtype:  # the scaler learns of the skipped steps
         assert scales[1:] == [scales[0] / 2, scales[0] / 4]
 
@@ -81,7 +85,7 @@ def test_float16_overflow_is_left_to_the_scaler(tiny_cfg, tmp_path, monkeypatch)
     def steep(self, logits, boxes, batched_inputs):
         # Its gradient times the initial scale of 65536 is beyond float32.
         return {
-            name: each * 1e37 for name, each in losses(self, logits, boxes, batched_inputs).items()
+            name: loss * 1e37 for name, loss in losses(self, logits, boxes, batched_inputs).items()
         }
 
     monkeypatch.setattr(TinyDetector, "_losses", steep)
@@ -223,13 +227,15 @@ class OneRankNaNDetector(NaNDetector):
 def test_two_processes_skip_and_stop_together(train_process, tmp_path):
     arguments = [f"model._target_={__name__}.OneRankNaNDetector", "train.non_finite.max_skips=1"]
     port = free_port()
-    ranks = [train_process(*arguments, EVERY_ITERATION, rank=each, port=port) for each in (0, 1)]
-    assert [each.wait() for each in ranks] == [2, 2], [each.output for each in ranks]
+    ranks = [train_process(*arguments, EVERY_ITERATION, rank=rank, port=port) for rank in (0, 1)]
+    assert [process.wait() for process in ranks] == [2, 2], [process.output for process in ranks]
     assert "at iteration 2 (roi.loss_bbox=nan) on the images" in ranks[0].output
-    errors = [line for each in ranks for line in each.output.splitlines() if "error: " in line]
+    errors = [
+        line for process in ranks for line in process.output.splitlines() if "error: " in line
+    ]
     assert len(errors) == 1 and errors[0].startswith("[rank 0] error: the loss became NaN")
     (path,) = (tmp_path / "out").glob("non_finite_0000003.json")
     processes = json.loads(path.read_text())["processes"]
-    assert [len(each["images"]) for each in processes] == [2, 2]
-    assert [each["loss_terms"]["roi.loss_bbox"] == "nan" for each in processes] == [False, True]
+    assert [len(entry["images"]) for entry in processes] == [2, 2]
+    assert [entry["loss_terms"]["roi.loss_bbox"] == "nan" for entry in processes] == [False, True]
     assert (tmp_path / "out" / "last_checkpoint").read_text() == "model_0000002.pth"

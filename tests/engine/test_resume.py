@@ -175,10 +175,10 @@ def test_other_groups_of_parameters_keep_their_moments(tiny_cfg, tmp_path):
         after = _final_state(tmp_path / f"copy{factor}")["trainer"]
         old, new = (
             {
-                name: each["optimizer"]["state"][index]
-                for index, name in enumerate(each["optimizer_layout"]["parameters"])
+                name: checkpoint["optimizer"]["state"][index]
+                for index, name in enumerate(checkpoint["optimizer_layout"]["parameters"])
             }
-            for each in (before, after)
+            for checkpoint in (before, after)
         )
         assert old.keys() == new.keys()
         for name, moments in old.items():
@@ -252,9 +252,9 @@ def test_event_files_are_purged_and_stay_readable(tiny_cfg, tmp_path):
     file.write_bytes(file.read_bytes()[:-5])  # as a run that is killed leaves it
     purge_events(str(tmp_path / "out"), lambda name, iteration: iteration < 2 and name != "lr")
     kept = tensorboard_events(tmp_path / "out")
-    assert kept == [each for each in whole if each[1] < 2 and each[0] != "lr"] != []
+    assert kept == [line for line in whole if line[1] < 2 and line[0] != "lr"] != []
     reader = EventAccumulator(str(tmp_path / "out")).Reload()
-    assert [each.step for each in reader.Scalars("total_loss")] == [0, 1]
+    assert [scalar.step for scalar in reader.Scalars("total_loss")] == [0, 1]
     purge_events(str(tmp_path / "out"), lambda name, iteration: False)
     assert not list((tmp_path / "out").glob("events*"))
 
@@ -263,7 +263,7 @@ def test_a_new_run_in_the_folder_begins_its_curves(tiny_cfg, tmp_path):
     run_training(tiny_cfg("train.max_iter=4"), resume=False)
     run_training(tiny_cfg("train.max_iter=2"), resume=False)
     reader = EventAccumulator(str(tmp_path / "out")).Reload()
-    assert [each.step for each in reader.Scalars("total_loss")] == [0, 1]
+    assert [scalar.step for scalar in reader.Scalars("total_loss")] == [0, 1]
 
 
 def test_a_training_of_version_0_1_goes_on(tiny_data, tmp_path):

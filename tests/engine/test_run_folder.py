@@ -195,11 +195,11 @@ def test_several_processes_are_one_run(train_process):
     first = two("train.max_iter=100000")
     assert first[0].wait_until(lambda: "iter 2/" in first[0].output), first[0].output
     second = two("--resume")
-    assert [each.wait() for each in second] == [2, 2], [each.output for each in second]
+    assert [process.wait() for process in second] == [2, 2], [process.output for process in second]
     (error,) = _errors(second[0]) + _errors(second[1])
     assert f"another run (process {first[0].pid} on " in error
     first[1].send(signal.SIGTERM)
-    assert [each.wait() for each in first] == [0, 0], [each.output for each in first]
+    assert [process.wait() for process in first] == [0, 0], [process.output for process in first]
 
 
 def test_folders_that_cannot_be_written(tmp_path):

@@ -353,7 +353,9 @@ def test_a_damaged_checkpoint_is_passed_over(tiny_cfg, tmp_path, whole, caplog, 
     _damage(folder / "model_0000003.pth", "cut off")
     caplog.clear()
     run_training(tiny_cfg(EVERY_ITERATION, output="parts"), resume=True)
-    (warning,) = [each.getMessage() for each in caplog.records if "instead" in each.getMessage()]
+    (warning,) = [
+        record.getMessage() for record in caplog.records if "instead" in record.getMessage()
+    ]
     for name in ("model_final.pth", "model_0000003.pth", "model_0000002.pth"):
         assert str(folder / name) in warning
     assert_equal_runs(whole, folder)

@@ -59,7 +59,7 @@ class FakeMlflow:
         entities.Metric = lambda *fields: fields
         exceptions.MlflowException = type("MlflowException", (Exception,), {})
         self.failure = exceptions.MlflowException
-        return {each.__name__: each for each in (package, entities, exceptions)}
+        return {module.__name__: module for module in (package, entities, exceptions)}
 
     def get_experiment_by_name(self, name):
         return self.experiments.get(name)
@@ -165,7 +165,7 @@ def test_a_tracker_that_cannot_start_is_one_sentence(tiny_cfg, tmp_path, wandb, 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_a_missing_package_is_named(tiny_cfg, tmp_path, monkeypatch, name):
-    monkeypatch.setattr("co_detr.engine.tracking.find_spec", lambda each: None)
+    monkeypatch.setattr("co_detr.engine.tracking.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=f"train.{name}.enabled=true needs .* pip install {name}"):
         run_training(tiny_cfg(f"train.{name}.enabled=true"), resume=False)
     assert not (tmp_path / "out").exists()
@@ -190,6 +190,6 @@ def test_real_mlflow_in_a_local_store(tiny_cfg, tmp_path, monkeypatch):
     client = client_class(tracking_uri=uri)
     run_id = (tmp_path / "out" / "mlflow_run.txt").read_text().strip()
     assert client.get_run(run_id).info.status == "FINISHED"
-    steps = [each.step for each in client.get_metric_history(run_id, "total_loss")]
+    steps = [point.step for point in client.get_metric_history(run_id, "total_loss")]
     assert steps == [1, 2, 3, 5]
     assert client.get_metric_history(run_id, "bbox/AP")

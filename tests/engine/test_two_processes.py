@@ -21,13 +21,13 @@ def test_a_signal_at_one_of_them_stops_both(two, tmp_path):
     ranks = two("train.max_iter=100000", "train.checkpointer.period=100000")
     assert ranks[0].wait_until(lambda: "iter 2/" in ranks[0].output)
     ranks[1].send(signal.SIGTERM)
-    assert [each.wait() for each in ranks] == [0, 0], [each.output for each in ranks]
+    assert [process.wait() for process in ranks] == [0, 0], [process.output for process in ranks]
     (path,) = (tmp_path / "out").glob("model_*.pth")
     iteration = torch.load(path)["iteration"]
     assert path.name == f"model_{iteration:07d}.pth"
     assert f"Stopped as asked; everything is in {path}" in ranks[0].output
     again = two("--resume", f"train.max_iter={iteration + 3}")
-    assert [each.wait() for each in again] == [0, 0], [each.output for each in again]
+    assert [process.wait() for process in again] == [0, 0], [process.output for process in again]
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").open()]
     trained = [line["iteration"] for line in lines if "total_loss" in line]
     assert trained == list(range(iteration + 3))
@@ -35,7 +35,7 @@ def test_a_signal_at_one_of_them_stops_both(two, tmp_path):
 
 def test_a_dying_process_ends_the_other(two):
     ranks = two("model._target_=tests.engine.tiny_detector.DyingDetector")
-    assert [each.wait() for each in ranks] == [2, -signal.SIGKILL]
+    assert [process.wait() for process in ranks] == [2, -signal.SIGKILL]
     (error,) = [line for line in ranks[0].output.splitlines() if "error: " in line]
     assert error.startswith("[rank 0] error: another process of this run is gone")
     assert "--resume" in error and "Traceback" not in ranks[0].output
@@ -78,8 +78,8 @@ def test_signals_reach_the_processes_of_num_gpus():
 def test_no_room_at_the_writing_process_ends_both(two, tmp_path):
     (tmp_path / "out" / "model_0000002.pth.incomplete").mkdir(parents=True)
     ranks = two("train.max_iter=4", prepare=keep_what_is_incomplete)
-    assert [each.wait() for each in ranks] == [2, 2], [each.output for each in ranks]
-    said = "".join(each.output for each in ranks)
+    assert [process.wait() for process in ranks] == [2, 2], [process.output for process in ranks]
+    said = "".join(process.output for process in ranks)
     (error,) = [line for line in said.splitlines() if "error: " in line]
     assert "model_0000002.pth cannot be written (Is a directory)" in error
 
@@ -103,12 +103,12 @@ def test_an_uneven_val_set_is_evaluated_once(two, tiny_data, tiny_cfg, tmp_path,
     # Five times a batch of 4 from 10 images: a batch crosses the end of the set.
     run_training(tiny_cfg("train.max_iter=5", output="one"), resume=False)
     ranks = two("--eval-only", f"train.init_checkpoint={tmp_path / 'one' / 'model_final.pth'}")
-    assert [each.wait() for each in ranks] == [0, 0], [each.output for each in ranks]
+    assert [process.wait() for process in ranks] == [0, 0], [process.output for process in ranks]
     run_evaluation_only(tiny_cfg(output="one"), resume=True)
     for name in ("coco_instances_results.json", "metrics.json"):
         assert (tmp_path / "out" / name).read_text() == (tmp_path / "one" / name).read_text()
     found = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
-    assert sorted({each["image_id"] for each in found}) == sorted(ids)
+    assert sorted({detection["image_id"] for detection in found}) == sorted(ids)
     assert len(found) == 2 * number_of_images  # one of each class
 
 
@@ -119,7 +119,7 @@ def test_two_processes_evaluate_all_detectors_as_one_does(two, tiny_data, tiny_c
     run_training(tiny_cfg(several, "train.max_iter=5", output="one"), resume=False)
     start = f"train.init_checkpoint={tmp_path / 'one' / 'model_final.pth'}"
     ranks = two("--eval-only", several, start)
-    assert [each.wait() for each in ranks] == [0, 0], [each.output for each in ranks]
+    assert [process.wait() for process in ranks] == [0, 0], [process.output for process in ranks]
     run_evaluation_only(tiny_cfg(several, output="one"), resume=True)
     files = ("coco_instances_results.json", "per_class_segm_ap.csv", "roi/per_class_ap.csv")
     for name in ("metrics.json", *files, "roi/coco_instances_results.json"):
@@ -138,7 +138,7 @@ def test_a_process_without_ground_truth_learns_the_same(two, tiny_data, tiny_cfg
     seed_all_rng(0)
     run_training(tiny_cfg(*COMMON, output="one"), resume=False)
     ranks = two(*COMMON)
-    assert [each.wait() for each in ranks] == [0, 0], [each.output for each in ranks]
+    assert [process.wait() for process in ranks] == [0, 0], [process.output for process in ranks]
     expected, expected_losses, _ = read_run(tmp_path / "one")
     actual, losses, _ = read_run(tmp_path / "out")
     assert losses == pytest.approx(expected_losses, rel=1e-5)

@@ -75,10 +75,10 @@ def test_it_is_the_mean_over_the_val_images(tiny_cfg, tiny_data, tmp_path):
     path = tiny_data.root / "val.json"
     content = json.loads(path.read_text())
     other = {3: 9, 7: 2}
-    for each in content["categories"]:
-        each["id"] = other[each["id"]]
-    for each in content["annotations"]:
-        each["category_id"] = other[each["category_id"]]
+    for category in content["categories"]:
+        category["id"] = other[category["id"]]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = other[annotation["category_id"]]
     path.write_text(json.dumps(content))
     start = f"train.init_checkpoint={tmp_path / 'out' / 'model_final.pth'}"
     again = tiny_cfg(start, "optimizer.lr=0", "train.max_iter=1", *ON, output="again")
@@ -138,6 +138,8 @@ def test_a_part_of_the_val_set(tiny_cfg, tmp_path, monkeypatch):
 
 def test_it_can_choose_the_best_checkpoint(tiny_cfg, tmp_path):
     run_training(tiny_cfg(*ON, "train.best_metric=val_loss/total"), resume=False)
-    losses = {key: each["val_loss/total"] for key, each in _val_losses(tmp_path / "out").items()}
+    losses = {
+        key: metrics["val_loss/total"] for key, metrics in _val_losses(tmp_path / "out").items()
+    }
     best = torch.load(tmp_path / "out" / "model_best.pth")["iteration"]
     assert best == min(min(losses, key=losses.get), 5)

@@ -28,7 +28,7 @@ def test_any_image_size(onnx_file, trained, photos):
     for photo in photos:
         assert_same(exported(photo), predictor(photo))
     found = exported(photos)
-    assert [each.image_size for each in found] == [(60, 80), (71, 50), (97, 97), (100, 200)]
+    assert [sample.image_size for sample in found] == [(60, 80), (71, 50), (97, 97), (100, 200)]
     names = exported.names(found[0])
     assert names == [CLASSES[label] for label in found[0].pred_classes.tolist()]
 
@@ -53,8 +53,8 @@ def test_batches_of_padded_images(onnx_file, trained):
         for image, (height, width) in zip(images, sizes.tolist(), strict=True)
     ]
     expected = decoder_detections(model, model.preprocess(samples))
-    for index, each in enumerate(expected):
-        assert_same(found.instances(index, each.image_size), each)
+    for index, sample in enumerate(expected):
+        assert_same(found.instances(index, sample.image_size), sample)
 
 
 def test_the_file_describes_itself(onnx_file):
@@ -71,12 +71,12 @@ def test_the_file_describes_itself(onnx_file):
 def test_only_what_inference_needs_is_inside(onnx_file, trained):
     model = onnx.load(onnx_file)
     onnx.checker.check_model(model)
-    weights = {each.name for each in model.graph.initializer}
+    weights = {tensor.name for tensor in model.graph.initializer}
     assert any("decoder" in name for name in weights)
     assert not [name for name in weights if "auxiliary" in name]
     assert {node.domain for node in model.graph.node} == {""}
-    needed = sum(each.nbytes for each in trained.predictor().model.state_dict().values())
-    stored = sum(len(each.raw_data) for each in model.graph.initializer)
+    needed = sum(tensor.nbytes for tensor in trained.predictor().model.state_dict().values())
+    stored = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     assert 0.95 * needed < stored < 1.05 * needed
     assert str(ROOT).encode() not in onnx_file.read_bytes()
 

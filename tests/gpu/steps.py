@@ -22,7 +22,7 @@ def build(device: torch.device, dtype: torch.dtype = torch.float32, heads: int =
 
     Its weights are the same everywhere. Detectron2's RPN knows float32 alone.
     """
-    drawn = [each for each in NOTHING_DRAWN if heads == 2 or ".roi." not in each]
+    drawn = [name for name in NOTHING_DRAWN if heads == 2 or ".roi." not in name]
     model = tiny_model(heads, drawn).cpu()
     randomize(model, scale=0.05)
     return model.to(device, dtype)
@@ -56,7 +56,7 @@ def pixels_to_predictions(model: nn.Module, batch: list[dict]) -> Predictions:
 def training_output(model: nn.Module, batch: list[dict]) -> TrainingOutput:
     with EventStorage():
         return model.forward_training(
-            model.preprocess(batch), [each["instances"] for each in batch]
+            model.preprocess(batch), [sample["instances"] for sample in batch]
         )
 
 

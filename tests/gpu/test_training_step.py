@@ -27,7 +27,7 @@ MOST_WAITS = 4
 def test_mixed_precision_trains_and_is_close_to_float32(dtype):
     expected = step(build(CUDA))[0]
     model = build(CUDA)
-    before = {name: each.detach().clone() for name, each in model.named_parameters()}
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16, init_scale=256.0)
     with torch.autocast("cuda", dtype):
@@ -37,7 +37,11 @@ def test_mixed_precision_trains_and_is_close_to_float32(dtype):
     scaler.step(optimizer)
     scaler.update()
     assert scaler.get_scale() in (1.0, 256.0)  # the step was not skipped
-    moved = [name for name, each in model.named_parameters() if not torch.equal(each, before[name])]
+    moved = [
+        name
+        for name, parameter in model.named_parameters()
+        if not torch.equal(parameter, before[name])
+    ]
     assert len(moved) > 0.9 * len(before)
     for name in ("matching.loss_cls", "matching.loss_bbox", "atss.loss_cls"):
         assert losses[name].item() == pytest.approx(expected[name], rel=0.1, abs=0.02), name
@@ -85,12 +89,12 @@ def test_copies_to_the_device_do_not_wait(no_waiting):
     plain = torch.arange(1_000_000.0)
     to_device(plain, CUDA)  # the first one sets the allocator of pinned memory up
     pinned = list(loader)
-    assert all(each.is_pinned() for each in pinned)
+    assert all(tensor.is_pinned() for tensor in pinned)
     no_waiting()
-    copies = [to_device(each, CUDA) for each in (*pinned, plain)]
+    copies = [to_device(tensor, CUDA) for tensor in (*pinned, plain)]
     torch.cuda.set_sync_debug_mode("default")
-    for copy, each in zip(copies, (*pinned, plain), strict=True):
-        assert torch.equal(copy.cpu(), each)
+    for copy, source in zip(copies, (*pinned, plain), strict=True):
+        assert torch.equal(copy.cpu(), source)
 
 
 def test_memory_of_a_step_does_not_grow():
@@ -127,4 +131,4 @@ def test_compiled_layers_train():
     losses, gradients = step(model)
     for name in ("matching.loss_cls", "atss.loss_cls"):
         assert losses[name] == pytest.approx(expected[name], rel=1e-2, abs=1e-3), name
-    assert all(each.isfinite().all() for each in gradients.values())
+    assert all(gradient.isfinite().all() for gradient in gradients.values())

@@ -61,5 +61,5 @@ def outputs_and_gradients(model: nn.Module, images: Tensor) -> dict[str, Tensor]
     model.train().zero_grad(set_to_none=True)
     torch.manual_seed(0)
     maps = model(images)
-    sum(each.square().sum() for each in maps.values()).backward()
+    sum(level_map.square().sum() for level_map in maps.values()).backward()
     return maps | {name: p.grad for name, p in model.named_parameters()}

@@ -209,7 +209,7 @@ def evaluating(model: CoDETR) -> Iterator[None]:
 
 def detect(model: CoDETR, batch: list[dict]) -> list[Instances]:
     with evaluating(model):
-        return [each["instances"] for each in model(batch)]
+        return [result["instances"] for result in model(batch)]
 
 
 def is_inside(found: Instances) -> bool:

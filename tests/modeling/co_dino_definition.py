@@ -138,15 +138,15 @@ def positive_queries(model, name, image, candidates, sizes):
     """
     source, dtype = model.auxiliary.positive_queries[name], torch.float64
     found = [
-        [i for i, label in enumerate(each.gt_classes.tolist()) if 0 <= label < NUM_CLASSES]
-        for each in candidates.instances
+        [i for i, label in enumerate(instances.gt_classes.tolist()) if 0 <= label < NUM_CLASSES]
+        for instances in candidates.instances
     ]
     number = max(source.min_queries, min(source.max_queries, max(map(len, found))))
-    each, chosen = candidates.instances[image], found[image]
+    instances, chosen = candidates.instances[image], found[image]
     if len(chosen) > number:
         chosen = chosen[::-1][:number]
     elif source.padding == "negatives":
-        labels = each.gt_classes.tolist()
+        labels = instances.gt_classes.tolist()
         background = [i for i, label in enumerate(labels) if label == NUM_CLASSES]
         chosen = chosen + background[::-1][: number - len(chosen)]
     contents, references, labels, boxes, weights = [], [], [], [], []
@@ -156,9 +156,9 @@ def positive_queries(model, name, image, candidates, sizes):
         label = NUM_CLASSES
         if real:
             index = chosen[slot]
-            reference = normalized(each.proposal_boxes.tensor[index].to(dtype), sizes[image])
-            target = normalized(each.gt_boxes.tensor[index].to(dtype), sizes[image])
-            label = int(each.gt_classes[index])
+            reference = normalized(instances.proposal_boxes.tensor[index].to(dtype), sizes[image])
+            target = normalized(instances.gt_boxes.tensor[index].to(dtype), sizes[image])
+            label = int(instances.gt_classes[index])
         code = sine_code(logit(reference, 1e-5).sigmoid(), source.embed_dim // 2)
         contents.append(source.position_norm(source.position_proj(code)))
         references.append(reference)
@@ -274,7 +274,7 @@ def losses_by_definition(step):
     for image, size in enumerate(sizes):
         alone, truth = one_image(memory, image), truths[image]
         content, references, proposals = matched_queries(model, alone)
-        logits, boxes = (torch.stack(each) for each in zip(*proposals, strict=True))
+        logits, boxes = (torch.stack(field) for field in zip(*proposals, strict=True))
         rows = as_rows(logits, boxes, hungarian(logits, boxes, truth, size), truth, size)
         parts.setdefault("matching.enc.", []).append(score(rows, size))
 
@@ -313,7 +313,7 @@ def losses_by_definition(step):
                 parts.setdefault(f"{name}_queries.{index}", []).append(score(rows, size))
     losses = {}
     for name, images in parts.items():
-        cls, l1, giou, count = (sum(each) for each in zip(*images, strict=True))
+        cls, l1, giou, count = (sum(terms) for terms in zip(*images, strict=True))
         normalizer = max(count, 1) + ONE_MORE
         for term, value, weight in (("cls", cls, 1), ("bbox", l1, 5), ("giou", giou, 2)):
             losses[f"{name}loss_{term}"] = weight * torch.as_tensor(value) / normalizer

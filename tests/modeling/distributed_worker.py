@@ -54,10 +54,10 @@ def accumulated_step(model: DistributedDataParallel, batch: list[dict]) -> dict[
     """As `step`, one image at a time."""
     totals: dict[str, torch.Tensor] = {}
     with EventStorage():
-        counts = StepCounts.join([model.module.count([each]) for each in batch])
-        for number, each in enumerate(batch, start=1):
+        counts = StepCounts.join([model.module.count([sample]) for sample in batch])
+        for number, sample in enumerate(batch, start=1):
             with nullcontext() if number == len(batch) else model.no_sync():
-                losses = model([each], counts)
+                losses = model([sample], counts)
                 sum(losses.values()).backward()
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0.0) + value.detach()

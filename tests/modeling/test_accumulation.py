@@ -119,7 +119,7 @@ def test_micro_batches_are_one_large_batch(name, size, monkeypatch):
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert found[key] == pytest.approx(value, rel=1e-6, abs=1e-9), key
-    scale = max(each.abs().max().item() for each in expected_gradients.values())
+    scale = max(gradient.abs().max().item() for gradient in expected_gradients.values())
     # Detectron2's loss of masks is float32.
     rtol, atol = (1e-6, 1e-8 * scale) if name == MASKS else (1e-7, 1e-11 * scale)
     for key, value in gradients(model).items():
@@ -187,9 +187,9 @@ def test_counts_by_anchors_are_those_of_the_network(name, monkeypatch):
     model = build(name, dtype=torch.float32)
     batch = make_batch([(96, 128), (77, 45), (65, 101)], [3, 2, 4])
     heads = {
-        name: each
-        for name, each in model.auxiliary.heads.items()
-        if getattr(each, "counts_without_features", False)
+        name: head
+        for name, head in model.auxiliary.heads.items()
+        if getattr(head, "counts_without_features", False)
     }
     assert heads and "roi" not in heads
     counts = model.count(batch, with_heads=False)
@@ -220,9 +220,11 @@ def test_heads_find_the_same_when_they_count(name, monkeypatch):
     assert seen[1][0] is counts and counts.num_truths == list(NUM_GTS)
     for head in model.auxiliary.heads:
         classes = [
-            each.gt_classes for _, outputs in seen for each in outputs[head].candidates.instances
+            instances.gt_classes
+            for _, outputs in seen
+            for instances in outputs[head].candidates.instances
         ]
-        positives = [int(((each >= 0) & (each < NUM_CLASSES)).sum()) for each in classes]
+        positives = [int(((labels >= 0) & (labels < NUM_CLASSES)).sum()) for labels in classes]
         assert counts.heads[head].positives == positives
         assert sum(positives) > 0
         if head == "roi":
@@ -262,7 +264,7 @@ def test_a_head_that_does_not_count_has_means_over_images():
 
 def test_batch_statistics_learn_once_in_a_step():
     model = build(K2, ["model.backbone.bottom_up.stem.norm=BN"], torch.float32)
-    (norm,) = [each for each in model.modules() if isinstance(each, nn.BatchNorm2d)]
+    (norm,) = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     train_step(model, split(make_batch(), 1))
     assert norm.num_batches_tracked == 2
 

@@ -175,12 +175,12 @@ def test_padding_has_no_part_in_the_losses():
 
 def test_candidates_carry_boxes_targets_and_the_features_of_their_cells():
     head = make_head()
-    maps = [each.requires_grad_() for each in make_maps()]
+    maps = [level_map.requires_grad_() for level_map in make_maps()]
     images = ImageList(torch.zeros(2, 3, 64, 96), SIZES)
     output = head(images, dict(zip(["p3", "p4"], maps, strict=True)), GTS)
-    for image, each in enumerate(output.candidates.instances):
-        assert isinstance(each, Instances) and each.image_size == SIZES[image]
-        assert isinstance(each.gt_boxes, Boxes) and len(each) == 120
+    for image, instances in enumerate(output.candidates.instances):
+        assert isinstance(instances, Instances) and instances.image_size == SIZES[image]
+        assert isinstance(instances.gt_boxes, Boxes) and len(instances) == 120
     indices = torch.tensor([0, 13, 95, 96, 119, 13])
     rows = output.candidates.gather_features(1, indices)
     where = [(0, 0, 0), (0, 1, 1), (0, 7, 11), (1, 0, 0), (1, 3, 5), (0, 1, 1)]

@@ -50,7 +50,7 @@ def test_losses_of_positive_queries_reach_the_encoder_through_the_features(name)
     model = tiny_model(2)
     randomize(model)
     output, _ = run(model, make_batch())
-    group = next(each for each in output.groups if each.name == f"{name}_queries")
+    group = next(group for group in output.groups if group.name == f"{name}_queries")
     (gradient,) = torch.autograd.grad(group.content.square().sum(), output.memory.tokens)
     assert gradient.abs().max() > 0
 

@@ -166,11 +166,11 @@ def test_names_and_shapes_of_the_channel_mapper(strides, used, extra, names):
     maps = mapper(torch.zeros(1, 3, 96, 96))
     assert list(maps) == names.split()
     shapes = mapper.output_shape()
-    for name, each in maps.items():
+    for name, level_map in maps.items():
         stride = 2 ** int(name[1:])
         assert shapes[name].stride == stride and shapes[name].channels == 8
         side = math.ceil(96 / stride)
-        assert each.shape == (1, 8, side, side)
+        assert level_map.shape == (1, 8, side, side)
     assert mapper.size_divisibility == 32
     assert mapper.padding_constraints == {"square_size": 96}
 

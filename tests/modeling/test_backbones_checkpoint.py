@@ -93,8 +93,8 @@ def official_vit_shapes(blocks, window, side, *, whole=0, c=32, hidden=85, out=8
     convs["p3"] += [(1, 3, c, c // 2)]
     convs["p2"] += [(1, 3, c, c // 2), (5, 3, c // 2, c // 4)]
     convs["p6"] += [(1, 3, c, c)]
-    for level, each in convs.items():
-        for number, kernel, inputs, outputs in each:
+    for level, layers in convs.items():
+        for number, kernel, inputs, outputs in layers:
             shapes[f"neck.{level}.{number}.weight"] = (outputs, inputs, kernel, kernel)
             shapes |= norm(f"neck.{level}.{number + 1}", outputs)
     return shapes
@@ -140,7 +140,7 @@ def to_official(rows, ours):
 def assert_round_trip(rows, official, model):
     """All names and shapes of the model, and back to what we came from."""
     ours = to_ours(rows, official)
-    expected = {f"backbone.{key}": each.shape for key, each in model.state_dict().items()}
+    expected = {f"backbone.{key}": tensor.shape for key, tensor in model.state_dict().items()}
     assert {key: value.shape for key, value in ours.items()} == {
         key: shape for key, shape in expected.items() if not is_of_the_mapper(key)
     }

@@ -60,7 +60,7 @@ def test_swin_with_odd_image_sizes(name):
         padding_constraints=model.backbone.padding_constraints,
     )
     assert images.tensor.shape[-2:] == (75, 110)
-    shapes = [tuple(each.shape[-2:]) for each in model.backbone(images.tensor).values()]
+    shapes = [tuple(level_map.shape[-2:]) for level_map in model.backbone(images.tensor).values()]
     assert shapes == [(10, 14), (5, 7), (3, 4), (2, 2)]
     check_step_and_detection(model)
 
@@ -77,7 +77,7 @@ def test_swin_with_five_levels_and_padding_to_32():
     model = build(cfg)
     assert list(model.backbone.output_shape()) == ["p2", "p3", "p4", "p5", "p6"]
     maps = model.backbone(torch.zeros(1, 3, 96, 128))
-    assert [tuple(each.shape[-2:]) for each in maps.values()][0] == (24, 32)
+    assert [tuple(level_map.shape[-2:]) for level_map in maps.values()][0] == (24, 32)
     check_step_and_detection(model)
 
 
@@ -99,7 +99,9 @@ def test_a_batch_equals_its_images_one_by_one(name):
     model = build(cfg).double()
     batch = make_batch(((96, 96), (96, 96)))  # equal sizes: tokens at a border see what is padded
     together = detect(model, batch)
-    for alone, found in zip((detect(model, [each])[0] for each in batch), together, strict=True):
+    for alone, found in zip(
+        (detect(model, [sample])[0] for sample in batch), together, strict=True
+    ):
         assert len(found) == len(alone) == min(100, NUM_QUERIES * NUM_CLASSES)
         torch.testing.assert_close(found.scores, alone.scores)
         torch.testing.assert_close(found.pred_boxes.tensor, alone.pred_boxes.tensor)

@@ -27,16 +27,16 @@ pytestmark = pytest.mark.cpu_only("parts by hand; models with them run on the de
 def test_shapes_strides_and_channels(size):
     model = tiny_swin(out_features=["stage0", "stage1", "stage2"])
     shapes = model.output_shape()
-    assert {name: (each.channels, each.stride) for name, each in shapes.items()} == {
+    assert {name: (shape.channels, shape.stride) for name, shape in shapes.items()} == {
         "stage0": (8, 4),
         "stage1": (16, 8),
         "stage2": (32, 16),
     }
     maps = model(torch.randn(2, 3, *size))
     assert list(maps) == list(shapes)
-    for name, each in maps.items():
+    for name, level_map in maps.items():
         sides = [math.ceil(side / shapes[name].stride) for side in size]
-        assert each.shape == (2, shapes[name].channels, *sides)
+        assert level_map.shape == (2, shapes[name].channels, *sides)
 
 
 def test_only_outputs_are_normalized_and_returned_in_order():
@@ -184,7 +184,7 @@ def test_a_checkpointed_block_remembers_the_size_of_its_map():
     model.zero_grad(set_to_none=True)
     maps = model(first)
     model(second)
-    sum(each.square().sum() for each in maps.values()).backward()
+    sum(level_map.square().sum() for level_map in maps.values()).backward()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, expected[name])
 

@@ -172,9 +172,9 @@ def test_odd_images_are_padded_by_detectron2():
         assert batch.tensor.shape[-2:] == size
         maps, shapes = pyramid(batch.tensor), pyramid.output_shape()
         assert list(maps) == list(shapes) == ["p2", "p3", "p4", "p5", "p6"]
-        for level, (name, each) in enumerate(maps.items(), start=2):
+        for level, (name, level_map) in enumerate(maps.items(), start=2):
             assert (shapes[name].channels, shapes[name].stride) == (8, 2**level)
-            assert each.shape == (2, 8, *(-(-side // 2**level) for side in size))
+            assert level_map.shape == (2, 8, *(-(-side // 2**level) for side in size))
 
 
 def test_a_level_of_the_pyramid_by_hand():
@@ -210,7 +210,7 @@ def test_full_size(name):
     feed_forward = 2 * (1024 * 2730 + 2730) + 2 * 2730 + 2730 * 1024 + 1024
     embeddings = 3 * 16 * 16 * 1024 + 1024 + (1 + 32 * 32) * 1024
     expected = 24 * (attention + feed_forward + 4 * 1024) + embeddings + 2 * 1024
-    assert sum(each.numel() for each in vit.parameters()) == expected == 304_238_528
+    assert sum(parameter.numel() for parameter in vit.parameters()) == expected == 304_238_528
     assert [shape.stride for shape in pyramid.output_shape().values()] == [4, 8, 16, 32, 64]
     every = 4 if name == "mapped_vit_l" else 3
     windows = [block.window_size for block in vit.blocks]

@@ -53,7 +53,7 @@ def output_of(model, batch):
     """The complete `TrainingOutput` of a step in float64."""
     model.train().double()
     images = model.preprocess(batch)
-    return model.forward_training(images, [each["instances"] for each in batch])
+    return model.forward_training(images, [sample["instances"] for sample in batch])
 
 
 @pytest.mark.parametrize("name", BASELINES)

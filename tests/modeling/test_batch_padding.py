@@ -119,7 +119,7 @@ def test_an_image_that_does_not_fit():
 
 def test_lsj_config_from_files_to_metrics(rectangles):
     """Loader, one training step and evaluation of a config with large-scale jitter."""
-    overrides = [each for each in rectangles if "augmentations" not in each]
+    overrides = [override for override in rectangles if "augmentations" not in override]
     cfg = load("co_dino_r50_lsj_12ep", "model.auxiliary=null", *overrides)
     shrink(cfg)
     torch.manual_seed(0)

@@ -56,11 +56,11 @@ class Sizes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for each in tree_flatten(result)[0]:
-            if isinstance(each, torch.Tensor):
-                self.numbers.append(each.numel())
-                if each.dtype == torch.int64:
-                    self.integers.append(each.numel())
+        for leaf in tree_flatten(result)[0]:
+            if isinstance(leaf, torch.Tensor):
+                self.numbers.append(leaf.numel())
+                if leaf.dtype == torch.int64:
+                    self.integers.append(leaf.numel())
         return result
 
 
@@ -74,9 +74,11 @@ def test_many_classes_take_no_memory_beyond_the_gradient(loss, monkeypatch):
             total = loss(logits, labels, quality).sum()
     # For the backward pass nothing is kept but what was there before.
     owned = [
-        each for each in kept if each.data_ptr() not in (logits.data_ptr(), quality.data_ptr())
+        tensor
+        for tensor in kept
+        if tensor.data_ptr() not in (logits.data_ptr(), quality.data_ptr())
     ]
-    assert sum(each.numel() for each in owned) <= 4 * labels.numel()
+    assert sum(tensor.numel() for tensor in owned) <= 4 * labels.numel()
     assert max(size for size in forward.numbers if size != logits.numel()) <= 3000
     assert max(forward.integers) <= labels.numel()
     with Sizes() as backward:

@@ -70,8 +70,8 @@ def make_step(num_gts, padding="negatives"):
         candidates[name], _ = make_candidates(
             positives[:number], (20,) * number, size=(80, 112), seed=seed
         )
-    for name, each in candidates.items():
-        model.auxiliary.heads[name] = FixedHead(each)
+    for name, candidate in candidates.items():
+        model.auxiliary.heads[name] = FixedHead(candidate)
         model.auxiliary.positive_queries[name].permutation = backwards
     draws, source = [], model.queries["denoising"]
     usual = source.draw

@@ -23,7 +23,7 @@ def test_both_kinds_of_detections():
     batch = make_batch()
     with evaluating(model):
         both = model(batch)
-    assert [set(each) for each in both] == [{"instances", "instances_top_k"}] * 2
+    assert [set(pairs) for pairs in both] == [{"instances", "instances_top_k"}] * 2
     model.compare_top_k = False
     for found, expected in zip(both, detect(model, batch), strict=True):
         assert torch.equal(found["instances"].scores, expected.scores)

@@ -137,7 +137,7 @@ def family(name):
 def test_every_family_has_a_member():
     families = {name: family(name) for name in EXPERIMENTS}
     covered = [families[name] for name in MEMBERS]
-    assert [name for name, each in families.items() if each not in covered] == []
+    assert [name for name, kind in families.items() if kind not in covered] == []
 
 
 @pytest.mark.parametrize("name", MEMBERS)
@@ -254,7 +254,7 @@ def test_overrides_reach_data_and_loss_weights(rectangles):
     cfg.dataloader.train.num_workers = 0
     batch = next(iter(instantiate(cfg.dataloader.train)))
     assert len(batch) == 4
-    assert {int(c) for each in batch for c in each["instances"].gt_classes} <= {0, 1, 2}
+    assert {int(c) for sample in batch for c in sample["instances"].gt_classes} <= {0, 1, 2}
     assert len(instantiate(cfg.dataloader.test).dataset) == 4
     with torch.device("meta"):
         model = instantiate(cfg.model)

@@ -58,10 +58,10 @@ def test_positives_give_back_the_ground_truth_and_all_else_is_background():
     group = make_group(3, 5)
     labels = group.targets.labels[0].view(2, 20, 2, 5)  # images, blocks, positive or negative
     boxes = group.targets.boxes[0].view(2, 20, 2, 5, 4)
-    for image, each in enumerate(truth):
-        count = len(each.labels)
-        assert (labels[image, :, 0, :count] == each.labels).all()
-        assert (boxes[image, :, 0, :count] == each.boxes).all()
+    for image, objects in enumerate(truth):
+        count = len(objects.labels)
+        assert (labels[image, :, 0, :count] == objects.labels).all()
+        assert (boxes[image, :, 0, :count] == objects.boxes).all()
         assert (labels[image, :, 1] == NUM_CLASSES).all()
         assert (labels[image, :, 0, count:] == NUM_CLASSES).all()
     assert (group.targets.weights == 1).all()  # empty slots are trained as background
@@ -153,7 +153,7 @@ HALF = torch.tensor([[True, False, True], [False, True, True]])
         [("matching", 4), ("denoising", 0, None, 1), ("roi", 3)],
         [("denoising", 4, None, 2)],
     ],
-    ids=lambda groups: "-".join(f"{each[0]}{each[1]}" for each in groups),
+    ids=lambda groups: "-".join(f"{group[0]}{group[1]}" for group in groups),
 )
 def test_truth_table_of_blocks(groups):
     made, names = [], [name for name, *_ in groups]

@@ -30,7 +30,7 @@ def test_padding_is_neither_positive_nor_negative(heads, name):
 @pytest.mark.parametrize("name", NEW)
 def test_candidates(heads, name):
     head = heads[name]
-    maps = [each.requires_grad_() for each in make_maps(head)]
+    maps = [level_map.requires_grad_() for level_map in make_maps(head)]
     images = ImageList(torch.zeros(2, 3, 96, 128), SIZES)
     output = head(images, dict(zip(head.in_features, maps, strict=True)), GTS)
     first, empty = output.candidates.instances
@@ -79,7 +79,7 @@ def test_each_detects_alone(name):
     model = tiny_model(6, [f"model.evaluate_with={name}"]).eval()
     with torch.no_grad():
         detections = model(make_batch())
-    for found in (each["instances"] for each in detections):
+    for found in (result["instances"] for result in detections):
         assert 0 < len(found) <= 100
         assert (found.scores.diff() <= 0).all() and (found.scores <= 1).all()
         assert (found.pred_classes < NUM_CLASSES).all()

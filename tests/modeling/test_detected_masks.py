@@ -70,15 +70,15 @@ def test_pasted_as_by_the_reference(kind):
     masks = DetectedMasks(unit["logits_112"].sigmoid(), boxes, tuple(size))
     assert masks.tensor.equal(unit[kind].bool())
     if kind == "masks":
-        assert [each["counts"] for each in masks.rles()] == unit["masks_rle"]
+        assert [rle["counts"] for rle in masks.rles()] == unit["masks_rle"]
 
 
 def test_run_lengths_are_those_of_pycocotools(masks):
     whole = DetectedMasks(torch.ones(3, 4, 4), BOXES[[3, 4, 5]], SIZE)
     columns = DetectedMasks(torch.ones(1, 4, 4), torch.tensor([[10.0, -9.0, 30.0, 90.0]]), SIZE)
-    for each in (masks, whole, columns):
-        bitmaps = each.tensor.numpy().astype(np.uint8)
-        for rle, bitmap in zip(each.rles(), bitmaps, strict=True):
+    for form in (masks, whole, columns):
+        bitmaps = form.tensor.numpy().astype(np.uint8)
+        for rle, bitmap in zip(form.rles(), bitmaps, strict=True):
             expected = mask_utils.encode(np.asfortranarray(bitmap))
             assert rle == {"size": list(SIZE), "counts": expected["counts"].decode()}
 

@@ -64,7 +64,7 @@ def test_every_detector_is_what_it_is_alone():
     for sample in batch:  # scaling to the output works in place
         sample.update(height=2 * sample["height"], width=3 * sample["width"])
     together = run(model, batch)
-    assert [list(each) for each in together] == [
+    assert [list(results) for results in together] == [
         ["instances", *(f"instances_{name}" for name in FOUR)]
     ] * 2
     for name in ("decoder", *FOUR):
@@ -77,7 +77,7 @@ def test_every_detector_is_what_it_is_alone():
 
 def test_detections_differ_from_detector_to_detector():
     (found, _) = run(build(2, COMPARED), make_batch())
-    boxes = [each.pred_boxes.tensor for each in found.values()]
+    boxes = [instances.pred_boxes.tensor for instances in found.values()]
     for index, one in enumerate(boxes):
         assert not any(torch.equal(one, other) for other in boxes[:index])
 
@@ -111,20 +111,20 @@ def test_the_decoder_does_not_notice_the_others(config):
 def test_a_model_without_heads_has_nothing_to_compare():
     model = build(0, COMPARED)
     assert model.compared == [] and model.detectors == ["decoder"]
-    assert [list(each) for each in run(model, make_batch())] == [["instances"]] * 2
+    assert [list(results) for results in run(model, make_batch())] == [["instances"]] * 2
 
 
 def test_one_detector_by_name_is_all_that_runs():
     model = build(2, COMPARED, "model.evaluate_with=atss")
     model.decoder.forward = model.auxiliary.heads.roi.forward = None
-    assert [list(each) for each in run(model, make_batch())] == [["instances"]] * 2
+    assert [list(results) for results in run(model, make_batch())] == [["instances"]] * 2
 
 
 def test_top_k_and_detectors_of_a_model_with_soft_nms():
     cfg = shrink(load("co_dino_r50", "model.compare_top_k=true", COMPARED))
     model = instantiate(cfg.model).to(DEVICE)
     (found, _) = run(model, make_batch())
-    assert list(found) == ["instances", *(f"instances_{each}" for each in ("top_k", *FOUR))]
+    assert list(found) == ["instances", *(f"instances_{name}" for name in ("top_k", *FOUR))]
     lists = [found[key] for key in ("instances", "instances_roi", "instances_atss")]
     assert_same(found["instances_merged"], model.auxiliary.merged.merge(lists))
 
@@ -134,8 +134,8 @@ def test_single_scale_models_have_them_all(name):
     cfg = shrink(load(name, COMPARED))
     model = instantiate(cfg.model).to(DEVICE)
     for found in run(model, make_batch()):
-        assert list(found) == ["instances", *(f"instances_{each}" for each in FOUR)]
-        assert all(len(each) and is_inside(each) for each in found.values())
+        assert list(found) == ["instances", *(f"instances_{name}" for name in FOUR)]
+        assert all(len(instances) and is_inside(instances) for instances in found.values())
 
 
 @pytest.mark.skipif(NAME == "emulated", reason="its autocast changes nothing")
@@ -256,9 +256,12 @@ def test_a_detection_is_decoded_by_itself(name):
         return decoded.logits[-1], decoded.boxes[-1]
 
     logits, boxes = decode(found.candidates)
-    order = [torch.randperm(len(each))[: len(each) // 2] for each in found.instances]
+    order = [torch.randperm(len(image))[: len(image) // 2] for image in found.instances]
     some = Candidates(
-        [each[index] for each, index in zip(found.candidates.instances, order, strict=True)],
+        [
+            instances[index]
+            for instances, index in zip(found.candidates.instances, order, strict=True)
+        ],
         lambda image, indices: found.candidates.gather_features(image, order[image][indices]),
     )
     for image, (some_logits, some_boxes) in enumerate(zip(*decode(some), strict=True)):
@@ -296,7 +299,7 @@ def test_features_are_those_of_where_the_detection_comes_from(name):
     anchors, predictions = torch.cat(head.anchors(maps)), head.predict(maps)
     decoded = Boxes(head.box_code.decode(predictions.deltas[1], anchors))
     decoded.clip((96, 128))
-    cells = torch.cat([each[1].flatten(1).T for each in maps])
+    cells = torch.cat([level_map[1].flatten(1).T for level_map in maps])
     for start, feature, box in zip(starts, features, boxes, strict=True):
         gap = (decoded.tensor - box).abs().amax(1)
         nearest = (gap <= gap.min() + 1e-4).nonzero().squeeze(1)

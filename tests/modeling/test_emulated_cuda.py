@@ -72,11 +72,11 @@ def test_every_family_trains_and_detects_on_one_device(name, dtype):
     model = build(name)
     with EmulatedCuda(), nullcontext() if dtype is None else emulated_autocast(dtype):
         losses = losses_of(emulate(model), masks)
-        assert {each.device for each in losses.values()} == {DEVICE}
+        assert {loss.device for loss in losses.values()} == {DEVICE}
         found = {key: value.item() for key, value in losses.items()}
         detections = model.eval()(make_batch())
-        for each in detections:
-            fields = each["instances"].get_fields()
+        for result in detections:
+            fields = result["instances"].get_fields()
             devices = {fields[key].device for key in ("scores", "pred_classes")}
             assert {*devices, fields["pred_boxes"].device} == {DEVICE}
     assert found.keys() == expected.keys()
@@ -95,7 +95,7 @@ def test_tokens_are_float32_under_the_autocast_of_cuda(dtype):
         emulate(model)
         batch = make_batch()
         output = model.forward_training(
-            model.preprocess(batch), [each["instances"] for each in batch]
+            model.preprocess(batch), [sample["instances"] for sample in batch]
         )
         assert output.memory.tokens.dtype == torch.float32
         for group, predicted in zip(output.groups, output.predictions, strict=True):
@@ -103,7 +103,7 @@ def test_tokens_are_float32_under_the_autocast_of_cuda(dtype):
         truth = batch[0]["instances"].gt_boxes.tensor / torch.tensor([128, 96, 128, 96])
         middle = (truth[:, :2] + truth[:, 2:]) / 2
         for targets in output.targets:
-            boxes, labels = (each.cpu() for each in (targets.boxes, targets.labels))
+            boxes, labels = (tensor.cpu() for tensor in (targets.boxes, targets.labels))
             centers = boxes[:, 0][labels[:, 0] < model.num_classes][:, :2]
             distance = (centers[:, None] - middle).abs().amax(-1).amin(-1)
             assert len(centers) and distance.max() < 1e-6

@@ -107,7 +107,7 @@ def test_with_strides_a_position_code_is_that_of_the_pixels():
 def test_sizes_that_all_strides_divide_give_the_same_either_way():
     sizes = [(64, 96), (128, 32)]
     shapes = [(128 // stride, 96 // stride) for stride in STRIDES]
-    exact, counted = (geometry_of(sizes).at_levels(shapes, each) for each in (STRIDES, None))
+    exact, counted = (geometry_of(sizes).at_levels(shapes, strides) for strides in (STRIDES, None))
     assert exact.valid_ratios.equal(counted.valid_ratios)
 
 

@@ -86,7 +86,7 @@ def test_detectors_beside_the_head_have_boxes_only(model):
     model.compare_detectors = True
     with evaluating(model):
         outputs = model(make_batch())
-    for found in (each for output in outputs for each in output.values()):
+    for found in (instances for output in outputs for instances in output.values()):
         assert set(found.get_fields()) == BOXES and len(found)
     for name in ("merged", "cascade"):
         model.evaluate_with = name
@@ -132,4 +132,4 @@ def test_boxes_of_detections_with_masks_are_evaluated(rectangles, tmp_path):
     cfg = shrink(load("co_detr_r50_mask_rcnn", *rectangles, "model.evaluate_with=roi"))
     assert "AP" in run_evaluation_only(cfg, resume=False)
     found = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
-    assert found and all(each["segmentation"]["size"] == [128, 128] for each in found)
+    assert found and all(detection["segmentation"]["size"] == [128, 128] for detection in found)

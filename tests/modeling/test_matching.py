@@ -36,7 +36,7 @@ def pair_cost(logit, box, label, true_box):
     p = logit[label].double().sigmoid()
     focal = -0.25 * (1 - p) ** 2 * p.log() + 0.75 * p**2 * (1 - p).log()
     distance = (box - true_box).abs().sum()
-    corners = [(cxcywh_to_xyxy(each) * factor_of(SIZE))[None] for each in (box, true_box)]
+    corners = [(cxcywh_to_xyxy(cxcywh) * factor_of(SIZE))[None] for cxcywh in (box, true_box)]
     return float(2 * focal + 5 * distance - 2 * generalized_box_iou(*corners)[0, 0])
 
 
@@ -143,7 +143,7 @@ def test_losses_by_their_definitions():
             if label < CLASSES:
                 pair = [predictions.boxes[layer, image, query], targets.boxes[layer, image, query]]
                 bbox += float((pair[0] - pair[1]).abs().sum())
-                corners = [(cxcywh_to_xyxy(each) * factor_of(SIZE))[None] for each in pair]
+                corners = [(cxcywh_to_xyxy(cxcywh) * factor_of(SIZE))[None] for cxcywh in pair]
                 giou += 1 - float(generalized_box_iou(*corners)[0, 0])
         assert losses["loss_cls"][layer].item() == pytest.approx(2 * focal / 2, rel=1e-5)
         assert losses["loss_bbox"][layer].item() == pytest.approx(5 * bbox / 2, rel=1e-5)

@@ -53,9 +53,9 @@ class LinearHead(DenseHead):
         self.deltas = nn.Linear(embed_dim, 4)
 
     def predict(self, maps):
-        cells = [each.flatten(2).transpose(1, 2) for each in maps]
+        cells = [level_map.flatten(2).transpose(1, 2) for level_map in maps]
         return DensePredictions.of_levels(
-            [self.scores(each) for each in cells], [self.deltas(each) for each in cells]
+            [self.scores(cell) for cell in cells], [self.deltas(cell) for cell in cells]
         )
 
 
@@ -91,5 +91,5 @@ def test_its_classes_are_carried_over_by_name(tmp_path):
     torch.save(content, tmp_path / "model.pth")
     loader = Checkpointer(model, mismatch="by_name", class_names=["cat", "person", "zebra"])
     loader.load(str(tmp_path / "model.pth"))
-    old, new = (each.auxiliary.heads["linear"].scores.weight for each in (source, model))
+    old, new = (owner.auxiliary.heads["linear"].scores.weight for owner in (source, model))
     assert torch.equal(new[:2], old[[2, 0]])

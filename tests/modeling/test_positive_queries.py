@@ -67,8 +67,8 @@ def test_code_of_a_box_beyond_the_image_is_that_of_the_box_cut_to_it():
     groups = {}
     for name, box in sides.items():
         candidates, _ = make_candidates((1, 1), (0, 0))
-        for each in candidates.instances:
-            each.proposal_boxes.tensor[:] = torch.tensor(box)
+        for instances in candidates.instances:
+            instances.proposal_boxes.tensor[:] = torch.tensor(box)
         source = make_source(padding="mask", with_features=False, with_position=True)
         groups[name] = source("atss_queries", candidates, geometry_of(SIZES))
     beyond, whole = (groups[name] for name in sides)

@@ -39,7 +39,7 @@ def weighted_sum(predictions: Predictions, seed: int) -> torch.Tensor:
 
 
 def gradients(model, predictions):
-    total = sum(weighted_sum(each, seed) for seed, each in enumerate(predictions))
+    total = sum(weighted_sum(prediction, seed) for seed, prediction in enumerate(predictions))
     named = dict(model.named_parameters())
     values = torch.autograd.grad(total, list(named.values()), retain_graph=True, allow_unused=True)
     return {name: value for name, value in zip(named, values, strict=True) if value is not None}
@@ -92,7 +92,7 @@ def test_padded_slots_do_not_reach_the_others():
         group.reference,
         group.valid,
     )
-    before, after = (model.decoder(QuerySet.concat([each]), memory) for each in (group, changed))
+    before, after = (model.decoder(QuerySet.concat([part]), memory) for part in (group, changed))
     torch.testing.assert_close(after.logits[:, group.valid], before.logits[:, group.valid])
     assert not torch.allclose(after.logits[:, ~group.valid], before.logits[:, ~group.valid])
 
@@ -118,7 +118,7 @@ VALID = torch.tensor([[True, True, False], [False, False, False]])
     ],
 )
 def test_truth_table_of_the_attend_mask(groups):
-    groups = [plain_group(*each) for each in groups]
+    groups = [plain_group(*parts) for parts in groups]
     mask = QuerySet.concat(groups).attend_mask
     slots = [
         (group.name, slot, group.valid) for group in groups for slot in range(group.num_queries)

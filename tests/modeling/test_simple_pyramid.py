@@ -34,7 +34,9 @@ def test_shapes(size, shapes):
     memory = memory_of(*size)
     maps = make_pyramid()(memory)
     assert list(maps) == ["p3", "p4", "p5", "p6", "p7"]
-    assert [tuple(each.shape) for each in maps.values()] == [(1, 32, *shape) for shape in shapes]
+    assert [tuple(level_map.shape) for level_map in maps.values()] == [
+        (1, 32, *shape) for shape in shapes
+    ]
     # The level of the encoder's stride is its own map.
     assert torch.equal(maps["p5"], memory.maps()[0])
 
@@ -79,8 +81,8 @@ def test_cells_lie_where_anchors_are():
 
 def test_every_level_trains_the_encoder():
     memory = memory_of(5, 7)
-    for each in make_pyramid()(memory).values():
-        (gradient,) = torch.autograd.grad((each**2).sum(), memory.tokens, retain_graph=True)
+    for level_map in make_pyramid()(memory).values():
+        (gradient,) = torch.autograd.grad((level_map**2).sum(), memory.tokens, retain_graph=True)
         assert gradient.any()
 
 

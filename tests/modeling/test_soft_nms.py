@@ -105,29 +105,29 @@ def test_detections_are_those_of_the_loop():
     logits, boxes, geometry = outputs()
     found = SoftNMSPostprocessor(max_detections=12, iou_threshold=0.6)(logits, boxes, geometry)
     candidates = TopKPostprocessor(logits.shape[1])(logits, boxes, geometry)
-    for each, before in zip(found, candidates, strict=True):
+    for after, before in zip(found, candidates, strict=True):
         scores = naive_soft_nms(before.pred_boxes.tensor, before.scores, before.pred_classes, 0.6)
         best = scores.argsort(descending=True, stable=True)
         best = best[scores[best] >= 1e-3][:12]
-        assert 0 < len(each) == len(best) <= 12
-        torch.testing.assert_close(each.scores, scores[best].float())
-        assert torch.equal(each.pred_classes, before.pred_classes[best])
-        assert torch.equal(each.pred_boxes.tensor, before.pred_boxes.tensor[best])
-        assert (each.scores[:-1] >= each.scores[1:]).all()
+        assert 0 < len(after) == len(best) <= 12
+        torch.testing.assert_close(after.scores, scores[best].float())
+        assert torch.equal(after.pred_classes, before.pred_classes[best])
+        assert torch.equal(after.pred_boxes.tensor, before.pred_boxes.tensor[best])
+        assert (after.scores[:-1] >= after.scores[1:]).all()
 
 
 def test_low_scores_are_dropped_but_never_the_best():
     logits, boxes, geometry = outputs()
-    for each in SoftNMSPostprocessor(min_score=0.3)(logits, boxes, geometry):
-        assert len(each) < 30 and each.scores.min() >= 0.3
+    for found in SoftNMSPostprocessor(min_score=0.3)(logits, boxes, geometry):
+        assert len(found) < 30 and found.scores.min() >= 0.3
     kept = SoftNMSPostprocessor(min_score=0.3)(logits - 20.0, boxes, geometry)
     candidates = TopKPostprocessor(1)(logits - 20.0, boxes, geometry)
-    for each, best in zip(kept, candidates, strict=True):
-        assert each.scores.tolist() == best.scores.tolist()
+    for instances, best in zip(kept, candidates, strict=True):
+        assert instances.scores.tolist() == best.scores.tolist()
 
 
 def test_starts_from_as_many_pairs_as_queries():
     logits, boxes, geometry = outputs()
     spread = boxes * torch.linspace(0.1, 1.0, 30)[:, None]  # nothing overlaps enough
     postprocessor = SoftNMSPostprocessor(max_detections=500, iou_threshold=0.99)
-    assert [len(each) for each in postprocessor(logits, spread, geometry)] == [30, 30]
+    assert [len(instances) for instances in postprocessor(logits, spread, geometry)] == [30, 30]

@@ -58,9 +58,9 @@ def _mask_rcnn_config(rectangles, *overrides):
 
 def _add_polygons(path: Path) -> None:
     content = json.loads(path.read_text())
-    for each in content["annotations"]:
-        x, y, w, h = each["bbox"]
-        each["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    for annotation in content["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
     path.write_text(json.dumps(content))
 
 

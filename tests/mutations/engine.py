@@ -4,7 +4,7 @@ from tests.mutations import Mutation
 
 
 def _mutation(name: str, file: str, old: str, new: str, *tests: str) -> Mutation:
-    return Mutation(name, f"co_detr/{file}", old, new, tuple(f"tests/{each}.py" for each in tests))
+    return Mutation(name, f"co_detr/{file}", old, new, tuple(f"tests/{test}.py" for test in tests))
 
 
 MUTATIONS = (

@@ -11,7 +11,7 @@ def _mutation(name: str, file: str, old: str, new: str, *tests: str) -> Mutation
         f"co_detr/{file}",
         old,
         new,
-        tuple(f"{MODELING}/test_{each}.py" for each in tests),
+        tuple(f"{MODELING}/test_{test}.py" for test in tests),
     )
 
 
@@ -34,8 +34,8 @@ MUTATIONS = (
     _mutation(
         "ignored-candidates-are-positive",
         "modeling/queries/positive.py",
-        "((each >= 0) & (each < self.num_classes))",
-        "(each < self.num_classes)",
+        "((labels >= 0) & (labels < self.num_classes))",
+        "(labels < self.num_classes)",
         "positive_queries",
     ),
     _mutation(
@@ -228,7 +228,7 @@ MUTATIONS = (
         "noise-for-a-micro-batch",
         "modeling/queries/denoising.py",
         "longest = max(num_truths)",
-        "longest = max(len(each.labels) for each in ground_truth)",
+        "longest = max(len(truth.labels) for truth in ground_truth)",
         "accumulation",
     ),
     _mutation(
@@ -263,8 +263,8 @@ MUTATIONS = (
     _mutation(
         "features-of-another-image",
         "modeling/auxiliary/faster_rcnn.py",
-        "each[image : image + 1]",
-        "each[:1]",
+        "level_map[image : image + 1]",
+        "level_map[:1]",
         "detectors",
     ),
     _mutation(

@@ -52,13 +52,17 @@ def test_json_and_pictures(predict, predictor, photos, tmp_path):
     for image in content["images"]:
         found = predictor(image["file_name"])
         assert (image["height"], image["width"]) == found.image_size
-        mine = [each for each in content["annotations"] if each["image_id"] == image["id"]]
+        mine = [
+            annotation
+            for annotation in content["annotations"]
+            if annotation["image_id"] == image["id"]
+        ]
         boxes = found.pred_boxes.tensor.clone()
         boxes[:, 2:] -= boxes[:, :2]
         assert len(mine) == len(found) > 0
-        assert [each["bbox"] for each in mine] == boxes.tolist()
-        assert [each["score"] for each in mine] == found.scores.tolist()
-        assert [each["category_id"] - 1 for each in mine] == found.pred_classes.tolist()
+        assert [annotation["bbox"] for annotation in mine] == boxes.tolist()
+        assert [annotation["score"] for annotation in mine] == found.scores.tolist()
+        assert [annotation["category_id"] - 1 for annotation in mine] == found.pred_classes.tolist()
         with Image.open(tmp_path / "drawn" / image["picture"]) as picture:
             assert picture.size == (image["width"], image["height"])
 
@@ -68,15 +72,19 @@ def test_another_detector(predict, trained, photos):
     predictor = Predictor(trained.config, trained.checkpoint, device=NAME, detector="cascade")
     for image in content["images"]:
         found = predictor(image["file_name"])
-        mine = [each for each in content["annotations"] if each["image_id"] == image["id"]]
-        assert [each["score"] for each in mine] == found.scores.tolist() != []
+        mine = [
+            annotation
+            for annotation in content["annotations"]
+            if annotation["image_id"] == image["id"]
+        ]
+        assert [annotation["score"] for annotation in mine] == found.scores.tolist() != []
 
 
 def test_json_is_an_annotation_file(predict, photos, tmp_path):
     _, content = predict(photos, "--score", "0")
     coco = COCO(str(tmp_path / "drawn" / "predictions.json"))
     assert len(coco.getAnnIds(imgIds=[1])) == sum(
-        each["image_id"] == 1 for each in content["annotations"]
+        annotation["image_id"] == 1 for annotation in content["annotations"]
     )
     assert len(coco.loadRes(content["annotations"]).anns) == len(content["annotations"])
 
@@ -94,10 +102,10 @@ def test_batched_is_single(predict, photos):
 
 def test_score(predict, photos):
     _, everything = predict(photos, "--score", "0")
-    scores = sorted(each["score"] for each in everything["annotations"])
+    scores = sorted(annotation["score"] for annotation in everything["annotations"])
     limit = scores[len(scores) // 2]
     _, some = predict(photos, "--score", str(limit))
-    kept = [each["score"] for each in some["annotations"]]
+    kept = [annotation["score"] for annotation in some["annotations"]]
     assert sorted(kept) == [score for score in scores if score >= limit] and kept
     _, default = predict(photos)
     assert len(default["annotations"]) == sum(score >= 0.3 for score in scores)
@@ -149,7 +157,9 @@ def test_inputs(photos, tmp_path):
     (photos / "drawn" / "a.jpg").touch()
 
     def names(*arguments):
-        found = find_inputs([str(each) for each in arguments], image_suffixes(), photos / "drawn")
+        found = find_inputs(
+            [str(argument) for argument in arguments], image_suffixes(), photos / "drawn"
+        )
         return [str(path.relative_to(photos)) for path in found.files], found.problems
 
     assert names(photos) == (["a.png", "b.png", "c.png", "odd[1].png", "sub/D.JPG"], [])

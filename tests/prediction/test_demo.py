@@ -60,7 +60,7 @@ def test_page_names_everything_and_loads_nothing_from_elsewhere(client):
     files = sorted(path.name for path in (ROOT / "co_detr/tools/demo/static").iterdir())
     assert len(files) >= 3
     sources = [text] + [client.get(f"/static/{name}").get_data(as_text=True) for name in files]
-    assert all("http:" not in each and "https:" not in each for each in sources)
+    assert all("http:" not in source and "https:" not in source for source in sources)
     assert "default-src 'self'" in page.headers["Content-Security-Policy"]
 
 
@@ -77,9 +77,9 @@ def test_answer_is_what_the_predictor_finds(client, predictor, pixels):
     found = predictor(pixels)
     coco = answer.json["coco"]
     assert coco["images"] == [{"id": 1, "file_name": "cells.png", "width": 80, "height": 60}]
-    assert [each["name"] for each in coco["categories"]] == CLASSES
+    assert [category["name"] for category in coco["categories"]] == CLASSES
     # All of them, whatever the slider's start: moving it must not ask again.
-    assert [each["score"] for each in coco["annotations"]] == found.scores.tolist()
+    assert [annotation["score"] for annotation in coco["annotations"]] == found.scores.tolist()
     assert min(found.scores) < 0.25
     assert answer.json["seconds"] > 0
     assert answer.json["picture"] is None
@@ -188,9 +188,9 @@ def test_several_users_at_once_get_their_own_boxes(client, predictor):
     expected = [predictor(image).pred_boxes.tensor[0, 0].item() for image in images]
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         send = lambda image: detect(client.application.test_client(), encoded(image))  # noqa: E731
-        answers = [each.json["coco"] for each in pool.map(send, images)]
-    assert [each["images"][0]["width"] for each in answers] == [50 + 3 * i for i in range(6)]
-    assert [each["annotations"][0]["bbox"][0] for each in answers] == expected
+        answers = [answer.json["coco"] for answer in pool.map(send, images)]
+    assert [answer["images"][0]["width"] for answer in answers] == [50 + 3 * i for i in range(6)]
+    assert [answer["annotations"][0]["bbox"][0] for answer in answers] == expected
 
 
 def test_arguments_and_ports_are_explained(client, trained, monkeypatch):

@@ -183,7 +183,7 @@ def test_downloads(page, predictor, photos):
     picture, content = page.downloads / "a_boxes.jpg", page.downloads / "a.json"
     page.wait(lambda: picture.exists() and content.exists())
     saved = json.loads(content.read_text())
-    assert [each["score"] for each in saved["annotations"]] == [
+    assert [annotation["score"] for annotation in saved["annotations"]] == [
         score for score in scores.tolist() if score >= limit
     ]
     with Image.open(picture) as drawn, Image.open(photos / "a.png") as image:

@@ -51,7 +51,7 @@ def test_all_kinds_of_images_give_the_same(predictor, photos):
     for source in (str(path), image, np.asarray(image)):
         assert same(predictor(source), expected)
     found = predictor([path, str(path), image, np.asarray(image)])
-    assert len(found) == 4 and all(same(each, expected) for each in found)
+    assert len(found) == 4 and all(same(detections, expected) for detections in found)
     assert same(predictor((path,))[0], expected) and predictor([]) == []
 
 
@@ -59,18 +59,18 @@ def test_batches_hold_images_of_one_size_and_keep_the_order(trained, predictor, 
     batched = Predictor(trained.config, trained.checkpoint, device=NAME, batch_size=2)
     sizes = []
     batched.model.register_forward_pre_hook(
-        lambda _, inputs: sizes.append([tuple(each["image"].shape) for each in inputs[0]])
+        lambda _, inputs: sizes.append([tuple(entry["image"].shape) for entry in inputs[0]])
     )
     paths = [photos / f"{name}.png" for name in "abcb"]
     found = batched(paths)
-    assert sorted(map(len, sizes)) == [2, 2] and all(len(set(each)) == 1 for each in sizes)
-    for path, each in zip(paths, found, strict=True):
+    assert sorted(map(len, sizes)) == [2, 2] and all(len(set(side)) == 1 for side in sizes)
+    for path, detections in zip(paths, found, strict=True):
         alone = predictor(path)
-        assert each.image_size == alone.image_size
-        assert each.pred_classes.equal(alone.pred_classes)
-        torch.testing.assert_close(each.scores, alone.scores, rtol=0, atol=1e-5)
+        assert detections.image_size == alone.image_size
+        assert detections.pred_classes.equal(alone.pred_classes)
+        torch.testing.assert_close(detections.scores, alone.scores, rtol=0, atol=1e-5)
         torch.testing.assert_close(
-            each.pred_boxes.tensor, alone.pred_boxes.tensor, rtol=0, atol=1e-3
+            detections.pred_boxes.tensor, alone.pred_boxes.tensor, rtol=0, atol=1e-3
         )
 
 

@@ -55,9 +55,9 @@ def test_every_frame_is_drawn_and_listed(trained, predictor, clip, tmp_path):
     # In the order red, green, blue.
     assert np.abs(frames[3].mean((0, 1)) - [110, 0, 0]).max() < 6
     found = predictor(frames[3])
-    mine = [each for each in content["annotations"] if each["image_id"] == 4]
+    mine = [annotation for annotation in content["annotations"] if annotation["image_id"] == 4]
     np.testing.assert_allclose(
-        [each["score"] for each in mine], found.scores.tolist(), rtol=0, atol=1e-5
+        [annotation["score"] for annotation in mine], found.scores.tolist(), rtol=0, atol=1e-5
     )
 
 

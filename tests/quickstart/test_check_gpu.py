@@ -34,7 +34,7 @@ def run(tmp_path):
         status = Check(stages, tmp_path, minutes, at_once).run()
         summary = json.loads((tmp_path / "summary.json").read_text())["stages"]
         files = {path.name for path in tmp_path.iterdir()}
-        by_stage = {each["stage"]: each for each in summary}
+        by_stage = {stage["stage"]: stage for stage in summary}
         return Ran(status, by_stage, (tmp_path / "log.txt").read_text(), files)
 
     return run
@@ -47,7 +47,7 @@ def test_a_failed_stage_does_not_keep_the_others_from_running(run, capsys):
         Stage("nothing to do", None, 60, group=2, note="no such tool"),
     )
     assert ran.status == 1
-    statuses = {name: each["status"] for name, each in ran.by_stage.items()}
+    statuses = {name: stage["status"] for name, stage in ran.by_stage.items()}
     assert statuses == {"breaks": "failed", "works": "passed", "nothing to do": "left out"}
     assert ran.by_stage["breaks"]["note"] == "exit status 3"
     assert ran.by_stage["works"]["figures"] == {"AP": 12.5}
@@ -100,7 +100,7 @@ def test_both_lists_have_the_same_stages_and_few_files(tmp_path, monkeypatch):
     assert sorted(rehearsed) == sorted(stage.name for stage in gpu_stages(tmp_path, "data"))
     monkeypatch.setenv("OUT", str(tmp_path))
     options = parse_arguments(["--rehearse", "--only", "build"])
-    assert options.out == tmp_path and [each.name for each in options.stages] == ["build"]
+    assert options.out == tmp_path and [stage.name for stage in options.stages] == ["build"]
     with pytest.raises(SystemExit):
         parse_arguments(["--only", "nothing"])
 

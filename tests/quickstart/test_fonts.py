@@ -32,7 +32,7 @@ def write_font(path, letters, family):
     for point in ((0, 500), (900, 500), (900, 0)):
         pen.lineTo(point)
     pen.closePath()
-    bar, names = pen.glyph(), [f"letter{ord(each)}" for each in letters]
+    bar, names = pen.glyph(), [f"letter{ord(letter)}" for letter in letters]
     builder = FontBuilder(1000, isTTF=True)
     builder.setupGlyphOrder([".notdef", *names])
     builder.setupCharacterMap(dict(zip(map(ord, letters), names, strict=True)))
@@ -93,7 +93,7 @@ def test_what_is_missing_is_said_once(no_others, caplog, recwarn, tmp_path):
         figure_of("\u82f9", tmp_path / "a.png")
     (record,) = caplog.records
     assert "\u679c\u82f9 is installed" in record.getMessage() and VARIABLE in record.getMessage()
-    assert not [each for each in recwarn if "Glyph" in str(each.message)]
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
 def test_letters_that_every_machine_has(no_others, caplog):

@@ -237,7 +237,7 @@ class PAAAssigner(nn.Module):
         # One row for each ground truth that has candidates, lowest loss first.
         row = truths[kept].unique(return_inverse=True)[1]
         rank = _rank(row, losses[kept])
-        shape = [each + 1 for each in torch.stack([row.max(), rank.max()]).tolist()]
+        shape = [largest + 1 for largest in torch.stack([row.max(), rank.max()]).tolist()]
         valid = torch.zeros(shape, dtype=torch.bool, device=losses.device)
         valid[row, rank] = True
         values = losses.new_zeros(shape, dtype=torch.float64)

@@ -214,7 +214,7 @@ class ExtraLevel(nn.Module):
         """Encoder memory -> maps ``(B, C, H, W)`` by name, finest first."""
         maps = memory.maps()
         maps.append(self.conv(maps[-1]))
-        return {f"p{self.finest + level}": each for level, each in enumerate(maps)}
+        return {f"p{self.finest + level}": level_map for level, level_map in enumerate(maps)}
 
 
 def normed_conv(embed_dim: int, num_groups: int, stride: int = 1) -> Conv2d:
@@ -257,7 +257,7 @@ class SimplePyramid(nn.Module):
                 f"model.auxiliary.pyramid.strides={strides} must double from level to level and "
                 f"contain the encoder's stride {stride}, as [8, 16, 32, 64] does for 32."
             )
-        self.names = [f"p{each.bit_length() - 1}" for each in strides]
+        self.names = [f"p{stride.bit_length() - 1}" for stride in strides]
         start = strides.index(stride)
 
         def convs(number: int, stride: int) -> nn.ModuleList:

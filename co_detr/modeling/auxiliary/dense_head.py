@@ -190,15 +190,15 @@ class DenseHead(nn.Module):
             for image in corners
         ]
         found = [
-            self.assigner(levels, each.gt_boxes.tensor)
-            for levels, each in zip(kept, gt_instances, strict=True)
+            self.assigner(levels, instances.gt_boxes.tensor)
+            for levels, instances in zip(kept, gt_instances, strict=True)
         ]
         images = [
-            self._image_targets(*each) for each in zip(corners, found, gt_instances, strict=True)
+            self._image_targets(*image) for image in zip(corners, found, gt_instances, strict=True)
         ]
         names = [field.name for field in fields(DenseTargets)]
         return DenseTargets(
-            **{name: torch.stack([getattr(each, name) for each in images]) for name in names}
+            **{name: torch.stack([getattr(image, name) for image in images]) for name in names}
         )
 
     def _image_targets(
@@ -211,7 +211,7 @@ class DenseHead(nn.Module):
         """
         levels = found.split([corner.number for corner in corners])
         assigned = torch.cat(
-            [corner.pad(each, BACKGROUND) for corner, each in zip(corners, levels, strict=True)]
+            [corner.pad(level, BACKGROUND) for corner, level in zip(corners, levels, strict=True)]
         )
         inside = torch.cat([corner.mask(assigned.device) for corner in corners])
         # One more row, so that an image without ground truth has something to index.

@@ -256,8 +256,8 @@ class RetinaNetHead(DenseHead):
     def predict(self, maps: list[Tensor]) -> DensePredictions:
         logits, deltas = self.network(maps)
         return DensePredictions.of_levels(
-            [flatten_map(each, self.num_anchors) for each in logits],
-            [flatten_map(each, self.num_anchors) for each in deltas],
+            [flatten_map(level, self.num_anchors) for level in logits],
+            [flatten_map(level, self.num_anchors) for level in deltas],
         )
 
 

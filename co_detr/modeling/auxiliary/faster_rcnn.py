@@ -116,17 +116,17 @@ class CollaborativeROIHeads(StandardROIHeads):
 
     def _forward_box(self, features: dict[str, Tensor], proposals: list[Instances]):
         maps = [features[name] for name in self.box_in_features]
-        pooled = self.box_pooler(maps, [each.proposal_boxes for each in proposals])
+        pooled = self.box_pooler(maps, [instances.proposal_boxes for instances in proposals])
         if not self.training:
             # Scores of half precision would be a few dozen different numbers.
             predictions = tuple(
-                each.to(torch.promote_types(each.dtype, torch.float32))
-                for each in self.box_predictor(self.box_head(pooled))
+                prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+                for prediction in self.box_predictor(self.box_head(pooled))
             )
             return self.box_predictor.inference(predictions, proposals)[0]
-        query_features = pooled.mean(dim=(2, 3)).split([len(each) for each in proposals])
-        for each, rows in zip(proposals, query_features, strict=True):
-            each.query_features = rows
+        query_features = pooled.mean(dim=(2, 3)).split([len(instances) for instances in proposals])
+        for instances, rows in zip(proposals, query_features, strict=True):
+            instances.query_features = rows
         scores, deltas = self.box_predictor(self.box_head(pooled))
         # Detectron2 asserts that boxes are ordered, which those from NaN are not. The loss has to
         # say it instead, where the trainer sees it in all processes; the sum is 0 otherwise.
@@ -210,7 +210,7 @@ class FasterRCNNHead(nn.Module):
         with get_event_storage().name_scope(self.name):
             proposals, _ = self.rpn(images, features, gt_instances)
             samples = self.roi_heads.label_and_sample_proposals(proposals, gt_instances)
-        positives = torch.stack([self._is_positive(each).sum() for each in samples])
+        positives = torch.stack([self._is_positive(sample).sum() for sample in samples])
         return HeadCounts(self._normalizers(samples), positives.tolist())
 
     def _normalizers(self, samples: list[Instances]) -> Tensor:
@@ -251,7 +251,7 @@ class FasterRCNNHead(nn.Module):
             if name in of_loss:
                 # Half precision cannot count to a thousand.
                 dtype = torch.promote_types(value.dtype, torch.float32)
-                number, total = (each.to(dtype) for each in of_loss[name])
+                number, total = (term.to(dtype) for term in of_loss[name])
                 weight = number / total.clamp(min=1)
             weighted[name] = value * weight
         return weighted
@@ -289,10 +289,10 @@ class FasterRCNNHead(nn.Module):
         detections, _ = self.roi_heads(images, features, proposals)
 
         def gather_features(image: int, indices: Tensor) -> Tensor:
-            own = {name: each[image : image + 1] for name, each in features.items()}
+            own = {name: level_map[image : image + 1] for name, level_map in features.items()}
             return self.roi_heads.region_features(own, [starts[image][indices]])
 
-        starts = [each.pred_boxes for each in detections]
+        starts = [instances.pred_boxes for instances in detections]
         return HeadDetections(
             detections, Candidates.of_detections(detections, starts, gather_features)
         )

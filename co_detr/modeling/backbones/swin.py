@@ -156,8 +156,8 @@ class SwinStage(BasicLayer):
             downsample=PatchMerging if merge else None,
             use_checkpoint=activation_checkpointing,
         )
-        for block, each in zip(self.blocks, drop_path, strict=True):
-            block.drop_path = each
+        for block, rate in zip(self.blocks, drop_path, strict=True):
+            block.drop_path = rate
 
     def forward(self, tokens: Tensor, height: int, width: int) -> Tensor:
         """``(B, height * width, C)`` -> the same shape; ``merge`` is a step of its own."""

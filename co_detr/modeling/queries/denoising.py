@@ -105,7 +105,7 @@ class DenoisingQueries(QuerySource):
 
         It has no queries at all if no image of the step has a ground truth.
         """
-        num_truths = counts.num_truths if counts else [len(each.labels) for each in ground_truth]
+        num_truths = counts.num_truths if counts else [len(truth.labels) for truth in ground_truth]
         longest = max(num_truths)
         num_blocks = max(1, self.num_queries // longest) if longest else 1
         labels, boxes, is_real = _pad(ground_truth, longest)  # (B, G), (B, G, 4), (B, G)

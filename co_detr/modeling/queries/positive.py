@@ -146,9 +146,9 @@ class PositiveQueries(nn.Module):
         Args:
             candidates: `HeadDetections.candidates`, at least one in the batch.
         """
-        numbers = [len(each) for each in candidates.instances]
+        numbers = [len(instances) for instances in candidates.instances]
         device = self.position_proj.weight.device
-        chosen = [_Slots(torch.arange(each, device=device), max(numbers)) for each in numbers]
+        chosen = [_Slots(torch.arange(number, device=device), max(numbers)) for number in numbers]
         group = self._group(name, candidates, chosen, geometry)
         return replace(group, targets=None, num_blocks=group.num_queries)
 
@@ -174,10 +174,10 @@ class PositiveQueries(nn.Module):
             gather = candidates.gather_features
             features = [gather(image, slots.indices) for image, slots in enumerate(chosen)]
             features = filled(features)
-        labels = filled([each.gt_classes for each in picked], padding=self.num_classes)
+        labels = filled([instances.gt_classes for instances in picked], padding=self.num_classes)
         valid = filled([torch.ones_like(slots.indices) for slots in chosen])
-        boxes = filled([each.proposal_boxes.tensor.to(dtype) for each in picked])
-        targets = filled([each.gt_boxes.tensor.to(dtype) for each in picked])
+        boxes = filled([instances.proposal_boxes.tensor.to(dtype) for instances in picked])
+        targets = filled([instances.gt_boxes.tensor.to(dtype) for instances in picked])
         factors = geometry.factors[:, None]
         boxes, targets = normalize_boxes(boxes, factors), normalize_boxes(targets, factors)
         # Anchors may be larger than the image: attention uses them as they are, their code is
@@ -209,19 +209,19 @@ class PositiveQueries(nn.Module):
 
     def _choose(self, instances: list[Instances], step_positives: list[int] | None) -> list[_Slots]:
         """Chooses on the host: one transfer of the classes, instead of one for every count."""
-        classes = [each.gt_classes for each in instances]
-        host = torch.cat(classes).cpu().split([len(each) for each in classes])
+        classes = [image.gt_classes for image in instances]
+        host = torch.cat(classes).cpu().split([len(labels) for labels in classes])
         positives = [
-            ((each >= 0) & (each < self.num_classes)).nonzero().squeeze(1) for each in host
+            ((labels >= 0) & (labels < self.num_classes)).nonzero().squeeze(1) for labels in host
         ]
         longest = max(step_positives or map(len, positives))
         num_slots = max(self.min_queries, min(self.max_queries, longest))
         chosen = []
-        for each, indices in zip(host, positives, strict=True):
+        for labels, indices in zip(host, positives, strict=True):
             if len(indices) > num_slots:
                 indices = self._draw(indices, num_slots)
             elif len(indices) < num_slots and self.padding == "negatives":
-                background = (each == self.num_classes).nonzero().squeeze(1)
+                background = (labels == self.num_classes).nonzero().squeeze(1)
                 filler = self._draw(background, num_slots - len(indices))
                 indices = torch.cat([indices, filler])
             chosen.append(indices)

@@ -62,7 +62,8 @@ class Outcome:
     def best(self, metric: str) -> float | None:
         """The highest value over all evaluations."""
         return max(
-            (each[metric] for each in self.evaluations.values() if metric in each), default=None
+            (metrics[metric] for metrics in self.evaluations.values() if metric in metrics),
+            default=None,
         )
 
 
@@ -70,12 +71,14 @@ def read_outcome(folder: Path) -> Outcome:
     """Reads a folder, which may be missing or of a run that is not at its end."""
     marker = _text(folder / MARKER).strip("\0 \n")
     records = list(_log(folder / "metrics.jsonl"))
-    trained = max((each["iteration"] + 1 for each in records if "total_loss" in each), default=0)
+    trained = max(
+        (record["iteration"] + 1 for record in records if "total_loss" in record), default=0
+    )
     evaluations = _evaluations(folder / HISTORY_FILE)
     numbered = _NUMBERED.fullmatch(marker)
     saved = trained if marker == FINAL else int(numbered[1]) + 1 if numbered else 0
-    times = [each["time"] for each in records if "time" in each]
-    memory = [each[GPU_PEAK] for each in records if GPU_PEAK in each]
+    times = [record["time"] for record in records if "time" in record]
+    memory = [record[GPU_PEAK] for record in records if GPU_PEAK in record]
     return Outcome(
         saved_iterations=saved,
         evaluations=evaluations,
@@ -158,7 +161,7 @@ class RunRecord:
 
     @property
     def ended(self) -> list[tuple[Attempt, AttemptEnd]]:
-        return [(each, each.end) for each in self.attempts if each.end is not None]
+        return [(attempt, attempt.end) for attempt in self.attempts if attempt.end is not None]
 
     @property
     def problem(self) -> str | None:
@@ -197,7 +200,7 @@ def read_record(folder: Path, settings: list[str]) -> RunRecord:
         return RunRecord(settings)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        attempts = tuple(_attempt(each) for each in content["attempts"])
+        attempts = tuple(_attempt(entry) for entry in content["attempts"])
         record = RunRecord(list(content["settings"]), attempts)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(

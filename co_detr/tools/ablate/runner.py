@@ -150,12 +150,12 @@ class Runner:
                 self._signals.append(number)
             last = time.monotonic()
 
-        before = {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM)}
+        before = {stop: signal.signal(stop, note) for stop in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            for each, handler in before.items():
-                signal.signal(each, handler)
+            for stop, handler in before.items():
+                signal.signal(stop, handler)
 
 
 class ProgressBar:

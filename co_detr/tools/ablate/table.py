@@ -97,8 +97,8 @@ def write_results(states: Sequence[RunState], output_dir: Path) -> str:
         by_variant.setdefault(state.spec.variant, []).append(state)
     summaries = [VariantSummary.of(variant, runs) for variant, runs in by_variant.items()]
     # More than one means that times do not compare.
-    attempts = [each for state in states for each in state.record.attempts]
-    environments = list(dict.fromkeys(each.environment for each in attempts))
+    attempts = [attempt for state in states for attempt in state.record.attempts]
+    environments = list(dict.fromkeys(attempt.environment for attempt in attempts))
     table = _markdown(summaries, states, environments)
     runs = [_run_row(state) for state in states]
     results = {
@@ -124,7 +124,7 @@ def _markdown(
     padded = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = ["| " + " | ".join(row) + " |" for row in (padded[0], rule, *padded[1:])]
-    lines += ["", *(f"Environment: {each}" for each in environments)]
+    lines += ["", *(f"Environment: {environment}" for environment in environments)]
     if any(state.lost_attempts for state in states if state.is_finished):
         lines.append("Times lack those of processes that were not seen to end; see runs.csv.")
     lines += [

@@ -107,7 +107,7 @@ def measure_attention(
             continue
         examined.append(found)
     key, title = "attention", "Decoder attention"
-    if not any(each.num_images for each in examined):
+    if not any(result.num_images for result in examined):
         reason = NOTHING_TO_MEASURE if examined else "No model has a decoder to look at."
         return Section(key, title, "\n\n".join([reason, *remarks]), {})
     text = _TEXT.format(images=examined[0].num_images)
@@ -129,7 +129,7 @@ def measure_attention(
             curve_chart(
                 f"{name.split()[0]}-{layers.split()[0]}",
                 f"IoF-IoB curves of the attention of {name}, {layers}.",
-                {each.name: each.curves[_key(name, layers)] for each in examined},
+                {result.name: result.curves[_key(name, layers)] for result in examined},
             )
             for name in (ALL, MATCHED)
             for layers in (LAST, MEAN)
@@ -269,7 +269,7 @@ def captured_attention(decoder: nn.Module) -> Iterator[list[Attention]]:
     modules = [layer.cross_attention for layer in decoder.layers]
     for module in modules:
         if type(module) not in _ADAPTERS:
-            known = ", ".join(each.__name__ for each in _ADAPTERS)
+            known = ", ".join(adapter.__name__ for adapter in _ADAPTERS)
             raise AnalysisError(
                 f"the attention of {type(module).__name__} cannot be read, only that of {known}: "
                 "leave the measure of the decoder's attention out for this model."

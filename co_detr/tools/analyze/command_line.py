@@ -162,11 +162,11 @@ def run(options: argparse.Namespace) -> None:
             "environment": environment,
             "classes": models.class_names,
             "images": [record["file_name"] for record in samples.records],
-            "measures": {each.section.key: each.section.numbers for each in sections},
+            "measures": {result.section.key: result.section.numbers for result in sections},
         },
     )
     frame = Frame(
-        title=f"Analysis of {', '.join(each.name for each in models.subjects)}",
+        title=f"Analysis of {', '.join(subject.name for subject in models.subjects)}",
         models=_model_table(arguments, models),
         images=_images_sentence(options, models, samples),
         environment=environment,
@@ -193,7 +193,7 @@ def _model_table(arguments: Sequence[ModelArgument], models: Models) -> Table:
     for argument, subject in zip(arguments, models.subjects, strict=True):
         auxiliary = subject.model.auxiliary
         heads = [] if auxiliary is None else list(auxiliary.heads)
-        parameters = sum(each.numel() for each in subject.model.parameters())
+        parameters = sum(parameter.numel() for parameter in subject.model.parameters())
         rows.append(
             (
                 subject.name,

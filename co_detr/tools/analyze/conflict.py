@@ -120,20 +120,20 @@ def measure_conflict(
         key=key,
         title=title,
         text="\n\n".join([_TEXT, *remarks]),
-        numbers={name: each.summary() for name, each in found.items()},
+        numbers={name: distances.summary() for name, distances in found.items()},
         tables=(_average_table(found), _directed_table(found)),
         charts=tuple(
             Chart(
                 f"distances-{number}",
                 f"{name}: distances between heads, mean of both directions.",
-                matrix_figure(each.heads, each.symmetric, "KL divergence"),
+                matrix_figure(distances.heads, distances.symmetric, "KL divergence"),
             )
-            for number, (name, each) in enumerate(found.items(), start=1)
+            for number, (name, distances) in enumerate(found.items(), start=1)
         ),
         pictures=tuple(
             picture
-            for number, (name, each) in enumerate(found.items(), start=1)
-            for picture in _pictures(number, name, each, image_format)
+            for number, (name, distances) in enumerate(found.items(), start=1)
+            for picture in _pictures(number, name, distances, image_format)
         ),
     )
 
@@ -166,7 +166,9 @@ def activation_maps(model: CoDETR, sample: Sample) -> dict[str, Tensor]:
 
 
 def _average_table(found: dict[str, Distances]) -> Table:
-    rows = [(name, len(each.heads) - 1, each.average) for name, each in found.items()]
+    rows = [
+        (name, len(distances.heads) - 1, distances.average) for name, distances in found.items()
+    ]
     return Table(
         "average",
         "Average distance between heads.",
@@ -176,11 +178,11 @@ def _average_table(found: dict[str, Distances]) -> Table:
 
 
 def _directed_table(found: dict[str, Distances]) -> Table:
-    columns = list(dict.fromkeys(head for each in found.values() for head in each.heads))
+    columns = list(dict.fromkeys(head for distances in found.values() for head in distances.heads))
     rows = []
-    for name, each in found.items():
-        for head, row in zip(each.heads, each.directed.tolist(), strict=True):
-            values = dict(zip(each.heads, row, strict=True))
+    for name, distances in found.items():
+        for head, row in zip(distances.heads, distances.directed.tolist(), strict=True):
+            values = dict(zip(distances.heads, row, strict=True))
             rows.append((name, head, *(values.get(column) for column in columns)))
     return Table(
         "directed",

@@ -54,7 +54,9 @@ def measure_errors(
     subjects: Sequence[Subject], samples: Sequence[Sample], progress: Progress
 ) -> Section:
     """TIDE's error analysis of each model's detections."""
-    weights = {each.name: weigh_errors(judge(each, samples, progress)) for each in subjects}
+    weights = {
+        subject.name: weigh_errors(judge(subject, samples, progress)) for subject in subjects
+    }
     measured = {name: w for name, w in weights.items() if w.average_precision is not None}
     if not measured:
         text = "The images have no ground truth, so that nothing can be judged."
@@ -65,11 +67,11 @@ def measure_errors(
         text=_TEXT,
         numbers={
             name: {
-                "AP50": each.average_precision,
-                "gain_in_AP50": each.gains,
-                "number_of_errors": each.counts,
+                "AP50": weights.average_precision,
+                "gain_in_AP50": weights.gains,
+                "number_of_errors": weights.counts,
             }
-            for name, each in measured.items()
+            for name, weights in measured.items()
         },
         tables=_tables(measured),
         charts=(
@@ -134,9 +136,9 @@ def _bars(measured: dict[str, ErrorWeights]) -> Figure:
     axes = figure.subplots()
     width = 0.8 / len(measured)
     positions = np.arange(len(_MEANING))
-    for index, (name, each) in enumerate(measured.items()):
+    for index, (name, weights) in enumerate(measured.items()):
         offset = (index - (len(measured) - 1) / 2) * width
-        heights = [each.gains[kind] for kind in _MEANING]
+        heights = [weights.gains[kind] for kind in _MEANING]
         bars = axes.bar(positions + offset, heights, width, label=name)
         axes.bar_label(bars, fmt="%.1f", fontsize=7)
     axes.axvline(len(_MEANING) - 2.5, color="0.7", linewidth=0.8)

@@ -82,7 +82,7 @@ class ScoreMaps:
 
     def named(self) -> dict[str, Tensor]:
         """All of them by name: "fused", then "level 1", the finest, and so on."""
-        levels = {f"level {number}": each for number, each in enumerate(self.levels, start=1)}
+        levels = {f"level {number}": level for number, level in enumerate(self.levels, start=1)}
         return {FUSED: self.fused, **levels}
 
 
@@ -99,9 +99,9 @@ def score_maps(values: Sequence[Tensor], layout: LevelLayout) -> ScoreMaps:
             score 0 everywhere.
     """
     levels = []
-    for level, each in enumerate(values):
+    for level, scores in enumerate(values):
         rows, columns = layout.cells_inside(level)
-        inside = each[:rows, :columns]
+        inside = scores[:rows, :columns]
         inside = inside / inside.max().clamp(min=torch.finfo(inside.dtype).tiny)
         resized = F.interpolate(
             inside[None, None], layout.image_size, mode="bilinear", align_corners=False
@@ -291,25 +291,26 @@ def examine(
 
 def area_table(name: str, caption: str, examined: Sequence[Examined], prefix: str = "") -> Table:
     """Areas under the curves: a row per model, a column per map whose name begins so."""
-    names = dict.fromkeys(key for each in examined for key in each.curves)
+    names = dict.fromkeys(key for result in examined for key in result.curves)
     keys = [key for key in names if key.startswith(prefix)]
     rows = []
-    for each in examined:
-        areas = {key: mean.curve.auc for key, mean in each.curves.items()}
-        rows.append((each.name, *(areas.get(key) for key in keys)))
+    for result in examined:
+        areas = {key: mean.curve.auc for key, mean in result.curves.items()}
+        rows.append((result.name, *(areas.get(key) for key in keys)))
     return Table(name, caption, ("model", *(key.removeprefix(prefix) for key in keys)), tuple(rows))
 
 
 def curve_numbers(examined: Iterable[Examined]) -> dict:
     """For the JSON file: areas, their spread over images, and points of the curves."""
     return {
-        each.name: {
-            "images": each.num_images,
+        result.name: {
+            "images": result.num_images,
             "maps": {
-                key: {**mean.summary(), **_points(mean.curve)} for key, mean in each.curves.items()
+                key: {**mean.summary(), **_points(mean.curve)}
+                for key, mean in result.curves.items()
             },
         }
-        for each in examined
+        for result in examined
     }
 
 
@@ -330,7 +331,7 @@ def heat_map_pictures(
             f"{Path(sample.file_name).name}: {caption}",
             sample,
             image_format,
-            {each.name: each.heat_maps[index] for each in examined},
+            {result.name: result.heat_maps[index] for result in examined},
         )
         for index, sample in enumerate(examined[0].pictured)
     )
@@ -389,13 +390,13 @@ def measure_discriminability(
     if not examined[0].num_images:
         return Section(key, title, NOTHING_TO_MEASURE, {})
     by_level = tuple(
-        curve_chart(f"levels-{number}", f"{each.name}: the levels and their mean.", each.curves)
-        for number, each in enumerate(examined, start=1)
+        curve_chart(f"levels-{number}", f"{result.name}: the levels and their mean.", result.curves)
+        for number, result in enumerate(examined, start=1)
     )
     across = curve_chart(
         "models",
         "IoF-IoB curves of the encoder's features, fused over levels.",
-        {each.name: each.curves[FUSED] for each in examined},
+        {result.name: result.curves[FUSED] for result in examined},
     )
     return Section(
         key=key,

@@ -92,16 +92,16 @@ def measure_instability(
     subjects: Sequence[Subject], samples: Sequence[Sample], progress: Progress
 ) -> Section:
     """Instability of the decoder's matching between consecutive checkpoints of each run."""
-    objects = float(np.mean([len(each.input["instances"]) for each in samples]))
-    intervals = {each.name: intervals_of(each, samples, progress) for each in subjects}
+    objects = float(np.mean([len(sample.input["instances"]) for sample in samples]))
+    intervals = {subject.name: intervals_of(subject, samples, progress) for subject in subjects}
     remarks = [
-        f"{each.name} has no decoder, so that nothing is matched."
-        if each.model.decoder is None
-        else f"{each.name} has fewer than two checkpoints, so that nothing can be compared: train "
-        "with a lower train.checkpointer.period and a higher train.checkpointer.max_to_keep, and "
-        "name the run's folder."
-        for each in subjects
-        if not intervals[each.name]
+        f"{subject.name} has no decoder, so that nothing is matched."
+        if subject.model.decoder is None
+        else f"{subject.name} has fewer than two checkpoints, so that nothing can be compared: "
+        "train with a lower train.checkpointer.period and a higher "
+        "train.checkpointer.max_to_keep, and name the run's folder."
+        for subject in subjects
+        if not intervals[subject.name]
     ]
     measured = any(intervals.values())
     return Section(
@@ -111,7 +111,7 @@ def measure_instability(
         numbers={
             "objects_per_image": objects,
             "intervals": {
-                name: [vars(each) for each in found] for name, found in intervals.items()
+                name: [vars(interval) for interval in found] for name, found in intervals.items()
             },
         },
         tables=(_table(intervals, objects),) if measured else (),
@@ -170,7 +170,7 @@ def _compare(
     pairs = list(zip(before[1], after[1], strict=True))
     by_query = [instability(by_number(old), by_number(new)) for old, new in pairs]
     by_token = None
-    if all(each.tokens is not None for pair in pairs for each in pair):
+    if all(matching.tokens is not None for pair in pairs for matching in pair):
         by_token = np.mean([instability(by_place(old), by_place(new)) for old, new in pairs])
     return Interval(
         before[0],
@@ -197,9 +197,9 @@ def instability(before: Matching, after: Matching) -> int:
 
 def _table(intervals: dict[str, list[Interval]], objects: float) -> Table:
     rows = tuple(
-        (name, each.start, each.end, each.by_query, each.by_token)
+        (name, interval.start, interval.end, interval.by_query, interval.by_token)
         for name, found in intervals.items()
-        for each in found
+        for interval in found
     )
     return Table(
         "instability",
@@ -214,7 +214,7 @@ def _lines(intervals: dict[str, list[Interval]], objects: float) -> Figure:
     panels = figure.subplots(1, 2, sharey=True)
     for axes, kind in zip(panels, ("by_query", "by_token"), strict=True):
         for index, (name, found) in enumerate(intervals.items()):
-            points = [(each.end, getattr(each, kind)) for each in found]
+            points = [(interval.end, getattr(interval, kind)) for interval in found]
             points = [point for point in points if point[1] is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", label=name, color=f"C{index}")

@@ -62,21 +62,23 @@ def measure_positives(
     subjects: Sequence[Subject], samples: Sequence[Sample], progress: Progress
 ) -> Section:
     """Positive queries per ground truth of each auxiliary head and of the matching."""
-    counted = {each.name: count_positives(each.model, samples, progress) for each in subjects}
+    counted = {
+        subject.name: count_positives(subject.model, samples, progress) for subject in subjects
+    }
     text = _TEXT
     for part in ("auxiliary", "decoder"):
-        lacking = [each.name for each in subjects if getattr(each.model, part) is None]
+        lacking = [subject.name for subject in subjects if getattr(subject.model, part) is None]
         if lacking:
             kind = "auxiliary heads" if part == "auxiliary" else "matched queries"
             text += f"\n\nWithout {kind}: {', '.join(lacking)}."
-    if not any(len(each.areas) for each in counted.values()):
+    if not any(len(counted_positives.areas) for counted_positives in counted.values()):
         text = "The images have no ground truth, so that nothing is assigned."
         return Section("positives", "Positive queries per object", text, {})
     return Section(
         key="positives",
         title="Positive queries per object",
         text=text,
-        numbers={name: _summary(each) for name, each in counted.items()},
+        numbers={name: _summary(positives) for name, positives in counted.items()},
         tables=(_table(counted),),
         charts=(
             Chart(
@@ -89,7 +91,7 @@ def measure_positives(
 
 
 def count_positives(
-    model: CoDETR, samples: Sequence[Sample], progress: Progress = lambda each: each
+    model: CoDETR, samples: Sequence[Sample], progress: Progress = lambda samples: samples
 ) -> PositiveCounts:
     """Counts what a training step would assign; the model and all generators stay as they are."""
     sources = [] if model.decoder is None else [MATCHED]
@@ -108,8 +110,8 @@ def count_positives(
                 queries[name].append(counted.queries)
     return PositiveCounts(
         _joined(areas),
-        {name: _joined(each) for name, each in counts.items()},
-        {name: _joined(each) for name, each in queries.items()},
+        {name: _joined(parts) for name, parts in counts.items()},
+        {name: _joined(parts) for name, parts in queries.items()},
     )
 
 
@@ -204,8 +206,8 @@ def _summary(counted: PositiveCounts) -> dict:
 
 def _table(counted: dict[str, PositiveCounts]) -> Table:
     rows = []
-    for name, each in counted.items():
-        for source, summary in _summary(each).items():
+    for name, positives in counted.items():
+        for source, summary in _summary(positives).items():
             everything = summary["all"]
             rows.append(
                 (
@@ -235,12 +237,14 @@ def _table(counted: dict[str, PositiveCounts]) -> Table:
 
 def _histogram(counted: dict[str, PositiveCounts]) -> Figure:
     """One panel for each model; a source keeps its color in all of them."""
-    sources = list(dict.fromkeys(name for each in counted.values() for name in each.counts))
-    longest = max(int(c.max()) for each in counted.values() for c in each.counts.values())
+    sources = list(
+        dict.fromkeys(name for positives in counted.values() for name in positives.counts)
+    )
+    longest = max(int(c.max()) for positives in counted.values() for c in positives.counts.values())
     figure = Figure(figsize=(8, 0.6 + 2.3 * len(counted)), layout="constrained")
     panels = figure.subplots(len(counted), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (name, each) in zip(panels, counted.items(), strict=True):
-        for source, counts in each.counts.items():
+    for axes, (name, positives) in zip(panels, counted.items(), strict=True):
+        for source, counts in positives.counts.items():
             share = np.bincount(counts, minlength=longest + 1) / len(counts)
             axes.stairs(
                 share,

@@ -197,8 +197,8 @@ def render(section: Section) -> RenderedSection:
     """Draws the charts and pictures."""
     return RenderedSection(
         section,
-        tuple(_page_chart(each) for each in section.charts),
-        tuple(_page_picture(each) for each in section.pictures),
+        tuple(_page_chart(chart) for chart in section.charts),
+        tuple(_page_picture(picture) for picture in section.pictures),
     )
 
 
@@ -246,11 +246,11 @@ def table_csv(table: Table) -> str:
 def plain(value: Any) -> Any:
     """What JSON can say: text keys, lists, Python numbers; None for what is not finite."""
     if isinstance(value, Mapping):
-        return {str(key): plain(each) for key, each in value.items()}
+        return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, np.ndarray | np.generic):
         return plain(value.tolist())
     if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
+        return [plain(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -179,35 +179,39 @@ def load_models(
         ConfigError: if two have one name, other classes or another input, or one is no Co-DETR.
         CheckpointError: if weights are unreadable or do not fit.
     """
-    names = [each.name for each in arguments]
+    names = [argument.name for argument in arguments]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise ConfigError(f'two models are called "{twice[0]}": give each --model its own name.')
     subjects: list[Subject] = []
     classes: list[str] = []
-    for each in arguments:
-        detector = load_detector(each.config, each.weights, unsafe=unsafe, training_parts=True)
+    for argument in arguments:
+        detector = load_detector(
+            argument.config, argument.weights, unsafe=unsafe, training_parts=True
+        )
         if not isinstance(detector.model, CoDETR):
             raise ConfigError(
-                f"{each.config} builds a {type(detector.model).__name__}, but only Co-DETR models "
-                "can be analyzed: name another config."
+                f"{argument.config} builds a {type(detector.model).__name__}, but only Co-DETR "
+                "models can be analyzed: name another config."
             )
         if detector.model.auxiliary is not None:
             detector.model.auxiliary.ignore_masks()  # no measure looks at masks
-        subject = Subject(each.name, detector.model.to(device), detector.cfg, each.checkpoints)
+        subject = Subject(
+            argument.name, detector.model.to(device), detector.cfg, argument.checkpoints
+        )
         if subjects:
             first = subjects[0]
             if classes != detector.class_names:
                 raise ConfigError(
-                    f'"{first.name}" has the classes ({shortened(classes)}) but "{each.name}" has '
-                    f"({shortened(detector.class_names)}): compare models that were trained on the "
-                    "same classes."
+                    f'"{first.name}" has the classes ({shortened(classes)}) but "{argument.name}" '
+                    f"has ({shortened(detector.class_names)}): compare models that were trained "
+                    "on the same classes."
                 )
             if _input_of(first) != _input_of(subject):
                 raise ConfigError(
-                    f'"{first.name}" and "{each.name}" read or resize images differently in the '
-                    "evaluation (dataloader.test.mapper, data.value_range): analyze them one by "
-                    "one."
+                    f'"{first.name}" and "{argument.name}" read or resize images differently in '
+                    "the evaluation (dataloader.test.mapper, data.value_range): analyze them one "
+                    "by one."
                 )
         subjects.append(subject)
         classes = detector.class_names

@@ -130,12 +130,14 @@ def _has_xml(source: Path) -> bool:
     if not source.is_dir():
         return False
     patterns = ("*.xml", "*/*.xml")
-    return (source / "Annotations").is_dir() or any(any(source.glob(each)) for each in patterns)
+    return (source / "Annotations").is_dir() or any(
+        any(source.glob(pattern)) for pattern in patterns
+    )
 
 
 def _report(split: ConvertedSplit, path: Path) -> None:
     content = split.content
-    crowd = sum(each["iscrowd"] for each in content["annotations"])
+    crowd = sum(annotation["iscrowd"] for annotation in content["annotations"])
     counts = f"{len(content['images'])} images, {len(content['annotations']) - crowd} boxes"
     print(printable(f"{split.name}: {counts}, {crowd} crowd regions, written to {path}"))
     for remark, cases in split.remarks.items():

@@ -153,13 +153,13 @@ def convert(splits: dict[str, list[Example]], layout: Layout) -> list[ConvertedS
         DataError: for the first file that is wrong, with the number of the others.
     """
     read = {split: list(_read_all(examples, layout, split)) for split, examples in splits.items()}
-    every = [each for entries in read.values() for each in entries]
-    problems = [each.problem for each in every if each.problem]
+    every = [entry for entries in read.values() for entry in entries]
+    problems = [entry.problem for entry in every if entry.problem]
     if problems:
         more = f" (The first of {len(problems)} wrong files.)" if len(problems) > 1 else ""
         raise DataError(problems[0] + more)
     names = layout.class_names or sorted(
-        {b.class_name for each in every for b in each.labels.boxes}
+        {b.class_name for entry in every for b in entry.labels.boxes}
     )
     return [_to_coco(split, entries, list(names)) for split, entries in read.items()]
 
@@ -196,21 +196,21 @@ def _to_coco(split: str, entries: list[_Read], class_names: list[str]) -> Conver
         "annotations": [],
         "categories": categories,
     }
-    root = _common_folder(each.example.image for each in entries)
+    root = _common_folder(source.example.image for source in entries)
     remarks: dict[Remark, list[str]] = {}
-    for each in entries:
-        label = each.example.label
-        for remark in each.labels.remarks if label else [_NO_LABEL_FILE]:
-            remarks.setdefault(remark, []).append(str(label or each.example.image))
+    for source in entries:
+        label = source.example.label
+        for remark in source.labels.remarks if label else [_NO_LABEL_FILE]:
+            remarks.setdefault(remark, []).append(str(label or source.example.image))
         image = {
             "id": len(content["images"]) + 1,
-            "file_name": os.path.relpath(each.example.image, root).replace(os.sep, "/"),
-            "width": each.size.width,
-            "height": each.size.height,
+            "file_name": os.path.relpath(source.example.image, root).replace(os.sep, "/"),
+            "width": source.size.width,
+            "height": source.size.height,
         }
         content["images"].append(image)
         boxes = BoxChecker(str(label), "skip")
-        for number, box in enumerate(each.labels.boxes, start=1):
+        for number, box in enumerate(source.labels.boxes, start=1):
             entry = _annotation(number, box, ids, str(label)) | {"image_id": image["id"]}
             bbox = boxes.clip(entry, image)
             if bbox is not None:
@@ -420,6 +420,6 @@ def share_out(
             "another."
         )
     drawn = set(random.Random(0).sample(range(len(examples)), count))
-    train = [each for index, each in enumerate(examples) if index not in drawn]
-    val = [each for index, each in enumerate(examples) if index in drawn]
+    train = [example for index, example in enumerate(examples) if index not in drawn]
+    val = [example for index, example in enumerate(examples) if index in drawn]
     return {**splits, "train": train, "val": val}

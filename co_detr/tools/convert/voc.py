@@ -157,7 +157,7 @@ def _listed_stems(file: Path, images: dict[str, list[Path]]) -> list[str]:
         if not name:
             continue
         choices = (name, _LINE.fullmatch(name)[1], Path(name).stem)
-        stem = next((each for each in choices if each in images), None)
+        stem = next((choice for choice in choices if choice in images), None)
         if stem is None:
             raise DataError(
                 f"{file} line {number} names {name}, but there is no image of that name: add it or "

@@ -248,13 +248,13 @@ def read_yolo_labels(
 
 def _numbers(fields: list[str], where: str) -> list[float]:
     values = []
-    for each in fields:
+    for field in fields:
         try:
-            values.append(float(each))
+            values.append(float(field))
         except ValueError:
-            raise DataError(f"{where} has {each!r}, which is no number: correct it.") from None
+            raise DataError(f"{where} has {field!r}, which is no number: correct it.") from None
         if not math.isfinite(values[-1]):
-            raise DataError(f"{where} has {each}, which is no finite number: correct it.")
+            raise DataError(f"{where} has {field}, which is no finite number: correct it.")
     return values
 
 

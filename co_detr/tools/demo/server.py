@@ -209,7 +209,7 @@ def _is_known(host: str, names: Collection[str]) -> bool:
         ipaddress.ip_address(name)
     except ValueError:
         own = ("localhost", socket.gethostname(), *names)
-        return name in {each.lower() for each in own}
+        return name in {host.lower() for host in own}
     return True
 
 

@@ -58,7 +58,7 @@ class PictureFont:
         """The text in parts of one font each."""
         parts: list[tuple[str, Path]] = []
         fonts = fonts_for(text)
-        for letter in (" " if each.isspace() else each for each in text):
+        for letter in (" " if letter.isspace() else letter for letter in text):
             if letter != " " and not _is_drawn(letter):
                 continue
             path = next((path for path in fonts if ord(letter) in _letters(path)), _OWN)
@@ -78,11 +78,11 @@ def save_figure(figure: Figure, target: Path | BinaryIO, **options: Any) -> None
 
 
 def _make_legible(figure: Figure) -> None:
-    texts = [each for each in figure.findobj(Text) if each.get_text()]
-    fonts = fonts_for("".join(each.get_text() for each in texts))[1:]
+    texts = [text for text in figure.findobj(Text) if text.get_text()]
+    fonts = fonts_for("".join(text.get_text() for text in texts))[1:]
     if not fonts:
         return
-    known = {Path(each.fname) for each in font_manager.fontManager.ttflist}
+    known = {Path(font.fname) for font in font_manager.fontManager.ttflist}
     for path in fonts:
         if path not in known:
             font_manager.fontManager.addfont(path)

@@ -203,7 +203,7 @@ class Description:
         try:
             # Files that were written before there was a range have none.
             complete = {"value_range": "null", **text}
-            values = {each.name: json.loads(complete[each.name]) for each in fields(cls)}
+            values = {field.name: json.loads(complete[field.name]) for field in fields(cls)}
         except (KeyError, ValueError) as error:
             raise ExportError(
                 f"{path} does not describe itself ({error}): export the model with tools/export.py."

@@ -225,16 +225,16 @@ def difference(expected: Detections, found: Detections) -> Difference:
     smallest.
     """
     lists = (expected, found)
-    scores = [each.scores[0].double() for each in lists]
-    boxes = [each.boxes[0].double() for each in lists]
-    labels = [each.labels[0] for each in lists]
+    scores = [detections.scores[0].double() for detections in lists]
+    boxes = [detections.boxes[0].double() for detections in lists]
+    labels = [detections.labels[0] for detections in lists]
     score_gap = (scores[0][:, None] - scores[1][None]).abs()
     box_gap = (boxes[0][:, None] - boxes[1][None]).abs().amax(-1)
     cost = score_gap / SCORE_TOLERANCE + box_gap / BOX_TOLERANCE
     cost[labels[0][:, None] != labels[1][None]] = _APART
     cost = cost.nan_to_num(nan=_APART)
     rows, columns = (torch.from_numpy(index) for index in linear_sum_assignment(cost.numpy()))
-    near_cut = [each <= each.min() + SCORE_TOLERANCE for each in scores]
+    near_cut = [values <= values.min() + SCORE_TOLERANCE for values in scores]
     apart = cost[rows, columns] >= _APART
     far = (score_gap[rows, columns] > SCORE_TOLERANCE) | (box_gap[rows, columns] > BOX_TOLERANCE)
     # A pair that does not fit, both at the cut: one fell out of each list.

@@ -71,15 +71,15 @@ def find_inputs(arguments: Sequence[str], suffixes: Collection[str], output: Pat
     for argument in arguments:
         is_named = os.path.isfile(argument)
         found, rest = [], []
-        for each in _resolve(argument, output):
-            (found if is_named or each.suffix.lower() in suffixes else rest).append(each)
+        for path in _resolve(argument, output):
+            (found if is_named or path.suffix.lower() in suffixes else rest).append(path)
         if not found:
             problems.append(_explain(argument, rest))
         files.update(dict.fromkeys(found))
         others.update(dict.fromkeys(rest))
     if not files:
         raise DataError(f"nothing to read: {' '.join(problems)}")
-    return Inputs(list(files), problems, [each for each in others if each not in files])
+    return Inputs(list(files), problems, [path for path in others if path not in files])
 
 
 def _resolve(argument: str, output: Path) -> list[Path]:
@@ -88,10 +88,10 @@ def _resolve(argument: str, output: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        candidates = [each for each in path.rglob("*") if not _is_hidden(each.relative_to(path))]
+        candidates = [file for file in path.rglob("*") if not _is_hidden(file.relative_to(path))]
     else:
-        candidates = [Path(each) for each in glob.glob(argument, recursive=True)]
-    return sorted(each for each in candidates if each.is_file() and not _is_below(each, output))
+        candidates = [Path(name) for name in glob.glob(argument, recursive=True)]
+    return sorted(path for path in candidates if path.is_file() and not _is_below(path, output))
 
 
 def _explain(argument: str, others: list[Path]) -> str:

@@ -60,7 +60,7 @@ def _check_memory(report: Report, model: CoDETR, memory: EncoderMemory, images: 
     flat = memory.padding_mask.split([height * width for height, width in memory.level_shapes], 1)
     levels = zip(flat, memory.level_shapes, strict=True)
     report.exact("eval.masks", [level.unflatten(1, shape) for level, shape in levels])
-    encodings = [model.encoder.position_encoding(each) for each in masks]
+    encodings = [model.encoder.position_encoding(mask) for mask in masks]
     report.close("eval.pos_encodings", encodings, tol.GEOMETRY)
     report.close("eval.valid_ratios", memory.valid_ratios, tol.GEOMETRY)
     grid = memory.levels.reference_points()
@@ -148,10 +148,10 @@ def _compare_both_sizes(report: Report, case: Case, name: str, found: list[Insta
     """In the pixels of the network input and in those of the original image."""
     compare_detections(report, name, found)
     rescaled = []
-    for each, scale in zip(found, case.own["scale_factors_wh"], strict=True):
-        boxes = Boxes(each.pred_boxes.tensor / torch.as_tensor(scale))
-        fields = dict(scores=each.scores, pred_classes=each.pred_classes)
-        rescaled.append(Instances(each.image_size, pred_boxes=boxes, **fields))
+    for instances, scale in zip(found, case.own["scale_factors_wh"], strict=True):
+        boxes = Boxes(instances.pred_boxes.tensor / torch.as_tensor(scale))
+        fields = dict(scores=instances.scores, pred_classes=instances.pred_classes)
+        rescaled.append(Instances(instances.image_size, pred_boxes=boxes, **fields))
     compare_detections(report, f"{name}_rescaled", rescaled)
 
 
@@ -187,8 +187,12 @@ def check_input(report: Report, case: Case, model: CoDETR) -> None:
 
 def compare_detections(report: Report, name: str, found: list[Instances]) -> None:
     """``pred_boxes``, ``scores`` and ``pred_classes`` of all images."""
-    for image, each in enumerate(found):
-        boxes, scores, classes = each.pred_boxes.tensor, each.scores, each.pred_classes
+    for image, instances in enumerate(found):
+        boxes, scores, classes = (
+            instances.pred_boxes.tensor,
+            instances.scores,
+            instances.pred_classes,
+        )
         _compare_one(report, f"{name}[{image}]", boxes, scores, classes)
 
 
@@ -232,7 +236,7 @@ def check_denoising(
         labels: that were embedded, of any shape that flattens to ``(B * pad,)``.
         num_gts: ground truths per image.
     """
-    group = next(each for each in groups if each.sees)
+    group = next(group for group in groups if group.sees)
     labels = labels.flatten()
     places = flat_slots(num_gts, group.num_blocks)
     report.exact(f"{name}.noised_labels_flat", labels[places])

@@ -88,12 +88,12 @@ def save_golden(content: dict[str, Any], path: Path) -> None:
 def flatten(value: Any, name: str = "") -> dict[str, Any]:
     """Leaves of nested dicts, lists and tuples by dotted name; lists of numbers are leaves."""
     if isinstance(value, dict):
-        items = [(f"{name}.{key}" if name else str(key), each) for key, each in value.items()]
-    elif isinstance(value, list | tuple) and any(_nested(each) for each in value):
-        items = [(f"{name}[{index}]", each) for index, each in enumerate(value)]
+        items = [(f"{name}.{key}" if name else str(key), inner) for key, inner in value.items()]
+    elif isinstance(value, list | tuple) and any(_nested(inner) for inner in value):
+        items = [(f"{name}[{index}]", inner) for index, inner in enumerate(value)]
     else:
         return {name: value}
-    return {leaf: each for key, inner in items for leaf, each in flatten(inner, key).items()}
+    return {leaf: found for key, inner in items for leaf, found in flatten(inner, key).items()}
 
 
 def _nested(value: Any) -> bool:
@@ -140,7 +140,7 @@ class Case:
     def is_zero_padded(self) -> bool:
         """Whether short groups of positive queries were filled with zeros."""
         queries = self.own.get("train", {}).get("aux", [])
-        return any(each["attn_masks"] is not None for each in queries)
+        return any(query["attn_masks"] is not None for query in queries)
 
     @property
     def padding(self) -> str:
@@ -154,8 +154,8 @@ class Case:
     def max_detections(self) -> int:
         """Detections that the reference keeps of an image, which only their number tells."""
         lists = ("det_no_nms", "det_no_nms_rescaled")
-        found = [each for name in lists for each in self.base.get("eval", {}).get(name, [])]
-        return max((len(each["labels"]) for each in found), default=100)
+        found = [entry for name in lists for entry in self.base.get("eval", {}).get(name, [])]
+        return max((len(image["labels"]) for image in found), default=100)
 
     @property
     def weights(self) -> dict[str, Tensor]:

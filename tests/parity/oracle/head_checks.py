@@ -211,9 +211,9 @@ def check_roi(report: Report, prefix: str, run: TrainingRun) -> None:
         samples.append(sample)
 
     # The fed targets are those that Detectron2 gives to the same samples.
-    foreground = torch.cat([each.gt_classes < head.num_classes for each in samples])
-    report.exact(f"{name}.targets.labels", torch.cat([each.gt_classes for each in samples]))
-    boxes = torch.cat([each.gt_boxes.tensor for each in samples]) * foreground[:, None]
+    foreground = torch.cat([sample.gt_classes < head.num_classes for sample in samples])
+    report.exact(f"{name}.targets.labels", torch.cat([sample.gt_classes for sample in samples]))
+    boxes = torch.cat([sample.gt_boxes.tensor for sample in samples]) * foreground[:, None]
     report.close(f"{name}.targets.bbox_targets", boxes, tol.GEOMETRY_PIXELS)
     # Detectron2 has no weights: every sample counts once, boxes where there is an object.
     report.exact(f"{name}.targets.label_weights", torch.ones(len(run.scores)))
@@ -338,10 +338,10 @@ def check_atss(report: Report, prefix: str, run: TrainingRun) -> None:
 
     # What the training step itself passed on to the positive queries.
     candidates = run.output.auxiliary["atss"].candidates.instances
-    boxes = [each.proposal_boxes.tensor for each in candidates]
+    boxes = [instances.proposal_boxes.tensor for instances in candidates]
     report.close(f"{name}.anchors_unmapped", boxes, tol.GEOMETRY_PIXELS)
-    report.exact(f"{name}.labels_per_image", [each.gt_classes for each in candidates])
-    boxes = [each.gt_boxes.tensor for each in candidates]
+    report.exact(f"{name}.labels_per_image", [instances.gt_classes for instances in candidates])
+    boxes = [instances.gt_boxes.tensor for instances in candidates]
     report.close(f"{name}.bbox_targets_per_image", boxes, tol.GEOMETRY_PIXELS)
     _check_centerness(report, f"{prefix}.atss", torch.cat(anchors), targets, positive, counts)
 

@@ -35,7 +35,7 @@ class RecordedBackbone(Backbone):
         self.maps: list[Tensor] = []
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        return {f"recorded{level}": each for level, each in enumerate(self.maps)}
+        return {f"recorded{level}": level_map for level, level_map in enumerate(self.maps)}
 
 
 def build_model(case: Case) -> CoDETR:

@@ -226,7 +226,7 @@ class Report:
         Args:
             difference: if given, the entry was compared in spite of this difference.
         """
-        note = "; ".join(each for each in (found.note, note) if each)
+        note = "; ".join(text for text in (found.note, note) if text)
         numbers = (found.absolute, found.relative, found.ratio)
         status = "ok" if found.ok else "FAIL"
         self._mark(prefix, Line("", status, *numbers, tolerance, note, difference))
@@ -298,7 +298,7 @@ class Report:
 def describe(atol: Limit, rtol: float = 0.0) -> str:
     """A tolerance as text: ``abs 1.0e-03``; per column without repetitions."""
     columns = dict.fromkeys(atol if isinstance(atol, tuple) else (atol,))
-    parts = ["abs " + "/".join(f"{each:.1e}" for each in columns)] if any(columns) else []
+    parts = ["abs " + "/".join(f"{column:.1e}" for column in columns)] if any(columns) else []
     return " ".join([*parts, f"rel {rtol:.1e}"] if rtol else parts) or "equal"
 
 

@@ -84,7 +84,7 @@ class TrainingRun:
         """Whether the reference hid everything from some padded query, which makes NaN there."""
         if self.case.is_dino:  # which does not use its mask
             return False
-        masks = [each["attn_masks"] for each in self.entries["aux"]]
+        masks = [entry["attn_masks"] for entry in self.entries["aux"]]
         return any(mask is not None and bool(mask.all(-1).any()) for mask in masks)
 
 
@@ -247,7 +247,9 @@ def sampler_draws(case: Case, entries: dict) -> list[int]:
 
 def missing_fillers(entries: dict) -> frozenset[int]:
     """By how many background samples the reference's pools are smaller than ours (``roi-trim``)."""
-    counts = [len(each["pos_inds"]) + len(each["neg_inds"]) for each in entries["roi"]["sampling"]]
+    counts = [
+        len(entry["pos_inds"]) + len(entry["neg_inds"]) for entry in entries["roi"]["sampling"]
+    ]
     return frozenset(count - min(counts) for count in counts)
 
 

@@ -327,12 +327,12 @@ class _GradientCheck:
         They also spoil some finite ones: the gradient of a value projection of the decoder lacks
         what queries at NaN positions, which sample nothing, should have added.
         """
-        lacks_queries = all("decoder." in each and ".value_proj." in each for each in names)
+        lacks_queries = all("decoder." in name and ".value_proj." in name for name in names)
         if not is_nan and not (self.run.reference_masks_rows and lacks_queries):
             self.report.record(name, found, describe(0.0, tol.GRADIENT))
             return
         holds = self.run.reference_masks_rows and bool(actual.isfinite().all())
-        holds = holds and not any(each.startswith(UNREACHED) for each in names)
+        holds = holds and not any(name.startswith(UNREACHED) for name in names)
         note = "NaN" if is_nan else f"finite, but without the padded queries ({found.relative:.1e})"
         self.report.known(name, REFERENCE_NAN, holds, note)
 

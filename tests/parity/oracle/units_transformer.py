@@ -250,7 +250,7 @@ def denoising_queries(unit: Unit) -> None:
             unit["gt_labels"], unit["gt_boxes_xyxy"], factors, strict=True
         )
     ]
-    num_gts = [len(each.labels) for each in truth]
+    num_gts = [len(objects.labels) for objects in truth]
     embedded: list[Tensor] = []
     source.label_embedding.register_forward_pre_hook(
         lambda _module, inputs: embedded.append(inputs[0])
