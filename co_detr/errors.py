@@ -1,4 +1,4 @@
-"""Errors that a user can mend.
+"""Errors that a user can correct.
 
 Each carries one sentence that names the file, image or key and says what to do; the command line
 prints that sentence and exits with code 2, without a traceback.

@@ -22,9 +22,9 @@ die() {
     exit 1
 }
 
-# phase LABEL MEND COMMAND...: runs the command into the log, prints one line with its time.
+# phase LABEL REMEDY COMMAND...: runs the command into the log, prints one line with its time.
 phase() {
-    local label=$1 mend=$2 start=$SECONDS
+    local label=$1 remedy=$2 start=$SECONDS
     shift 2
     printf '  %-58s ' "$label"
     printf '\n### %s\n' "$label" >>"$LOG"
@@ -32,7 +32,7 @@ phase() {
         printf 'FAILED (%d s)\n\n' $((SECONDS - start))
         tail -n 20 "$LOG" | sed 's/^/    /' >&2
         printf '\n' >&2
-        die "\"$label\" failed. $mend (whole log: $LOG)"
+        die "\"$label\" failed. $remedy (whole log: $LOG)"
     fi
     printf 'done (%d s)\n' $((SECONDS - start))
 }
@@ -170,7 +170,7 @@ else
         -r scripts/detectron2.txt
 fi
 phase "import Detectron2" \
-    "This Detectron2 does not work here: remove or mend it, then run the set-up again." \
+    "This Detectron2 does not work here: remove or repair it, then run the set-up again." \
     env -C / "$python_abs" -c 'import detectron2.config, detectron2.model_zoo'
 
 # --- the package and its extension -------------------------------------------------------------

@@ -139,7 +139,7 @@ class EmulatedDevice(TorchDispatchMode):
             EmulatedTensor, lambda tensor: tensor.host, (args, kwargs)
         )
         result = REPLACED.get(func, func)(*inner_args, **inner_kwargs)
-        if target == "cpu" or (func is aten.copy_.default and not _on_device(args[0])):
+        if target == "cpu" or (func is aten.copy_.default and not _is_emulated(args[0])):
             return args[0] if func is aten.copy_.default else result.clone()
         wrapped = tree_map_only(Tensor, lambda tensor: EmulatedTensor(tensor, self.device), result)
         return return_and_correct_aliasing(func, args, kwargs, wrapped)
@@ -149,7 +149,7 @@ class EmulatedDevice(TorchDispatchMode):
             return
         if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
             tensors = [args[0]]  # indices may lie on the host, which makes it wait
-        devices = {_on_device(tensor) for tensor in tensors if tensor.dim()}
+        devices = {_is_emulated(tensor) for tensor in tensors if tensor.dim()}
         if len(devices) > 1:
             raise RuntimeError(f"{func}: tensors of the host and of the device meet.")
 
@@ -162,12 +162,12 @@ class EmulatedDevice(TorchDispatchMode):
         elif func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None:
             kind = "repeat_interleave"
         elif func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
-            kind = _index_wait(args[1]) if _on_device(args[0]) else None
+            kind = _index_wait(args[1]) if _is_emulated(args[0]) else None
         elif func is aten._to_copy.default:
             crosses = target is not None and (target != "cpu") != emulated
             kind = "copy" if crosses and not kwargs.get("non_blocking") else None
         elif func is aten.copy_.default:
-            crosses = _on_device(args[0]) != _on_device(args[1])
+            crosses = _is_emulated(args[0]) != _is_emulated(args[1])
             waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking"))
             kind = "copy" if crosses and waits else None
         if kind is not None:
@@ -227,12 +227,12 @@ def _index_wait(indices: Iterable[Tensor | None]) -> str | None:
     for index in indices:
         if index is not None and index.dtype in (torch.bool, torch.uint8):
             return "boolean index"
-        if index is not None and not _on_device(index):
+        if index is not None and not _is_emulated(index):
             return "index of the host"
     return None
 
 
-def _on_device(tensor: Tensor) -> bool:
+def _is_emulated(tensor: Tensor) -> bool:
     return isinstance(tensor, EmulatedTensor)
 
 

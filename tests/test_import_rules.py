@@ -9,7 +9,7 @@ from tests.conftest import TOOLS as MARKED
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = "co_detr.tools"
-# The lower rooms of the core, with those that they may import; see docs/design.md.
+# The lower packages of the core, with those that they may import; see docs/design.md.
 BELOW = {"layers": (), "modeling": ("layers",), "data": ()}
 # Files of the package, and of its core, around which the tools stand. They may only become fewer:
 # what is read together stands together.
@@ -88,16 +88,16 @@ def test_the_core_does_not_know_the_tools() -> None:
     assert set(wrong) == lazy
 
 
-def test_the_lower_rooms_import_no_others() -> None:
-    rooms = [path.parent.name for path in (ROOT / "co_detr").glob("*/__init__.py")]
+def test_the_lower_packages_import_no_others() -> None:
+    packages = [path.parent.name for path in (ROOT / "co_detr").glob("*/__init__.py")]
     wrong = [
         f"{name} imports {module}.{member}"
-        for room, below in BELOW.items()
+        for package, below in BELOW.items()
         for name, path in CORE.items()
-        if is_in(name, f"co_detr.{room}")
+        if is_in(name, f"co_detr.{package}")
         for module, member in imports(path)
-        for other in rooms
-        if other not in (room, *below)
+        for other in packages
+        if other not in (package, *below)
         and (is_in(module, f"co_detr.{other}") or is_in(f"{module}.{member}", f"co_detr.{other}"))
     ]
     assert not wrong

@@ -36,18 +36,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def read_data(output_dir: Path, paths_needed: bool) -> dict[str, Any]:
     """The `data` node of the config that the run saved; {} if it has none and none is needed."""
     path = output_dir / "config.yaml"
-    mend = "give --annotations and --images"
+    remedy = "give --annotations and --images"
     try:
         data = dict(yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)["data"])
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         if not paths_needed:
             return {}
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; {mend}.") from error
-        raise ValueError(f"{path} has no readable `data` node; {mend}.") from error
+            raise FileNotFoundError(f"{path} does not exist; {remedy}.") from error
+        raise ValueError(f"{path} has no readable `data` node; {remedy}.") from error
     missing = [key for key in ("val", "val_images") if not isinstance(data.get(key), str)]
     if missing and paths_needed:
-        raise ValueError(f"{path} has no path under data.{missing[0]}; {mend}.")
+        raise ValueError(f"{path} has no path under data.{missing[0]}; {remedy}.")
     return data
 
 

@@ -267,12 +267,12 @@ def _is_statistic(key: str) -> bool:
     return key.endswith((".running_mean", ".running_var"))
 
 
-def _mismatch_error(problems: list[str], mend: str) -> CheckpointError:
+def _mismatch_error(problems: list[str], remedy: str) -> CheckpointError:
     """The error of a checkpoint that does not fit: the first problems, and what to do."""
     shown = "; ".join(problems[:_NUM_LISTED])
     if len(problems) > _NUM_LISTED:
         shown += f"; and {len(problems) - _NUM_LISTED} more"
-    return CheckpointError(f"the checkpoint does not fit the model ({shown}): {mend}.")
+    return CheckpointError(f"the checkpoint does not fit the model ({shown}): {remedy}.")
 
 
 def _class_lines(classes: ClassMap) -> list[str]:

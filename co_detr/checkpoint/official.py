@@ -211,7 +211,7 @@ def _to_official(row: TableRow, key: str, value: Tensor, into: Conversion) -> bo
     return True
 
 
-def _raise_any(problems: dict[str, list[str]], what: str, mend: str) -> None:
+def _raise_any(problems: dict[str, list[str]], what: str, remedy: str) -> None:
     if any(problems.values()):
         text = "; ".join(f"{kind}: {shorten(keys)}" for kind, keys in problems.items() if keys)
-        raise CheckpointError(f"{what} ({text}). {mend}")
+        raise CheckpointError(f"{what} ({text}). {remedy}")

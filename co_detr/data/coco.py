@@ -54,8 +54,8 @@ def load_coco(
 
     Args:
         annotation_file: json with the lists `images`, `annotations` and `categories`, of which
-            `read_coco` mends what has only one meaning. Without annotations, as a test set is, it
-            may also lack the categories.
+            `read_coco` corrects what has only one meaning. Without annotations, as a test set is,
+            it may also lack the categories.
         image_root: directory that the paths of the images are relative to.
         num_classes: what the model was built for; None: not checked.
         invalid_boxes: "error", or "skip" to leave out boxes that have no area inside the image.
@@ -72,7 +72,7 @@ def load_coco(
         `co_detr.data.masks`, where there is one. Boxes are clipped to the image.
 
     Raises:
-        DataError: in one sentence that names the file, image or annotation and the mend.
+        DataError: in one sentence that names the file, image or annotation and the remedy.
     """
     content = read_coco(annotation_file)
     images = content.images
@@ -275,12 +275,12 @@ def _register_categories(
     if len(contiguous_ids) != len(content.categories):
         raise DataError(f"'categories' of {annotation_file} repeats an id: make the ids unique.")
     if num_classes is not None and len(names) != num_classes:
-        mend = f"set model.num_classes={len(names)}"
+        remedy = f"set model.num_classes={len(names)}"
         if partial_classes:
-            mend = f"remove those that it does not know and their boxes, or {mend}"
+            remedy = f"remove those that it does not know and their boxes, or {remedy}"
         raise DataError(
             f"{annotation_file} has {len(names)} categories ({shortened(names)}) but the model "
-            f"has {num_classes}: {mend}."
+            f"has {num_classes}: {remedy}."
         )
     name = dataset_name(annotation_file)
     # A file can be loaded again with other content (in one process, for example in notebooks).

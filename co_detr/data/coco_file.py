@@ -40,34 +40,36 @@ _MOST_FOLDERS = 300  # that are searched for a hint
 
 
 @dataclass(frozen=True)
-class Mend:
+class Correction:
     """Something that a file writes in an odd way: what, in the plural, and how it was read."""
 
     what: str
     how: str
 
 
-_FLOAT_IDS = Mend("ids that are written with a decimal point", "read as whole numbers")
-_AREAS = Mend("annotations whose area is no positive number", "computed anew from their boxes")
-_NO_BOXES = Mend("annotations without a bbox", "taken from their segmentation")
+_FLOAT_IDS = Correction("ids that are written with a decimal point", "read as whole numbers")
+_AREAS = Correction(
+    "annotations whose area is no positive number", "computed anew from their boxes"
+)
+_NO_BOXES = Correction("annotations without a bbox", "taken from their segmentation")
 
 
 @dataclass(frozen=True)
 class CocoFile:
-    """Content of an annotation file, mended.
+    """Content of an annotation file, corrected.
 
     Attributes:
         path: of the file.
         images, annotations, categories: its lists. Ids are whole numbers or text as far as they
             can be; every annotation with a box of four numbers has an `area` and an `iscrowd`.
-        mended: what was read otherwise than it is written, with the cases of each.
+        corrected: what was read otherwise than it is written, with the cases of each.
     """
 
     path: str
     images: list[Entry]
     annotations: list[Entry]
     categories: list[Entry]
-    mended: dict[Mend, list[str]] = field(default_factory=dict)
+    corrected: dict[Correction, list[str]] = field(default_factory=dict)
 
 
 # Files that were read with `keep`, until they are read again.
@@ -98,7 +100,7 @@ def read_coco(annotation_file: str, keep: bool = False) -> CocoFile:
             "COCO-format json files."
         )
     key = (os.path.abspath(annotation_file), status.st_mtime_ns, status.st_size)
-    content = _kept.pop(key, None) or _mended(annotation_file, _parsed(annotation_file))
+    content = _kept.pop(key, None) or _corrected(annotation_file, _parsed(annotation_file))
     if keep:
         _kept[key] = content
     return content
@@ -168,9 +170,9 @@ def _parsed(path: str) -> Any:
         raise DataError(sentence) from error
 
 
-def _mended(path: str, content: Any) -> CocoFile:
+def _corrected(path: str, content: Any) -> CocoFile:
     lists = {key: _entries(path, content, key) for key in ("images", "annotations", "categories")}
-    mended: dict[Mend, list[str]] = {}
+    corrected: dict[Correction, list[str]] = {}
     for key, names in _WHOLE.items():
         for entry in lists[key]:
             for name in names:
@@ -178,7 +180,7 @@ def _mended(path: str, content: Any) -> CocoFile:
                 if isinstance(value, float) and value.is_integer():
                     entry[name] = int(value)
                     if name not in ("width", "height"):
-                        mended.setdefault(_FLOAT_IDS, []).append(f"{name} {value!r} in '{key}'")
+                        corrected.setdefault(_FLOAT_IDS, []).append(f"{name} {value!r} in '{key}'")
     for image in lists["images"]:
         for name in _WHOLE_LISTS:
             if isinstance(image.get(name), list):
@@ -188,9 +190,9 @@ def _mended(path: str, content: Any) -> CocoFile:
             # Some systems write accents as characters of their own: the name is the same.
             category["name"] = unicodedata.normalize("NFC", category["name"])
     for annotation in lists["annotations"]:
-        for mend, was in _mend_annotation(annotation):
-            mended.setdefault(mend, []).append(f"id {annotation.get('id')!r}, {was}")
-    return CocoFile(path, **lists, mended=mended)
+        for correction, was in _correct_annotation(annotation):
+            corrected.setdefault(correction, []).append(f"id {annotation.get('id')!r}, {was}")
+    return CocoFile(path, **lists, corrected=corrected)
 
 
 def _entries(path: str, content: Any, key: str) -> list[Entry]:
@@ -207,7 +209,7 @@ def _entries(path: str, content: Any, key: str) -> list[Entry]:
     return entries
 
 
-def _mend_annotation(entry: Entry) -> list[tuple[Mend, str]]:
+def _correct_annotation(entry: Entry) -> list[tuple[Correction, str]]:
     """Changes an annotation in place; returns what is worth telling, and what was there."""
     told = []
     if entry.get("bbox") in (None, []):

@@ -68,13 +68,13 @@ class ImageError(DataError):
     Attributes:
         what: the defect in the plural, for lists of images.
         says: the defect, as it follows the name of the image.
-        mend: what to do.
+        remedy: what to do.
     """
 
     # Loading workers pass on errors with their message alone, so the rest must be optional.
-    def __init__(self, message: str, what: str = "", says: str = "", mend: str = "") -> None:
+    def __init__(self, message: str, what: str = "", says: str = "", remedy: str = "") -> None:
         super().__init__(message)
-        self.what, self.says, self.mend = what, says, mend
+        self.what, self.says, self.remedy = what, says, remedy
 
 
 @dataclass(frozen=True)
@@ -362,8 +362,8 @@ def name_of(source: ImageSource) -> str:
     return f"image {os.fspath(source)}" if isinstance(source, str | os.PathLike) else "the image"
 
 
-def _error(name: str, says: str, what: str, mend: str) -> ImageError:
-    return ImageError(f"{name} {says}: {mend}.", what, says, mend)
+def _error(name: str, says: str, what: str, remedy: str) -> ImageError:
+    return ImageError(f"{name} {says}: {remedy}.", what, says, remedy)
 
 
 def _undecodable(name: str, reason: str) -> ImageError:

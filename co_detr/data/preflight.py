@@ -265,13 +265,13 @@ def check_images(
         )
         decoded = list(bar)
     errors = [image.error for image in decoded if image.error is not None]
-    for what, mend in dict.fromkeys((error.what, error.mend) for error in errors):
+    for what, remedy in dict.fromkeys((error.what, error.remedy) for error in errors):
         cases = [
             f"{image.path} {image.error.says}"
             for image in decoded
             if image.error is not None and image.error.what == what
         ]
-        report.add("error", cases, what, mend)
+        report.add("error", cases, what, remedy)
     report.add(
         "error",
         [f"{image.path} is {image.other_size}" for image in decoded if image.other_size],

@@ -29,7 +29,7 @@ class Finding:
         count: how many cases.
         what: the defect, in the plural.
         first: the first case.
-        mend: what to do (error), or what was done and what to look at (warning).
+        remedy: what to do (error), or what was done and what to look at (warning).
     """
 
     level: Level
@@ -37,10 +37,10 @@ class Finding:
     count: int
     what: str
     first: str
-    mend: str
+    remedy: str
 
     def sentence(self) -> str:
-        return f"{self.what}: {self.count} (the first: {self.first}); {self.mend}"
+        return f"{self.what}: {self.count} (the first: {self.first}); {self.remedy}"
 
 
 @dataclass
@@ -78,10 +78,10 @@ class SplitReport:
         entries = [{"id": key, "name": name} for key, name in self.categories]
         return list(display_names(entries).values())
 
-    def add(self, level: Level, cases: Sequence[str], what: str, mend: str) -> None:
+    def add(self, level: Level, cases: Sequence[str], what: str, remedy: str) -> None:
         """Notes a defect if there are cases of it."""
         if cases:
-            self.findings.append(Finding(level, self.split, len(cases), what, cases[0], mend))
+            self.findings.append(Finding(level, self.split, len(cases), what, cases[0], remedy))
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,8 @@ def check_annotations(
         By their ids, the entries of `images` that can be used; and the annotations that belong to
         these and to known categories, None for a test set.
     """
-    for mend, cases in content.mended.items():
-        report.add("warning", cases, mend.what, mend.how)
+    for correction, cases in content.corrected.items():
+        report.add("warning", cases, correction.what, correction.how)
     images = _check_images(report, content.images)
     if not unlabeled or content.annotations:
         _check_categories(report, content.categories)

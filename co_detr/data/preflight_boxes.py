@@ -96,8 +96,8 @@ def check_boxes(
         if invalid_boxes == "skip":
             report.add("warning", cases, f"boxes that {kind}", "left out")
         else:
-            mend = "correct or remove them, or set data.invalid_boxes=skip to leave them out"
-            report.add("error", cases, f"boxes that {kind}", mend)
+            remedy = "correct or remove them, or set data.invalid_boxes=skip to leave them out"
+            report.add("error", cases, f"boxes that {kind}", remedy)
     report.add("warning", boxes.clipped, "boxes that are partly outside their image", "clipped")
     places = repeated((entry["image_id"], entry["category_id"], *entry["bbox"]) for entry in good)
     report.add("warning", places, "boxes that occur twice (image, category, box)", "remove them")
@@ -118,7 +118,7 @@ class _Notation:
 
     Attributes:
         name: with the numbers.
-        mend: what makes (x, y, w, h) of it.
+        remedy: what makes (x, y, w, h) of it.
         corners: gives (x0, y0, x1, y1) for an array (N, 4).
         tolerance: part of a side of the image, but at least a pixel, that a box may reach out of it
             and still fit. Objects that fill their images, with labels that are a little too large,
@@ -126,7 +126,7 @@ class _Notation:
     """
 
     name: str
-    mend: str
+    remedy: str
     corners: Callable[[np.ndarray], np.ndarray]
     tolerance: float
 
@@ -181,12 +181,12 @@ def _judge_file(report: SplitReport, entries: list[Entry], images: Images) -> bo
 def _note_parts(report: SplitReport, entries: list[Entry], boxes: np.ndarray) -> bool:
     """All boxes are from 0 to 1: an error, whatever their notation."""
     other = _other_notation(boxes, np.ones((len(boxes), 2)))
-    mend = "multiply x and w by the width of the image, y and h by its height"
+    remedy = "multiply x and w by the width of the image, y and h by its height"
     kind = "normalized (from 0 to 1) instead of in pixels"
     if other is not None:
         kind += f", and {other.notation.name} instead of (x, y, w, h)"
-        mend = f"{other.notation.mend}, and {mend}"
-    report.add("error", [_case(entry) for entry in entries], f"boxes that are {kind}", mend)
+        remedy = f"{other.notation.remedy}, and {remedy}"
+    report.add("error", [_case(entry) for entry in entries], f"boxes that are {kind}", remedy)
     return True
 
 
@@ -202,9 +202,9 @@ def _note_notation(
             report.suspicion if is_error else "warning",
             _cases(entries, other.leaving),
             f"boxes that leave their image as (x, y, w, h), but fit as {other.notation.name}",
-            f"{other.notation.mend} {in_file}; {_SWITCH}"
+            f"{other.notation.remedy} {in_file}; {_SWITCH}"
             if is_error
-            else f"{other.notation.mend} {in_file}",
+            else f"{other.notation.remedy} {in_file}",
         )
         return is_error and report.suspicion == "error"
     corners = _from_size(boxes)
@@ -271,8 +271,8 @@ def count_objects(report: SplitReport, good: list[Entry], images: Images, limits
     if not objects:
         if not crowds:
             none = [f"all {len(images)} images are empty"] if images else []
-            mend = "annotate objects, or give the right file"
-            report.add("error", none, f"no box to {_purpose(report)}", mend)
+            remedy = "annotate objects, or give the right file"
+            report.add("error", none, f"no box to {_purpose(report)}", remedy)
         return
     used = {entry["category_id"] for entry in objects}
     unused = [name for key, name in report.categories if key not in used]

@@ -139,7 +139,7 @@ class BoxEvaluator(DatasetEvaluator):
     one of ``instances`` says in the log what it finds, as `evaluate` compares them all.
 
     Args:
-        annotation_file: read again, as `read_coco` mends it.
+        annotation_file: read again, as `read_coco` corrects it.
         output_dir: where files are written; None: nowhere.
         max_detections: best detections that count.
 

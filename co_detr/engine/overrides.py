@@ -189,10 +189,10 @@ def _unknown_key(key: str, parents: list[str], part: str, known: set[str]) -> Co
     where = f"{'.'.join(parents)} has" if parents else "the config has"
     near = difflib.get_close_matches(part, known, n=1)
     if near:
-        mend = f"did you mean {'.'.join([*parents, near[0]])}?"
+        remedy = f"did you mean {'.'.join([*parents, near[0]])}?"
     else:
-        mend = f"{where} {', '.join(sorted(known)) or 'no keys'}."
-    return ConfigError(f"override {key} names no key of the config: {mend}")
+        remedy = f"{where} {', '.join(sorted(known)) or 'no keys'}."
+    return ConfigError(f"override {key} names no key of the config: {remedy}")
 
 
 def _children(node: Any) -> set[str]:

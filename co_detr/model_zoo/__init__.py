@@ -109,8 +109,8 @@ def config_file(name: str) -> Path:
     known = sorted(path.stem for path in folder.glob("*.py"))
     if stem not in known:
         near = difflib.get_close_matches(stem, known, n=1)
-        mend = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}."
-        raise ConfigError(f"there is no model {name!r} in the zoo: {mend}")
+        remedy = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}."
+        raise ConfigError(f"there is no model {name!r} in the zoo: {remedy}")
     return folder / f"{stem}.py"
 
 

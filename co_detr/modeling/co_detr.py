@@ -212,7 +212,7 @@ class CoDETR(nn.Module):
             counts: of all micro-batches of the step; None: this batch is all of it.
         """
         gt_masks = [each.gt_masks if each.has("gt_masks") else None for each in gt_instances]
-        gt_instances = self._on_device(images, gt_instances)
+        gt_instances = self._training_targets(images, gt_instances)
         memory = self.encode(images)
         geometry = memory.levels.images
         # Not in the precision of the memory: half precision would move boxes by pixels.
@@ -306,13 +306,15 @@ class CoDETR(nn.Module):
         heads = {}
         if self.auxiliary is not None:
             images = self.preprocess(batched_inputs)
-            truth = self._on_device(images, gt_instances)
+            truth = self._training_targets(images, gt_instances)
             heads = self.auxiliary.count_without_memory(images, truth)
             if with_heads and self.auxiliary.counts_need_memory:
                 heads |= self.auxiliary.count(images, self.encode(images), truth)
         return StepCounts([len(instances) for instances in gt_instances], heads)
 
-    def _on_device(self, images: ImageList, gt_instances: list[Instances]) -> list[Instances]:
+    def _training_targets(
+        self, images: ImageList, gt_instances: list[Instances]
+    ) -> list[Instances]:
         """What training reads of the ground truth.
 
         Other fields are left out: heads would index them again and again. The sizes are those of

@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> int:
     with open(folder.parents[1] / "calls", "a") as calls:
         calls.write(f"{folder.parent.name} {folder.name} {os.environ['OMP_NUM_THREADS']}\n")
     (folder / "gpu").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
-    if overrides.get("fail") == "true" and not (folder.parents[1] / "mended").exists():
+    if overrides.get("fail") == "true" and not (folder.parents[1] / "fixed").exists():
         print("a line of the log\nerror: image 7.png is missing: put it there.\nbye")
         return 2
     stopping = []

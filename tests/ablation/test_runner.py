@@ -70,7 +70,7 @@ def test_gpus_are_given_in_turn(fake_grid, monkeypatch) -> None:
     assert given == ["3", "5", "3"]
 
 
-def test_a_failure_does_not_stop_the_others_and_can_be_mended(fake_grid) -> None:
+def test_a_failure_does_not_stop_the_others_and_can_be_fixed(fake_grid) -> None:
     fake_grid.variants["A"] = (["fail=true"], [0, 1])
     report = fake_grid.run()
     assert report.left == 2
@@ -79,7 +79,7 @@ def test_a_failure_does_not_stop_the_others_and_can_be_mended(fake_grid) -> None
     assert fake_grid.states()[0].text() == "failed: image 7.png is missing: put it there."
     assert fake_grid.states()[1].is_finished
 
-    (fake_grid.output_dir / "mended").touch()
+    (fake_grid.output_dir / "fixed").touch()
     report = fake_grid.run()
     assert (report.left, report.failed) == (0, [])
     assert len(fake_grid.calls) == 5  # B is not run again

@@ -58,14 +58,14 @@ def test_the_second_detection_of_an_object_is_a_duplicate():
     judged = judge(image([(FIT, 0.5, 0), (OBJECT, 0.4, 0), (OBJECT, 0.9, 1)], [(OBJECT, 0)]))
     assert judged.scores.tolist() == [0.9, 0.5, 0.4]
     assert judged.verdicts.tolist() == [Verdict.CLASS, Verdict.CORRECT, Verdict.DUPLICATE]
-    # The object is found, so that the wrong class is removed and not mended.
-    assert judged.mended_classes.tolist() == [-1, 0, -1]
+    # The object is found, so that the wrong class is removed and not fixed.
+    assert judged.fixed_classes.tolist() == [-1, 0, -1]
 
 
 def test_the_best_of_several_errors_at_one_object_is_mended():
     judged = judge(image([(LOOSE, 0.3, 0), (LOOSE, 0.8, 0), (FIT, 0.5, 1)], [(OBJECT, 0)]))
     assert judged.verdicts.tolist() == [Verdict.LOCATION, Verdict.CLASS, Verdict.LOCATION]
-    assert judged.mended_classes.tolist() == [0, -1, -1]
+    assert judged.fixed_classes.tolist() == [0, -1, -1]
     assert judged.unmatched.tolist() == [1, 0] and judged.missed.tolist() == [0, 0]
 
 

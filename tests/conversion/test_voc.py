@@ -39,7 +39,7 @@ def test_pixels_are_counted_from_1_and_the_last_one_is_inside(tmp_path):
     assert read(tmp_path, zero, zero_based=True).boxes[0].xyxy == (0, 0, 40, 30)
     assert read(tmp_path, zero, zero_based=True).remarks == []
     (remark,) = read(tmp_path, zero).remarks
-    assert "pixel 0" in remark.what and "--zero-based" in remark.mend
+    assert "pixel 0" in remark.what and "--zero-based" in remark.remedy
     floats = text.replace(">10<", ">10.0000012<")
     assert read(tmp_path, floats).boxes[0].xyxy[2] == pytest.approx(10)
 

@@ -1,4 +1,4 @@
-"""Every mistake in a data set is one sentence that names where it is and how to mend it."""
+"""Every mistake in a data set is one sentence that names where it is and how to correct it."""
 
 import json
 import logging
@@ -144,7 +144,7 @@ def test_boxes_without_area_in_their_image(tmp_path, content, caplog, box, probl
     message = _error(tmp_path, content)
     assert problem in message and "annotation 1 of image" in message and "a.png" in message
     assert "data.invalid_boxes=skip" in message
-    # ... which is the mend:
+    # ... which is the remedy:
     records = _load(tmp_path, content, invalid_boxes="skip")
     assert len(records[0]["annotations"]) == 1
     assert "1 boxes have no area inside their image and were left out" in caplog.text

@@ -70,8 +70,8 @@ def test_whole_floats_are_ids_everywhere(tmp_path):
     values += [annotation["id"], annotation["image_id"], annotation["category_id"]]
     values += image["neg_category_ids"]
     assert all(type(value) is int for value in values)
-    ((mend, cases),) = file.mended.items()
-    assert "decimal point" in mend.what and len(cases) == 5
+    ((correction, cases),) = file.corrected.items()
+    assert "decimal point" in correction.what and len(cases) == 5
     # ... but one and a half is none, and neither is text.
     data["images"][0]["id"], data["annotations"][0]["image_id"] = 1.5, "1.0"
     file = read(tmp_path, data)
@@ -82,15 +82,15 @@ def test_whole_floats_are_ids_everywhere(tmp_path):
 def test_areas_that_are_none_are_computed(tmp_path, area):
     file = read(tmp_path, content(area=area))
     assert file.annotations[0]["area"] == 50
-    ((mend, cases),) = file.mended.items()
-    assert "area" in mend.what and repr(area) in cases[0]
+    ((correction, cases),) = file.corrected.items()
+    assert "area" in correction.what and repr(area) in cases[0]
 
 
 def test_areas_that_are_right_stay(tmp_path):
     file = read(tmp_path, content(area=33.5))
-    assert file.annotations[0]["area"] == 33.5 and not file.mended
+    assert file.annotations[0]["area"] == 33.5 and not file.corrected
     file = read(tmp_path, content())  # need not be there
-    assert file.annotations[0]["area"] == 50 and not file.mended
+    assert file.annotations[0]["area"] == 50 and not file.corrected
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_boxes_of_segmentations(tmp_path, bbox, segmentation):
         del data["annotations"][0]["bbox"]
     file = read(tmp_path, data)
     assert file.annotations[0]["bbox"] == [3, 4, 10, 5] and file.annotations[0]["area"] == 50
-    assert [mend.how for mend in file.mended] == ["taken from their segmentation"]
+    assert [correction.how for correction in file.corrected] == ["taken from their segmentation"]
 
 
 @pytest.mark.parametrize(

@@ -114,17 +114,17 @@ def _as_floats(path):
     path.write_text(json.dumps(content), encoding="utf-8-sig")
 
 
-def test_lvis_files_are_mended(lvis_file, tmp_path):
+def test_lvis_files_are_corrected(lvis_file, tmp_path):
     _as_floats(lvis_file)
     records = load_lvis(str(lvis_file), str(tmp_path), num_classes=2)
     assert [type(record["image_id"]) for record in records] == [int, int]
     assert [record["annotations"][0]["category_id"] for record in records] == [0, 1]
 
 
-@pytest.mark.parametrize("mended", [False, True])
-def test_perfect_lvis_detections_score_100(lvis_file, tmp_path, mended):
+@pytest.mark.parametrize("corrected", [False, True])
+def test_perfect_lvis_detections_score_100(lvis_file, tmp_path, corrected):
     pytest.importorskip("faster_coco_eval")
-    if mended:
+    if corrected:
         _as_floats(lvis_file)
     records = load_lvis(str(lvis_file), str(tmp_path))
     evaluator = LvisBoxEvaluator(str(lvis_file), str(tmp_path / "out"))

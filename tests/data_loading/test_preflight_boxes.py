@@ -20,7 +20,7 @@ def _rewrite(data, function, split="train"):
 
 
 @pytest.mark.parametrize(
-    ("function", "kind", "mend"),
+    ("function", "kind", "remedy"),
     [
         (lambda x, y, w, h, *_: [x, y, x + w, y + h], "corners (x0, y0, x1, y1)", "subtract x0"),
         (
@@ -46,7 +46,7 @@ def _rewrite(data, function, split="train"):
         (lambda x, y, w, h, *_: [3 * x, 3 * y, 3 * w, 3 * h], "of all)", "another size"),
     ],
 )
-def test_boxes_in_another_notation_stop_the_run(data, function, kind, mend):
+def test_boxes_in_another_notation_stop_the_run(data, function, kind, remedy):
     rng = np.random.default_rng(3)
     for annotation in data.train["annotations"]:
         w, h = rng.integers(8, 20, 2)
@@ -56,7 +56,7 @@ def test_boxes_in_another_notation_stop_the_run(data, function, kind, mend):
     data.warnings()  # as (x, y, w, h) they are right
     _rewrite(data, function)
     sentence = data.error()
-    assert f"{kind}" in sentence and mend in sentence and "train.json" in sentence
+    assert f"{kind}" in sentence and remedy in sentence and "train.json" in sentence
     assert "more kind" not in sentence  # what follows from it is not told as well
     assert kind in data.error(invalid_boxes="error")
 
@@ -163,10 +163,10 @@ def test_more_objects_than_the_model_finds(data):
     ]
     queries, detections, evaluated = (f for (split, _), f in found.items() if split == "val")
     assert queries.count == 2 and queries.first == "1.jpg with 5"
-    assert queries.mend.endswith("set model.queries.matching.num_queries=100")
-    assert detections.mend.endswith("set model.postprocessor.max_detections=100")
+    assert queries.remedy.endswith("set model.queries.matching.num_queries=100")
+    assert detections.remedy.endswith("set model.postprocessor.max_detections=100")
     assert evaluated.first == "1.jpg with 3"
-    assert evaluated.mend.endswith("set dataloader.evaluator.max_detections=100")
+    assert evaluated.remedy.endswith("set dataloader.evaluator.max_detections=100")
 
 
 def _with_objects(data, side):

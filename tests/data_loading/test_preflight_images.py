@@ -37,7 +37,7 @@ def test_values_that_use_a_small_part_of_their_type(data):
     (finding,) = report.findings
     assert finding.level == "warning" and finding.count == 7
     assert "small part of the range of their type, 0 to 65535" in finding.what
-    suggested = re.search(r"data.value_range=(\[\d+,\d+\])", finding.mend).group(1)
+    suggested = re.search(r"data.value_range=(\[\d+,\d+\])", finding.remedy).group(1)
     assert np.abs(np.array(json.loads(suggested)) - [300, 4380]).max() < 30
     with_range = deep_report(data, json.loads(suggested))
     assert with_range.findings == [] and "(data.value_range) becomes" in with_range.text()
@@ -83,4 +83,4 @@ def test_images_that_are_very_thin_or_too_large(data):
     assert [(error.count, error.what) for error in limit.errors] == [
         (3, "images with more pixels than data.max_image_pixels")
     ]
-    assert "raise data.max_image_pixels" in limit.errors[0].mend
+    assert "raise data.max_image_pixels" in limit.errors[0].remedy

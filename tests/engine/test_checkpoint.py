@@ -42,7 +42,7 @@ def test_other_number_of_classes(tmp_path):
     assert "classify.weight is (5, 8) in the file but (2, 8) in the model" in message
     assert "classify.bias" in message and "model.num_classes" in message
     assert "train.init_checkpoint_mismatch=by_name" in message and "=reset" in message
-    # ... which is the mend for fine-tuning: the rest is loaded.
+    # ... which is the remedy for fine-tuning: the rest is loaded.
     Checkpointer(model, mismatch="reset").load(path)
     assert torch.equal(model.classify.weight, before)
     assert torch.equal(model.locate.weight, torch.load(path)["model"]["locate.weight"])

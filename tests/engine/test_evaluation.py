@@ -79,7 +79,7 @@ def _edit_val(tiny_data, change):
 
 
 def test_odd_values_are_the_same_for_loader_and_evaluation(oracle_cfg, tiny_data, tmp_path):
-    """What the loader mends, the evaluation does not read again by itself."""
+    """What the loader corrects, the evaluation does not read again by itself."""
 
     def change(content):
         for image in content["images"]:

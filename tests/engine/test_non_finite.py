@@ -187,7 +187,7 @@ def test_nan_loss_stops_before_the_weights_change(tiny_cfg, tmp_path):
     assert not (tmp_path / "out" / "model_final.pth").exists()
     for value in torch.load(tmp_path / "out" / "model_0000001.pth")["model"].values():
         assert value.isfinite().all()
-    # The mend (here: another model class) continues from there.
+    # The fix (here: another model class) continues from there.
     run_training(tiny_cfg("train.checkpointer.period=1"), resume=True)
     losses = [line["iteration"] for line in _lines(tmp_path / "out") if "total_loss" in line]
     assert losses == list(range(6))

@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
     except OSError as error:
         raise WriteError(
             f"{error.filename or options.output_dir} cannot be read or written ({error.strerror}): "
-            "mend that; the same command continues the grid."
+            "fix that; the same command continues the grid."
         ) from error
 
 

@@ -225,7 +225,9 @@ def _load(path: str) -> dict[str, Any]:
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"grid file {path} is no YAML ({first_line(error)}): mend it.") from error
+        raise ConfigError(
+            f"grid file {path} is no YAML ({first_line(error)}): correct it."
+        ) from error
     if not isinstance(content, dict):
         raise ConfigError(f"grid file {path} has no keys: it needs `variants`.")
     return content

@@ -39,7 +39,7 @@ _MEANING = {
 
 _TEXT = f"""Every detection that is not correct at IoU {FOREGROUND_IOU} has one reason, and so has \
 every object that nothing was found for. The weight of a kind of error is the gain in AP at IoU \
-{FOREGROUND_IOU}, in points, if all errors of that kind alone were mended: a wrong class or box \
+{FOREGROUND_IOU}, in points, if all errors of that kind alone were fixed: a wrong class or box \
 put right, a duplicate or a detection on the background removed, a missed object taken out of the \
 ground truth. The kinds overlap in what they cost, so the gains do not add up to what is missing.
 
@@ -77,7 +77,7 @@ def measure_errors(
         charts=(
             Chart(
                 "gains",
-                f"Gain in AP at IoU {FOREGROUND_IOU} if all errors of one kind were mended.",
+                f"Gain in AP at IoU {FOREGROUND_IOU} if all errors of one kind were fixed.",
                 _bars(measured),
             ),
         ),
@@ -111,7 +111,7 @@ def _tables(measured: dict[str, ErrorWeights]) -> tuple[Table, Table]:
     names = tuple(measured)
     gains = Table(
         "gains",
-        f"AP at IoU {FOREGROUND_IOU} and the gain from mending each kind of error, in points.",
+        f"AP at IoU {FOREGROUND_IOU} and the gain from fixing each kind of error, in points.",
         ("error", "meaning", *names),
         (
             ("AP50", "as it is", *(measured[name].average_precision for name in names)),
@@ -186,16 +186,16 @@ class Judgment:
 
     Attributes:
         scores, classes, verdicts: ``(N,)``, a `Verdict` each.
-        mended_classes: ``(N,)``, class of which the detection is correct once its error is mended;
-            -1 where mending removes it.
+        fixed_classes: ``(N,)``, class of which the detection is correct once its error is fixed;
+            -1 where fixing removes it.
         truths, unmatched, missed: ``(K,)`` ground truths of each class, those that no detection
-            is correct for, and of these the ones that no mended detection would be correct for.
+            is correct for, and of these the ones that no fixed detection would be correct for.
     """
 
     scores: np.ndarray
     classes: np.ndarray
     verdicts: np.ndarray
-    mended_classes: np.ndarray
+    fixed_classes: np.ndarray
     truths: np.ndarray
     unmatched: np.ndarray
     missed: np.ndarray
@@ -203,7 +203,7 @@ class Judgment:
     @classmethod
     def joined(cls, images: Sequence[Judgment]) -> Judgment:
         """Of several images."""
-        per_detection = ("scores", "classes", "verdicts", "mended_classes")
+        per_detection = ("scores", "classes", "verdicts", "fixed_classes")
         per_class = ("truths", "unmatched", "missed")
         return cls(
             **{name: np.concatenate([getattr(i, name) for i in images]) for name in per_detection},
@@ -219,9 +219,9 @@ def judge_image(image: ImageResult, num_classes: int) -> Judgment:
     2. Of the others: LOCATION, if the largest IoU with its class lies between the two thresholds;
        CLASS, if it overlaps another class by `FOREGROUND_IOU`; DUPLICATE, if a matched ground
        truth of its class; BACKGROUND, if nothing by more than `BACKGROUND_IOU`; else BOTH.
-    3. A LOCATION or CLASS error is mended into a correct detection of its ground truth if that is
-       unmatched; of several for one, the best detection is, and the others are removed.
-    4. Unmatched ground truths that nothing would be mended into are missed.
+    3. A LOCATION or CLASS error is fixed by making it a correct detection of its ground truth if
+       that is unmatched; of several for one, the best detection is, and the others are removed.
+    4. Unmatched ground truths that no fixed error would detect are missed.
     """
     order = np.argsort(-image.scores, kind="stable")[:MAX_DETECTIONS]
     boxes, scores, classes = image.boxes[order], image.scores[order], image.classes[order]
@@ -231,14 +231,14 @@ def judge_image(image: ImageResult, num_classes: int) -> Judgment:
     taken = np.isin(np.arange(len(image.truth_classes)), matched)
 
     verdicts = np.full(len(order), Verdict.CORRECT, dtype=np.int64)
-    mended = np.where(matched >= 0, classes, -1)
-    wanted = np.zeros_like(taken)  # ground truths that a mended detection is correct for
+    fixed = np.where(matched >= 0, classes, -1)
+    wanted = np.zeros_like(taken)  # ground truths that a fixed detection is correct for
     for index in np.flatnonzero(matched < 0):
         verdict, truth = _explain(overlaps[index], same_class[index], taken)
         verdicts[index] = verdict
         if truth is not None and not taken[truth] and not wanted[truth]:
             wanted[truth] = True
-            mended[index] = image.truth_classes[truth]
+            fixed[index] = image.truth_classes[truth]
 
     def per_class(chosen: np.ndarray) -> np.ndarray:
         return np.bincount(image.truth_classes[chosen], minlength=num_classes)
@@ -247,7 +247,7 @@ def judge_image(image: ImageResult, num_classes: int) -> Judgment:
         scores,
         classes,
         verdicts,
-        mended,
+        fixed,
         truths=per_class(np.ones_like(taken)),
         unmatched=per_class(~taken),
         missed=per_class(~taken & ~wanted),
@@ -299,7 +299,7 @@ class ErrorWeights:
 
     Attributes:
         average_precision: at IoU 0.5, in percent; None without any ground truth.
-        gains: points of AP that mending all errors of a kind alone would give, by name.
+        gains: points of AP that fixing all errors of a kind alone would give, by name.
         counts: number of errors by name.
     """
 
@@ -309,9 +309,9 @@ class ErrorWeights:
 
 
 def weigh_errors(judged: Judgment) -> ErrorWeights:
-    """The gain in AP at IoU 0.5 from mending each kind of error by itself.
+    """The gain in AP at IoU 0.5 from fixing each kind of error by itself.
 
-    A missed object is mended by taking it out of the ground truth. FP mends all false positives
+    A missed object is fixed by taking it out of the ground truth. FP fixes all false positives
     (they go behind all correct detections), FN all unmatched objects.
     """
     correct = judged.verdicts == Verdict.CORRECT
@@ -320,15 +320,15 @@ def weigh_errors(judged: Judgment) -> ErrorWeights:
         return ErrorWeights(None, {}, {})
 
     def gain(scores, classes, kept, correct, truths) -> float:
-        mended = mean_average_precision(scores[kept], classes[kept], correct[kept], truths)
+        fixed = mean_average_precision(scores[kept], classes[kept], correct[kept], truths)
         # Without any object left to find, nothing is wrong any more.
-        return max(0.0, (100.0 if mended is None else mended) - base)
+        return max(0.0, (100.0 if fixed is None else fixed) - base)
 
     everything = np.ones_like(correct)
     gains, counts = {}, {}
     for verdict, name in ERROR_NAMES.items():
         chosen = judged.verdicts == verdict
-        classes = np.where(chosen, judged.mended_classes, judged.classes)
+        classes = np.where(chosen, judged.fixed_classes, judged.classes)
         gains[name] = gain(judged.scores, classes, classes >= 0, correct | chosen, judged.truths)
         counts[name] = int(chosen.sum())
     for name, lost in ((MISSED, judged.missed), (FALSE_NEGATIVE, judged.unmatched)):

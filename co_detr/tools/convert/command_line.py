@@ -141,7 +141,7 @@ def _report(split: ConvertedSplit, path: Path) -> None:
     counts = f"{len(content['images'])} images, {len(content['annotations']) - crowd} boxes"
     print(printable(f"{split.name}: {counts}, {crowd} crowd regions, written to {path}"))
     for remark, cases in split.remarks.items():
-        finding = Finding("warning", split.name, len(cases), remark.what, cases[0], remark.mend)
+        finding = Finding("warning", split.name, len(cases), remark.what, cases[0], remark.remedy)
         print(printable(f"note: {finding.sentence()}"))
 
 

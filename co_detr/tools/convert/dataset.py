@@ -84,7 +84,7 @@ class Remark:
     """Something odd about an image: what, in the plural, and what was done or can be done."""
 
     what: str
-    mend: str
+    remedy: str
 
 
 @dataclass(frozen=True)

@@ -289,13 +289,13 @@ def _to_box(entry: dict[str, Any], names: dict[int, str], source: Path) -> _Entr
     return box, entry.get("segmentation")
 
 
-def _read_json(path: Path, mend: str) -> Any:
+def _read_json(path: Path, remedy: str) -> Any:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; {mend}.")
+        raise FileNotFoundError(f"{path} does not exist; {remedy}.")
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); {mend}.") from error
+        raise ValueError(f"{path} is not valid JSON ({error}); {remedy}.") from error
 
 
 def plot_predictions(
