@@ -111,7 +111,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {each: signal.signal(each, self._note) for each in SIGNALS}
+            self._before = {stop: signal.signal(stop, self._note) for stop in SIGNALS}
             self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
@@ -121,8 +121,8 @@ class StopSignals:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
+        for stop, handler in self._before.items():
+            signal.signal(stop, handler)
         if self.interrupted and not isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt from error
 

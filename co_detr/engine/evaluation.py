@@ -106,7 +106,7 @@ def evaluate(
     )
     if not comm.is_main_process() or not evaluator.labeled:
         return {}
-    print_csv_format({name: each for name, each in results.items() if name not in kinds})
+    print_csv_format({name: value for name, value in results.items() if name not in kinds})
     metrics = {name: float(value) for name, value in results.get(BOXES, {}).items()}
     # Those of single classes, AP-<class>, have a file.
     columns = [name for name in metrics if "-" not in name]
@@ -203,7 +203,7 @@ class BoxEvaluator(DatasetEvaluator):
         gathered = comm.gather((self._detections, self._with_masks), dst=0)
         if not comm.is_main_process():
             return {}
-        parts = [each for each, _ in gathered]
+        parts = [picked for picked, _ in gathered]
         detections = self._with_own_ids(chain.from_iterable(chain.from_iterable(parts)))
         if self.results_path is not None:
             os.makedirs(os.path.dirname(self.results_path) or ".", exist_ok=True)
@@ -300,12 +300,12 @@ def as_masks(detections: list[Entry]) -> list[Entry]:
     """Entries of masks alone, with their own scores: areas are then those of masks, too."""
     return [
         {
-            "image_id": each["image_id"],
-            "category_id": each["category_id"],
-            "segmentation": each["segmentation"],
-            "score": each.get("mask_score", each["score"]),
+            "image_id": detection["image_id"],
+            "category_id": detection["category_id"],
+            "segmentation": detection["segmentation"],
+            "score": detection.get("mask_score", detection["score"]),
         }
-        for each in detections
+        for detection in detections
     ]
 
 
@@ -350,7 +350,7 @@ def missing_masks(path: str, dataset: Mapping[str, list[Entry]]) -> str | None:
         dataset: `usable_dataset` of the file, with masks.
     """
     annotations = dataset["annotations"]
-    without = [each for each in annotations if each["segmentation"] is None]
+    without = [annotation for annotation in annotations if annotation["segmentation"] is None]
     if not without:
         return None
     share = "no" if len(without) == len(annotations) else "not every"

@@ -89,7 +89,7 @@ class CocoBoxEvaluator(BoxEvaluator):
         self.log_table(f"Results by class{of_masks}", format_classes(classes))
         if self.output_dir:
             write_classes(classes, os.path.join(self.output_dir, CLASS_FILES[iou_type]))
-        return metrics | {f"AP-{each.name}": each.ap for each in classes}
+        return metrics | {f"AP-{result.name}": result.ap for result in classes}
 
     def _accumulated(self, numbered: NumberedDataset, found: COCO, iou_type: str) -> Any:
         limit = self.max_detections
@@ -151,7 +151,9 @@ class LvisBoxEvaluator(BoxEvaluator):
         }
         # (thresholds, recalls, classes) over all sizes
         precisions = evaluation.eval["precision"][:, :, :, 0, 0]
-        frequencies = {each["id"]: each.get("frequency") for each in dataset["categories"]}
+        frequencies = {
+            category["id"]: category.get("frequency") for category in dataset["categories"]
+        }
         for name, frequency in _FREQUENCIES.items():
             those = [frequencies[key] == frequency for key in numbered.categories]
             metrics[name] = _mean(precisions[:, :, those])
@@ -341,9 +343,9 @@ def write_classes(results: Sequence[ClassResult], path: str) -> None:
     with written_whole(path) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_CLASS_COLUMNS)
-        for each in results:
-            numbers = (_text(each.ap, ".3f"), _text(each.ap50, ".3f"), each.ground_truths)
-            writer.writerow((each.name, *numbers))
+        for result in results:
+            numbers = (_text(result.ap, ".3f"), _text(result.ap50, ".3f"), result.ground_truths)
+            writer.writerow((result.name, *numbers))
 
 
 def _mean(precisions: np.ndarray) -> float:

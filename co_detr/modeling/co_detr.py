@@ -186,7 +186,7 @@ class CoDETR(nn.Module):
             found = one_pass.detections(self.evaluate_with or DECODER)
             if self.mask_head is not None:
                 # In what images pad themselves with nothing is left of a detection in the end.
-                sizes = [tuple(each["image"].shape[-2:]) for each in batched_inputs]
+                sizes = [tuple(entry["image"].shape[-2:]) for entry in batched_inputs]
                 found = one_pass.with_masks(found, sizes)
             detections = {"instances": found}
             for kind in self.compared:
@@ -211,7 +211,9 @@ class CoDETR(nn.Module):
                 masks also ``gt_masks``, on any device.
             counts: of all micro-batches of the step; None: this batch is all of it.
         """
-        gt_masks = [each.gt_masks if each.has("gt_masks") else None for each in gt_instances]
+        gt_masks = [
+            instances.gt_masks if instances.has("gt_masks") else None for instances in gt_instances
+        ]
         gt_instances = self._training_targets(images, gt_instances)
         memory = self.encode(images)
         geometry = memory.levels.images
@@ -261,13 +263,13 @@ class CoDETR(nn.Module):
         are denoising queries."""
         name = self.queries.inference
         chosen = [
-            each
-            for group, each in zip(groups, predictions, strict=True)
+            predicted
+            for group, predicted in zip(groups, predictions, strict=True)
             if group.name == name or name in group.sees
         ]
         return Predictions(
-            torch.cat([each.logits[-1:] for each in chosen], dim=2),
-            torch.cat([each.boxes[-1:] for each in chosen], dim=2),
+            torch.cat([part.logits[-1:] for part in chosen], dim=2),
+            torch.cat([part.boxes[-1:] for part in chosen], dim=2),
         )
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageBatch:

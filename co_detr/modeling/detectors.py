@@ -192,13 +192,13 @@ class InferencePass:
             image_sizes: (height, width) of the images without any padding; boxes are cut to them,
                 as masks belong to their boxes.
         """
-        if any(each.has("pred_masks") for each in found):
+        if any(instances.has("pred_masks") for instances in found):
             return found
         clipped = []
-        for each, size in zip(found, image_sizes, strict=True):
-            fields = {**each.get_fields(), "pred_boxes": each.pred_boxes.clone()}
+        for instances, size in zip(found, image_sizes, strict=True):
+            fields = {**instances.get_fields(), "pred_boxes": instances.pred_boxes.clone()}
             fields["pred_boxes"].clip(size)
-            clipped.append(Instances(each.image_size, **fields))
+            clipped.append(Instances(instances.image_size, **fields))
         return self._model.mask_head.detect(self._memory, clipped)
 
     def _detect(self, name: str) -> list[Instances]:

@@ -127,7 +127,7 @@ def test_two_processes_evaluate_all_detectors_as_one_does(two, tiny_data, tiny_c
         assert (tmp_path / "out" / name).read_text() == one.read_text()
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert {"AP", "segm/AP", "roi/AP"} <= metrics.keys() and "roi/segm/AP" not in metrics
-    said = [each.output.count("The best detector of this model is") for each in ranks]
+    said = [process.output.count("The best detector of this model is") for process in ranks]
     assert said == [1, 0]
 
 

@@ -262,7 +262,9 @@ def load_images(
             raise FileNotFoundError(
                 f"The image {path} does not exist; check the image folder of {annotations}."
             )
-        drawn = ([_decoded(entry, image) for entry in each[image["id"]]] for each in (truth, found))
+        drawn = (
+            [_decoded(entry, image) for entry in entries[image["id"]]] for entries in (truth, found)
+        )
         images.append(AnnotatedImage(path, *drawn))
     return images
 
