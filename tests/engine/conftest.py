@@ -9,12 +9,11 @@ import pytest
 
 from co_detr.engine.config import load_config
 from tests.device import CHILD, EXACT, NAME
-from tests.engine.processes import TrainNet, free_port
+from tests.engine.processes import CONFIG_FILE, Finished, TrainNet, free_port
 from tests.engine.tiny_data import TinyData, make_tiny_data
 from tests.paths import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG_FILE = str(Path(__file__).parent / "tiny_config.py")
 
 
 def on(device: str) -> list[str]:
@@ -39,19 +38,35 @@ def tiny_cfg(tiny_data: TinyData, tmp_path: Path):
 
 
 @pytest.fixture
-def train_net(tiny_data: TinyData):
-    """Runs train_net.py as a user would; with `processes`, under torchrun."""
+def train_net():
+    """Runs train_net.py to its end; arguments are those behind `--config-file`."""
+    started = []
 
-    def run(*arguments: str, processes: int = 1, config: str = CONFIG_FILE):
-        launcher, device = [sys.executable], CHILD
-        if processes > 1 or "--num-gpus" in arguments:
-            device = "cpu"  # NCCL wants a card for each
-        if processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone"]
-            launcher += ["--nproc-per-node", str(processes)]
+    def run(*arguments: str, **settings) -> Finished:
+        started.append(TrainNet([*on(CHILD), *arguments], **settings))
+        return started[-1].finish()
+
+    yield run
+    for process in started:
+        process.kill()
+
+
+@pytest.fixture
+def launch():
+    """Starts two processes of train_net.py as a user does: by torchrun or by `--num-gpus`.
+
+    Slow, as each of them imports everything; `two` is enough where the start is not the point.
+    """
+
+    def run(launcher: str, *arguments: str):
+        command = [sys.executable]
+        if launcher == "torchrun":
+            command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        else:
+            arguments = ("--num-gpus", "2", *arguments)
         return subprocess.run(
-            [*launcher, str(ROOT / "train_net.py"), "--config-file", config]
-            + [*on(device), *arguments],
+            [*command, str(ROOT / "train_net.py"), "--config-file", CONFIG_FILE]
+            + [*on("cpu"), *arguments],  # NCCL wants a card for each
             capture_output=True,
             text=True,
             timeout=300,

@@ -3,6 +3,7 @@
 They are forked from a server that has imported everything, so that each starts at once.
 """
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -24,14 +26,27 @@ SECONDS = 180  # that nothing in these tests should take, even on a busy machine
 _SERVER = multiprocessing.get_context("forkserver")
 
 
+@dataclass(frozen=True)
+class Finished:
+    """How a program ended: its exit code, and what it said on stdout and stderr."""
+
+    returncode: int
+    output: str
+
+    def errors(self, start: str = "error: ") -> list[str]:
+        """The lines that say what was wrong."""
+        return [line for line in self.output.splitlines() if line.startswith(start)]
+
+
 class TrainNet:
     """A running train_net.py.
 
     Args:
-        arguments: behind `--config-file`, which is the tiny one.
+        arguments: behind `--config-file`.
         rank: of two processes, if not None; both need the same `port`.
         port: see `free_port`.
         prepare: runs in the process first; has to be importable.
+        config: the config file.
     """
 
     def __init__(
@@ -40,16 +55,14 @@ class TrainNet:
         rank: int | None = None,
         port: int = 0,
         prepare: Callable[[], None] | None = None,
+        config: str = CONFIG_FILE,
     ) -> None:
-        environment = {}
-        if rank is not None:
-            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {} if rank is None else one_of_two(rank, port)
         _start_server()
         self._said = tempfile.NamedTemporaryFile("r", prefix="train_net")
+        arguments = ["--config-file", config, *arguments]
         self._process = _SERVER.Process(
-            target=_run,
-            args=(list(arguments), environment, self._said.name, prepare),
+            target=_run, args=(arguments, environment, self._said.name, prepare)
         )
         self._process.start()
 
@@ -78,6 +91,9 @@ class TrainNet:
         assert not self.is_running, f"it hangs: {self.output}"
         return self._process.exitcode
 
+    def finish(self) -> Finished:
+        return Finished(self.wait(), self.output)
+
     def wait_until(self, happened: Callable[[], bool], interval: float = 0.01) -> bool:
         """Whether it happened before the process ended."""
         end = time.monotonic() + SECONDS
@@ -93,6 +109,49 @@ def free_port() -> int:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         return listening.getsockname()[1]
+
+
+def one_of_two(rank: int, port: int) -> dict[str, object]:
+    """The environment that torchrun gives a process; both need the same `port`."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    return ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+def run_two(target: Callable[..., None], *arguments: object) -> None:
+    """Calls `target` in two processes that find each other as under torchrun.
+
+    Raises:
+        AssertionError: if one of them fails; it has said why on stderr.
+    """
+    _start_server()
+    port = free_port()
+    processes = [
+        _SERVER.Process(target=_call, args=(one_of_two(rank, port), target, arguments))
+        for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(SECONDS)
+            assert process.exitcode == 0
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def _call(
+    environment: dict[str, object], target: Callable[..., None], arguments: Sequence[object]
+) -> None:
+    os.environ.update({key: str(value) for key, value in environment.items()})
+    target(*arguments)
+
+
+def fork_processes_of_num_gpus() -> None:
+    """For `prepare`: the processes of `--num-gpus` need not import everything once more."""
+    from torch import multiprocessing as mp
+
+    mp.start_processes = functools.partial(mp.start_processes, start_method="fork")
 
 
 def _start_server() -> None:
@@ -121,5 +180,5 @@ def _run(
         prepare()
     import train_net
 
-    sys.argv = ["train_net.py", "--config-file", CONFIG_FILE, *arguments]
+    sys.argv = ["train_net.py", *arguments]
     sys.exit(train_net.command_line())

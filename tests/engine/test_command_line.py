@@ -6,11 +6,10 @@ from co_detr.errors import CheckpointError, DataError
 
 
 def _sentence(result):
-    assert result.returncode == 2, result.stderr
-    assert "Traceback" not in result.stdout + result.stderr
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, result.stderr
-    return errors[0]
+    assert result.returncode == 2, result.output
+    assert "Traceback" not in result.output
+    assert len(result.errors()) == 1, result.output
+    return result.errors()[0]
 
 
 def test_misspelt_override(train_net):
@@ -21,7 +20,7 @@ def test_undecodable_image_found_by_a_worker_in_a_resumed_run(train_net, tiny_da
     arguments = [*tiny_data.overrides(tmp_path / "out"), "dataloader.train.num_workers=1"]
     arguments.append("data.preflight.images=off")  # which would find it before any worker
     first = train_net(*arguments, "train.max_iter=3")
-    assert first.returncode == 0, first.stderr
+    assert first.returncode == 0, first.output
     written = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("model*.pth")}
     for image in tiny_data.images.iterdir():
         image.write_bytes(image.read_bytes()[:100])
@@ -34,7 +33,7 @@ def test_undecodable_image_found_by_a_worker_in_a_resumed_run(train_net, tiny_da
 
 def test_debug_shows_the_traceback(train_net):
     result = train_net("--debug", "train.max_itr=3")
-    assert result.returncode != 0 and "Traceback" in result.stderr
+    assert result.returncode != 0 and "Traceback" in result.output
 
 
 @pytest.mark.parametrize("error", [DataError, CheckpointError])

@@ -18,7 +18,7 @@ from co_detr.tools.ablate.grid import read_grid_file
 from co_detr.tools.analyze.subjects import load_models, parse_model
 from co_detr.tools.demo import command_line as demo
 from co_detr.tools.predict import command_line as predict
-from tests.engine.conftest import CONFIG_FILE
+from tests.engine.processes import CONFIG_FILE
 from tests.paths import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,8 +131,8 @@ def test_train_net_and_grids_refuse_it_too(folder, train_net):
     text = 'data: !!python/object/apply:os.system ["touch ran"]\n'
     (folder / "config.yaml").write_text(text)
     result = train_net(config=str(folder / "config.yaml"))
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "was refused: the tag !!python/object/apply:os.system in line 1" in result.stderr
+    assert result.returncode == 2 and "Traceback" not in result.output
+    assert "was refused: the tag !!python/object/apply:os.system in line 1" in result.output
     (folder / "grid.yaml").write_text(f"variants: []\n{text}")
     with pytest.raises(ConfigError, match="is no YAML"):
         read_grid_file("grid.yaml")

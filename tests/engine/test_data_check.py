@@ -19,9 +19,8 @@ from co_detr.engine.data_check import (
 )
 from co_detr.engine.train import run_evaluation_only
 from co_detr.errors import DataError
+from tests.engine.processes import CONFIG_FILE
 from tests.engine.tiny_detector import TinyDetector
-
-CONFIG_FILE = str(Path(__file__).parent / "tiny_config.py")
 
 
 def _edit(path, change):
@@ -64,9 +63,9 @@ def test_class_count(three_classes, tmp_path, drop, extra, eval_only, count):
 def test_one_command_trains_and_evaluates_other_val_sets(train_net, three_classes, tmp_path):
     arguments = [*three_classes.overrides(tmp_path / "out"), "train.max_iter=2"]
     result = train_net(*arguments)
-    assert result.returncode == 0, result.stderr
-    assert "model.num_classes = 3 (data.train has cell, plate, disc)" in result.stdout
-    assert "images that are in train, too: 10" in result.stdout
+    assert result.returncode == 0, result.output
+    assert "model.num_classes = 3 (data.train has cell, plate, disc)" in result.output
+    assert "images that are in train, too: 10" in result.output
     weights = torch.load(tmp_path / "out" / "model_final.pth", weights_only=False)
     assert weights["class_names"] == ["cell", "plate", "disc"]
     assert weights["model"]["classify.weight"].shape[0] == 3
@@ -90,20 +89,20 @@ def test_one_command_trains_and_evaluates_other_val_sets(train_net, three_classe
     ]
     evaluate = [*val, "--eval-only", checkpoint, f"train.output_dir={tmp_path / 'other'}"]
     result = train_net(*evaluate)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.output
     assert json.loads((tmp_path / "other" / "metrics.json").read_text()) == metrics
 
     # ... and a count that disagrees is still an error.
     result = train_net(*arguments, "model.num_classes=2")
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "but the model has 2: set model.num_classes=3." in result.stderr
+    assert result.returncode == 2 and "Traceback" not in result.output
+    assert "but the model has 2: set model.num_classes=3." in result.output
 
 
-def test_a_defect_stops_all_processes_with_one_sentence(train_net, tiny_data, tmp_path):
+def test_a_defect_stops_all_processes_with_one_sentence(two, tiny_data):
     (tiny_data.images / "3.png").unlink()
-    result = train_net(*tiny_data.overrides(tmp_path / "out"), processes=2)
-    assert result.returncode != 0
-    errors = [line for line in result.stderr.splitlines() if "error: data.train" in line]
+    ended = [each.finish() for each in two()]
+    assert [each.returncode for each in ended] == [2, 2]
+    errors = [line for each in ended for line in each.errors("[rank 0] error: data.train")]
     assert len(errors) == 1 and "image files that do not exist: 1 " in errors[0]
 
 

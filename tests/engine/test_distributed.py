@@ -33,7 +33,7 @@ def read_run(output_dir):
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "num-gpus"])
-def test_two_gloo_processes_equal_one(train_net, tiny_cfg, tiny_data, tmp_path, launcher):
+def test_two_gloo_processes_equal_one(launch, tiny_cfg, tiny_data, tmp_path, launcher):
     if launcher == "num-gpus" and torch.cuda.is_available():
         pytest.skip("--num-gpus starts GPU processes here")
     seed_all_rng(0)  # as train_net.py does with train.seed
@@ -41,9 +41,8 @@ def test_two_gloo_processes_equal_one(train_net, tiny_cfg, tiny_data, tmp_path, 
     arguments = [*tiny_data.overrides(tmp_path / "two"), *COMMON]
     if launcher == "torchrun":
         # Each process also adds up its half of the batch in two pieces.
-        double = train_net(*arguments, "train.images_per_gpu=1", processes=2)
-    else:
-        double = train_net("--num-gpus", "2", *arguments)
+        arguments.append("train.images_per_gpu=1")
+    double = launch(launcher, *arguments)
     assert double.returncode == 0, double.stderr
 
     expected, expected_losses, expected_metrics = read_run(tmp_path / "one")

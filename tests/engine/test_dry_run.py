@@ -86,8 +86,8 @@ def test_a_step_that_does_not_fit(tiny_cfg, monkeypatch):
 def test_command_line(train_net, tmp_path):
     output = f"train.output_dir={tmp_path / 'out'}"
     result = train_net("--dry-run", output, "train.max_iter=100")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("peak memory:") == 1
-    assert "1 process(es) x 1 accumulation step(s) x 4 image(s)" in result.stdout
-    assert re.search(r"whole run: .* for 100 usual steps", result.stdout)
+    assert result.returncode == 0, result.output
+    assert result.output.count("peak memory:") == 1
+    assert "1 process(es) x 1 accumulation step(s) x 4 image(s)" in result.output
+    assert re.search(r"whole run: .* for 100 usual steps", result.output)
     assert not (tmp_path / "out").exists()

@@ -12,6 +12,7 @@ from detectron2.utils.env import seed_all_rng
 from co_detr.engine.launch import _forwarded_signals
 from co_detr.engine.train import run_evaluation_only, run_training
 from tests.engine.masked import write_masks
+from tests.engine.processes import fork_processes_of_num_gpus
 from tests.engine.test_distributed import COMMON, read_run
 
 pytestmark = pytest.mark.cpu_only("two processes: NCCL wants a card for each, see tests/gpu")
@@ -41,19 +42,13 @@ def test_a_dying_process_ends_the_other(two):
     assert "--resume" in error and "Traceback" not in ranks[0].output
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "num-gpus"])
-def test_a_dying_process_ends_the_run(train_net, tiny_data, tmp_path, launcher):
-    if launcher == "num-gpus" and torch.cuda.is_available():
-        pytest.skip("--num-gpus starts GPU processes here")
-    arguments = [*tiny_data.overrides(tmp_path / "out")]
-    arguments.append("model._target_=tests.engine.tiny_detector.DyingDetector")
-    if launcher == "torchrun":
-        result = train_net(*arguments, processes=2)
-        assert result.returncode not in (0, None)
-    else:
-        result = train_net("--num-gpus", "2", *arguments)
-        assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
-        assert "error: process 1 was ended by SIGKILL" in result.stderr
+@pytest.mark.skipif(torch.cuda.is_available(), reason="--num-gpus starts GPU processes here")
+def test_a_dying_process_ends_the_run_of_num_gpus(train_process):
+    dying = "model._target_=tests.engine.tiny_detector.DyingDetector"
+    run = train_process("--num-gpus", "2", dying, prepare=fork_processes_of_num_gpus)
+    result = run.finish()
+    assert result.returncode == 2 and "Traceback" not in result.output, result.output
+    assert "error: process 1 was ended by SIGKILL" in result.output
 
 
 def wait_for_signal(ready):

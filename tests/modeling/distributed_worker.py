@@ -1,9 +1,5 @@
-"""One of two processes: a training step on its half of a batch; run by test_distributed.py.
+"""One of two processes: a training step on its half of a batch; see test_distributed.py."""
 
-Usage: torchrun --nproc-per-node 2 distributed_worker.py OUTPUT_FILE
-"""
-
-import sys
 from contextlib import nullcontext
 
 import torch
@@ -64,7 +60,8 @@ def accumulated_step(model: DistributedDataParallel, batch: list[dict]) -> dict[
     return totals
 
 
-def main(output_file: str) -> None:
+def save_results(output_file: str) -> None:
+    """Of all cases, by the process of rank 0; every process has to call this."""
     dist.init_process_group("gloo")
     results = {}
     for heads in (0, 1, 6):
@@ -80,7 +77,3 @@ def main(output_file: str) -> None:
     if dist.get_rank() == 0:
         torch.save(results, output_file)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

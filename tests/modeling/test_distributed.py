@@ -1,36 +1,19 @@
 """Two processes, each with a part of the images, equal one process with all of them."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from tests.modeling.distributed_worker import NUM_GTS, batch_of, build, step
-from tests.paths import python_path
+from tests.engine.processes import run_two
+from tests.modeling.distributed_worker import NUM_GTS, batch_of, build, save_results, step
 
 pytestmark = pytest.mark.cpu_only("two processes: NCCL wants a card for each, see tests/gpu")
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """Losses (mean over processes) and gradients by number of heads and case."""
     output = tmp_path_factory.mktemp("distributed") / "results.pt"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    worker = str(Path(__file__).parent / "distributed_worker.py")
-    result = subprocess.run(
-        [sys.executable, *launcher, worker, str(output)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr
+    run_two(save_results, str(output))
     return torch.load(output)
 
 
