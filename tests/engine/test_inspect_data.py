@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from PIL import Image
 
 from co_detr.tools.draw.boxes import plot_samples, sample_of
@@ -60,6 +60,21 @@ def test_a_sample_is_what_the_mapper_made(image_format):
     assert sample.title == "a.png: 30x20, 1 box"
     assert sample.pixels.shape == (20, 30, 3) and np.all(sample.pixels == [255, 0, 0])
     assert sample.boxes[0].xywh == (1, 2, 10, 6) and sample.boxes[0].class_name == "plate"
+
+
+@pytest.mark.parametrize("as_polygons", [False, True])
+def test_masks_of_a_sample(as_polygons):
+    polygons = PolygonMasks([[np.array([2.0, 3.0, 12.0, 3.0, 12.0, 9.0, 2.0, 9.0])]])
+    instances = Instances((20, 30))
+    instances.gt_boxes = Boxes(torch.tensor([[2.0, 3.0, 12.0, 9.0]]))
+    instances.gt_classes = torch.tensor([0])
+    masks = polygons if as_polygons else BitMasks.from_polygon_masks(polygons, 20, 30)
+    instances.gt_masks = masks
+    image = torch.zeros(3, 20, 30, dtype=torch.uint8)
+    mapped = {"image": image, "instances": instances, "file_name": "a.png"}
+    (box,) = sample_of(mapped, ["cell"], "RGB").boxes
+    assert (box.mask.left, box.mask.top) == (2, 3)
+    assert box.mask.pixels.shape == (6, 10) and box.mask.pixels.all()
 
 
 def test_nothing_to_draw(tmp_path):

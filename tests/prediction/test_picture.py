@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from co_detr.tools.draw.boxes import Box, class_colors, draw_picture, text_color
+from co_detr.modeling.postprocess import MaskPatch
+from co_detr.tools.draw.boxes import Box, class_colors, draw_picture, paint_masks, text_color
 
 COLORS = class_colors(["cat", "dog"])
 
@@ -60,3 +61,36 @@ def test_labels_have_the_contrast_that_wcag_asks_of_text(count):
         text = {"black": 0.0, "white": 1.0}[text_color(ground)]
         darker, lighter = sorted((luminance(ground), text))
         assert (lighter + 0.05) / (darker + 0.05) >= 4.5, ground
+
+
+def disk(top, left, side):
+    rows, columns = np.mgrid[:side, :side] - (side - 1) / 2
+    return MaskPatch(left, top, rows**2 + columns**2 < (side / 2) ** 2)
+
+
+def test_masks_are_soft_with_a_firm_contour(rgb):
+    box = Box((20.0, 40.0, 40.0, 40.0), "dog", 0.9, disk(40, 20, 40))
+    picture = paint_masks(rgb, [box], COLORS)
+    assert (rgb == 128).all()
+    expected = np.round(0.6 * 128 + 0.4 * np.array(COLORS["dog"]))
+    assert (picture[60, 40] == expected).all()  # inside
+    assert (picture[40, 40] == COLORS["dog"]).all()  # the contour
+    assert (picture[43, 23] == 128).all()  # in the box, outside of the mask
+    drawn = np.asarray(draw_picture(rgb, [box], COLORS))
+    assert (drawn[60, 40] == expected).all()
+
+
+def test_small_masks_are_in_front(rgb):
+    large = Box((0.0, 0.0, 140.0, 100.0), "cat", 0.9, disk(0, 20, 100))
+    small = Box((60.0, 40.0, 20.0, 20.0), "dog", 0.1, disk(40, 60, 20))
+    painted = paint_masks(rgb, [small, large], COLORS)
+    assert tuple(painted[49, 60]) == COLORS["dog"]
+    red, blue = (np.array(COLORS[name], float) for name in ("cat", "dog"))
+    expected = 0.6 * (0.6 * 128 + 0.4 * red).round() + 0.4 * blue
+    assert np.abs(painted[50, 70] - expected).max() <= 1
+
+
+def test_without_masks_nothing_is_copied(rgb):
+    empty = MaskPatch(3, 3, np.zeros((0, 0), bool))
+    boxes = [Box((1.0, 1.0, 9.0, 9.0), "dog"), Box((1.0, 1.0, 9.0, 9.0), "cat", mask=empty)]
+    assert paint_masks(rgb, boxes, COLORS) is rgb

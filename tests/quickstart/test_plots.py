@@ -9,6 +9,7 @@ import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
+from co_detr.data.coco_file import encoded_mask
 from co_detr.tools.draw.boxes import load_images, plot_predictions
 from co_detr.tools.draw.curves import plot_training_curves, read_log, smooth
 
@@ -160,6 +161,25 @@ def test_grid_draws_boxes(tmp_path: Path, make_run: MakeRun) -> None:
     plot_predictions(load(tmp_path / "run", score_threshold=0.95), tmp_path / "without.png")
     assert_is_picture(tmp_path / "with.png")
     assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()
+
+
+def test_masks_of_both_sides_are_drawn(tmp_path: Path, make_run: MakeRun) -> None:
+    make_run(tmp_path / "run")
+    plot_predictions(load(tmp_path / "run"), tmp_path / "boxes.png")
+    files = [tmp_path / "run" / name for name in ("val.json", "coco_instances_results.json")]
+    truth, results = (json.loads(file.read_text()) for file in files)
+    truth["images"][0] |= {"height": 60, "width": 80}
+    polygon = [[10, 12, 30, 12, 30, 42]]
+    truth["annotations"][0]["segmentation"] = polygon
+    encoded = encoded_mask(polygon, 60, 80)
+    results[0]["segmentation"] = encoded | {"counts": encoded["counts"].decode()}
+    for file, content in zip(files, (truth, results), strict=True):
+        file.write_text(json.dumps(content))
+    first, second = load(tmp_path / "run")
+    for box in (*first.truth, *first.predictions):
+        assert (box.mask.left, box.mask.top) == (10, 12) and 250 < box.mask.pixels.sum() < 350
+    plot_predictions([first, second], tmp_path / "masks.png")
+    assert (tmp_path / "masks.png").read_bytes() != (tmp_path / "boxes.png").read_bytes()
 
 
 @pytest.mark.parametrize(

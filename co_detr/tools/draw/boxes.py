@@ -272,9 +272,8 @@ def load_images(
 def _decoded(entry: _Entry, image: dict[str, Any]) -> Box:
     """A box of an image with its mask, which is only decoded if it is drawn."""
     box, segmentation = entry
-    if not segmentation:
-        return box
-    encoded = encoded_mask(segmentation, image["height"], image["width"])
+    size = image.get("height"), image.get("width")
+    encoded = None if None in size else encoded_mask(segmentation, *size)
     if encoded is None:
         return box
     return replace(box, mask=MaskPatch.of_bitmap(mask_utils.decode(encoded).astype(bool)))
@@ -408,7 +407,7 @@ def draw_boxes(
     axes: Axes, pixels: np.ndarray, boxes: list[Box], colors: dict[str, Any], title: str
 ) -> None:
     """Shows an image (H, W, 3) with boxes and masks in the colors of their class names."""
-    axes.imshow(paint_masks(pixels, boxes, colors, max(1, min(pixels.shape[:2]) // 250)))
+    axes.imshow(paint_masks(pixels, boxes, colors, max(2, min(pixels.shape[:2]) // 160)))
     axes.set_title(title, fontsize=8, parse_math=False)
     height, width = pixels.shape[:2]
     # The best predictions are drawn last, on top of the others.
