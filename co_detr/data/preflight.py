@@ -21,6 +21,7 @@ from co_detr.data.coco_file import locate_files, read_coco
 from co_detr.data.images import ImageError, ImageReader, Pixels
 from co_detr.data.preflight_annotations import PreflightReport, SplitReport, check_annotations
 from co_detr.data.preflight_boxes import Limits, check_boxes, count_objects
+from co_detr.data.preflight_masks import check_masks
 from co_detr.errors import ConfigError
 
 # Of an image with more than 8 bits, so many values are looked at, evenly spread.
@@ -59,11 +60,16 @@ class PreflightSettings:
 
 @dataclass(frozen=True)
 class SplitFiles:
-    """What data.train and data.train_images (or those of val) name."""
+    """What data.train and data.train_images (or those of val) name.
+
+    Attributes:
+        masks: whether masks are read, and so have to be right.
+    """
 
     split: str
     annotations: str
     images: str
+    masks: bool = False
 
 
 def preflight(
@@ -100,6 +106,8 @@ def preflight(
         if annotations is not None:
             good = check_boxes(report, annotations, images, invalid_boxes)
             count_objects(report, good, images, limits or Limits())
+            if files.masks:
+                check_masks(report, good, images, invalid_boxes)
         count = {"all": None, "sample": settings.sample_size, "off": 0}[settings.images]
         checked = check_images(report, list(images.values()), files.images, count, reader)
         deep += checked.deep

@@ -52,6 +52,7 @@ class SplitReport:
         file: path of the annotation file.
         images: number of images; `empty` of them have no box to learn or evaluate.
         boxes: usable boxes that are no crowd regions; `crowd` is the number of those.
+        masks: how many of the boxes have a usable mask; None: masks are not read.
         categories: (id in the file, name), in the order of the ids.
         decoded: number of images that were decoded.
         values: how values of more than 8 bits are read, one sentence for each range.
@@ -65,6 +66,7 @@ class SplitReport:
     empty: int = 0
     boxes: int = 0
     crowd: int = 0
+    masks: int | None = None
     categories: list[tuple[int | str, str]] = field(default_factory=list)
     decoded: int = 0
     values: list[str] = field(default_factory=list)
@@ -102,9 +104,11 @@ class PreflightReport:
 
     def text(self) -> str:
         """Tables of counts and of findings, one per line."""
-        rows = [("", "images", "empty", "boxes", "crowd", "classes", "decoded", "file")]
+        header = ("", "images", "empty", "boxes", "crowd", "masks", "classes", "decoded", "file")
+        rows = [header]
         for split in self.splits:
             counts = (split.images, split.empty, split.boxes, split.crowd)
+            counts += ("-" if split.masks is None else split.masks,)
             counts += (len(split.categories), split.decoded)
             rows.append((split.split, *map(str, counts), split.file))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -18,6 +18,7 @@ from co_detr.data.coco_file import read_coco, shortened
 from co_detr.data.images import ImageReader
 from co_detr.data.preflight import PreflightSettings, SplitFiles, preflight
 from co_detr.data.preflight_boxes import InputSize, Limit, Limits
+from co_detr.engine.config import learns_masks
 from co_detr.engine.evaluators import COCO_LIMIT
 from co_detr.engine.launch import raise_jointly
 from co_detr.errors import DataError, UserError
@@ -80,8 +81,12 @@ def check_data(cfg: DictConfig, eval_only: bool = False) -> None:
     nodes = {"train": cfg.dataloader.train, "val": cfg.dataloader.test}
     if eval_only:
         del nodes["train"]
+    masks = {
+        "train": bool(cfg.dataloader.train.dataset.get("with_masks", False)),
+        "val": learns_masks(cfg.model),
+    }
     splits = [
-        SplitFiles(split, cfg.data[split], cfg.data[f"{split}_images"])
+        SplitFiles(split, cfg.data[split], cfg.data[f"{split}_images"], masks[split])
         for split, node in nodes.items()
         if _is_plain_coco(node.dataset)
     ]
