@@ -44,6 +44,11 @@ def masked(trained: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(folder, cfg, model)
 
 
+@pytest.fixture(scope="session")
+def predictor_of_masks(masked: Run) -> Predictor:
+    return Predictor(masked.config, masked.checkpoint, device=NAME)
+
+
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """A folder with three images, two of one size."""

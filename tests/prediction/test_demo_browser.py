@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pycocotools.mask as mask_utils
 import pytest
 from PIL import Image
 
@@ -87,6 +88,15 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrom
 
 @pytest.fixture
 def page(driver, predictor, tmp_path, monkeypatch) -> Iterator[Page]:
+    yield from opened(driver, predictor, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def page_with_masks(driver, predictor_of_masks, tmp_path, monkeypatch) -> Iterator[Page]:
+    yield from opened(driver, predictor_of_masks, tmp_path, monkeypatch)
+
+
+def opened(driver, predictor, tmp_path, monkeypatch) -> Iterator[Page]:
     runs: list[str] = []
     detect = Detector._detect
 
@@ -190,6 +200,51 @@ def test_downloads(page, predictor, photos):
         assert drawn.size == image.size
         difference = np.abs(np.asarray(drawn).astype(int) - np.asarray(image))
     assert difference.max() > 100
+
+
+SHOWN_MASKS = "#masks path:not([hidden])"
+
+
+def test_masks_are_shown_filtered_and_saved(page_with_masks, predictor_of_masks, photos):
+    page, found = page_with_masks, predictor_of_masks(photos / "b.png")
+    page.choose(photos / "b.png")
+    page.wait_for_boxes()
+    assert page.count(SHOWN_MASKS) == page.count(BOXES) == len(found)
+    # Every mask lies where its pixels are, and is as large.
+    shapes = page.driver.execute_script(
+        "return [...document.querySelectorAll('#masks path')].map((path) => {"
+        "  const { x, y, width, height } = path.getBBox(); return [x, y, width, height]; });"
+    )
+    extents = [mask_utils.toBbox(rle).tolist() for rle in found.pred_masks.rles()]
+    assert sorted(shapes) == sorted(extents)
+    limit = round(found.scores.median().item(), 2)
+    page.slide(limit)
+    assert page.count(SHOWN_MASKS) == page.count(BOXES) == int((found.scores >= limit).sum())
+
+    page.find("#save-json").click()
+    content, picture = page.downloads / "b.json", page.downloads / "b_boxes.jpg"
+    page.wait(content.exists)
+    saved = json.loads(content.read_text())["annotations"]
+    kept = found[found.scores >= limit]
+    assert [each["segmentation"] for each in saved] == kept.pred_masks.rles()
+    assert [each["mask_score"] for each in saved] == kept.mask_scores.tolist()
+
+    pictures = []
+    for _ in range(2):
+        page.find("#save-picture").click()
+        page.wait(picture.exists)
+        with Image.open(picture) as image:
+            pictures.append(np.asarray(image).astype(int))
+        picture.unlink()
+        page.find("#masks-shown").click()
+        assert page.find("#masks").is_displayed() == (len(pictures) == 2)
+    assert np.abs(pictures[0] - pictures[1]).max() > 50  # without the masks
+
+
+def test_a_model_of_boxes_has_no_switch_for_masks(page, photos):
+    page.choose(photos / "a.png")
+    page.wait_for_boxes()
+    assert not page.find("#with-masks").is_displayed() and not page.count("#masks path")
 
 
 def test_pointing_marks_the_box_and_its_row(page, photos):

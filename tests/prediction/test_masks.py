@@ -21,11 +21,6 @@ def load(run, **arguments):
     return Predictor(run.config, run.checkpoint, device=NAME, **arguments)
 
 
-@pytest.fixture(scope="module")
-def predictor_of_masks(masked):
-    return load(masked)
-
-
 def test_boxes_are_those_of_the_model_without_masks(predictor, predictor_of_masks, photos):
     """Its auxiliary part is stripped, its mask head is not."""
     found, plain = predictor_of_masks(photos / "a.png"), predictor(photos / "a.png")

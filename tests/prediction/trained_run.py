@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from detectron2.config import LazyConfig
 from omegaconf import DictConfig
 
+from co_detr.engine.config import apply_overrides, load_config
 from co_detr.modeling import CoDETR
 from tests.device import CHILD
-from tests.modeling.builders import CONFIGS, tiny_config
+from tests.modeling.builders import CONFIGS, shrink
 
 CLASSES = ["red cell", "white cell", "platelet", "dust", "bubble"]
 SIZE = [
@@ -35,10 +35,9 @@ class Run:
 
 
 def masked_config() -> DictConfig:
-    """Both auxiliary heads, a small mask head, few detections."""
+    """As the trained one with a small mask head, and few detections."""
+    cfg = shrink(load_config(str(CONFIGS / "co_detr_r50_instance.py")))
+    cfg.model.mask_head.iou_head.update(conv_dim=16, fc_dim=32)
     few = "model.postprocessor.max_detections=15"
-    cfg = tiny_config(2, [*SIZE, few, f"train.device={CHILD}"])
-    parts = LazyConfig.load(str(CONFIGS / "models" / "mask_head.py"))
-    head = cfg.model.mask_head = parts.mask_head_of_four_levels
-    head.iou_head.update(conv_dim=16, fc_dim=32)
+    apply_overrides(cfg, [*SIZE, "model.num_classes=5", few, f"train.device={CHILD}"])
     return cfg

@@ -1,14 +1,17 @@
-// The boxes on the picture, their list and their counts. All boxes are made once for an image; the
+// The boxes and masks on the picture, their list and their counts. All boxes are made once for an image; the
 // slider only hides and shows them.
 
 // Pixels of the width of the picture for each label; with more boxes, only the one pointed at has one.
 const PER_LABEL = 20;
+
+import { outline } from "./masks.js";
 
 export class BoxView {
   // classes: [{ name, color, text }], category id 1 first.
   constructor(classes) {
     this.classes = classes;
     this.layer = document.getElementById("boxes");
+    this.masks = document.getElementById("masks");
     this.list = document.getElementById("list");
     this.legend = document.getElementById("legend");
     this.clear();
@@ -31,6 +34,7 @@ export class BoxView {
     this.items = [];
     this.seconds = 0;
     this.layer.replaceChildren();
+    this.masks.replaceChildren();
     this.list.replaceChildren();
     this.legend.replaceChildren();
   }
@@ -46,6 +50,9 @@ export class BoxView {
     const area = ({ annotation }) => annotation.bbox[2] * annotation.bbox[3];
     const bySize = [...this.items].sort((a, b) => area(b) - area(a));
     this.layer.replaceChildren(...bySize.map(({ box }) => box));
+    this.masks.setAttribute("viewBox", `0 0 ${image.width} ${image.height}`);
+    this.masks.replaceChildren(...bySize.flatMap(({ mask }) => mask ?? []));
+    document.getElementById("with-masks").hidden = !this.masks.childElementCount;
     this.list.replaceChildren(...this.items.map(({ row }) => row));
   }
 
@@ -53,8 +60,7 @@ export class BoxView {
   filter(threshold) {
     for (const item of this.items) {
       const hidden = item.annotation.score < threshold;
-      item.box.hidden = hidden;
-      item.row.hidden = hidden;
+      for (const element of [item.box, item.row, item.mask]) element?.toggleAttribute("hidden", hidden);
     }
     const visible = this.visible();
     this.layer.classList.toggle("crowded", visible.length * PER_LABEL > this.layer.clientWidth);
@@ -63,6 +69,10 @@ export class BoxView {
     const noun = this.items.length === 1 ? "box" : "boxes";
     document.getElementById("summary").textContent =
       `${visible.length} of ${this.items.length} ${noun}, found in ${this.seconds.toFixed(2)} s`;
+  }
+
+  showMasks(shown) {
+    this.masks.toggleAttribute("hidden", !shown);
   }
 
   // The annotations that are shown, best first.
@@ -98,8 +108,13 @@ export class BoxView {
     button.append(title, figure);
     row.append(button);
 
-    for (const element of [box, row]) paint(element, color, text);
-    return { annotation, box, row };
+    let mask = null;
+    if (annotation.segmentation) {
+      mask = document.createElementNS(this.masks.namespaceURI, "path");
+      mask.setAttribute("d", outline(annotation.segmentation));
+    }
+    for (const element of [box, row, mask]) if (element) paint(element, color, text);
+    return { annotation, box, row, mask };
   }
 
   #count(visible) {
@@ -124,8 +139,9 @@ export class BoxView {
     for (const item of this.items) {
       item.box.classList.toggle("active", item === pointed);
       item.row.classList.toggle("active", item === pointed);
+      item.mask?.classList.toggle("active", item === pointed);
     }
-    this.layer.classList.toggle("pointing", Boolean(pointed));
+    for (const layer of [this.layer, this.masks]) layer.classList.toggle("pointing", Boolean(pointed));
   }
 }
 

@@ -115,6 +115,7 @@ function takeFirst(files) {
   else fail("That is no file: drop or paste an image file.");
 }
 
+get("masks-shown").addEventListener("change", (event) => view.showMasks(event.target.checked));
 get("score").addEventListener("input", () => view.filter(threshold()));
 
 get("file").addEventListener("change", (event) => {
@@ -143,7 +144,8 @@ document.addEventListener("drop", (event) => {
 
 get("save-picture").addEventListener("click", async () => {
   try {
-    await savePicture(get("picture"), view.visible(), settings.classes, shown.file.name);
+    const masked = get("masks-shown").checked;
+    await savePicture(get("picture"), view.visible(), settings.classes, shown.file.name, masked);
   } catch (error) {
     get("error").textContent = error.message;
     get("error").hidden = false;

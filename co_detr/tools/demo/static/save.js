@@ -1,7 +1,12 @@
 // Downloads of what is shown, made in the browser.
 
-// The picture in its own size, with boxes; lines and text grow with it as in predict.py's pictures.
-export async function savePicture(picture, annotations, classes, fileName) {
+import { outline } from "./masks.js";
+
+const MASK_OPACITY = 0.4; // as in predict.py's pictures
+
+// The picture in its own size, with boxes, and masks if they are shown; lines and text grow with it
+// as in predict.py's pictures.
+export async function savePicture(picture, annotations, classes, fileName, masked) {
   const canvas = document.createElement("canvas");
   canvas.width = picture.naturalWidth;
   canvas.height = picture.naturalHeight;
@@ -13,6 +18,7 @@ export async function savePicture(picture, annotations, classes, fileName) {
   draw.font = `${size}px "DejaVu Sans", system-ui, sans-serif`;
   draw.textBaseline = "middle";
   const ranked = [...annotations].reverse(); // the best ones on top
+  if (masked) drawMasks(draw, annotations, classes);
   for (const { bbox, category_id } of ranked) {
     draw.strokeStyle = classes[category_id - 1].color;
     draw.strokeRect(...bbox);
@@ -38,7 +44,20 @@ export async function savePicture(picture, annotations, classes, fileName) {
   download(blob, `${stem(fileName)}_boxes.jpg`);
 }
 
-// COCO format, without the annotations that are not shown.
+function drawMasks(draw, annotations, classes) {
+  const withMasks = annotations.filter(({ segmentation }) => segmentation);
+  // Small ones on top.
+  for (const { segmentation, category_id } of withMasks.sort((a, b) => b.area - a.area)) {
+    const shape = new Path2D(outline(segmentation));
+    draw.fillStyle = draw.strokeStyle = classes[category_id - 1].color;
+    draw.globalAlpha = MASK_OPACITY;
+    draw.fill(shape, "evenodd");
+    draw.globalAlpha = 1;
+    draw.stroke(shape);
+  }
+}
+
+// COCO format, with masks in run-length form, without the annotations that are not shown.
 export function saveJson(coco, annotations, fileName) {
   const content = JSON.stringify({ ...coco, annotations }, null, 1);
   download(new Blob([content], { type: "application/json" }), `${stem(fileName)}.json`);
