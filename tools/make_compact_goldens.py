@@ -29,6 +29,9 @@ DENOISING_CASES = (2, 3)
 SINE_FEATURES = 32
 MAX_COSTS = 500  # queries times ground truths
 
+# Units of masks in the data, with what they take from another one.
+MASK_UNITS = ("bitmap_ops", "coco_rle", "copy_paste")
+
 CASES = ("A", "A_empty", "A_allempty", "A_official_sampler", "A_zero_padding")
 # Parts that come before the recorded maps.
 BEFORE = ("backbone.", "neck.")
@@ -226,6 +229,12 @@ def _without(tree: dict[str, Any], names: list[str], prefix: str = "") -> dict[s
     }
 
 
+def mask_units(units: dict[str, Any]) -> dict[str, Any]:
+    """The units of masks in the data, complete."""
+    bitmaps = {"bitmaps": units["mask_targets"]["bitmaps"]}
+    return {name: units[name] | ({} if name == "copy_paste" else bitmaps) for name in MASK_UNITS}
+
+
 def _after(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if not key.startswith(BEFORE)}
 
@@ -251,7 +260,8 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     units = compact_units(load_golden(args.source / "units.pt"))
     units["co_dino_decoder"] = decoder_unit(load_golden(args.source / "case_B.pt"))
-    compact = {"units": units}
+    masks = load_golden(args.source / "units_M.pt")
+    compact = {"units": units, "units_M_data": mask_units(masks)}
     for name in CASES:
         case = load_golden(args.source / f"case_{name}.pt")
         compact[f"case_{name}_compact"] = compact_case(case)

@@ -29,6 +29,7 @@ from tests.parity.oracle.units_heads import (
     roi_extractor,
     valid_flags,
 )
+from tests.parity.oracle.units_masks import bitmap_ops, coco_rle, copy_paste
 from tests.parity.oracle.units_transformer import (
     decoder,
     denoising_queries,
@@ -76,6 +77,12 @@ CHECKS: dict[str, Callable[[Unit], None]] = {
     "soft_nms": soft_nms_unit,
     "dn_generator": denoising_queries,
     "co_dino_decoder": decoder,
+}
+# Of the reference's instance segmentation, in files of their own.
+MASK_CHECKS: dict[str, Callable[[Unit], None]] = {
+    "bitmap_ops": bitmap_ops,
+    "coco_rle": coco_rle,
+    "copy_paste": copy_paste,
 }
 
 
@@ -153,11 +160,12 @@ def check_units(entries: dict[str, Any], report: Report) -> None:
         report: an empty one; an entry that no check looks at is a failure in it.
     """
     report.entries = flatten(entries)
+    checks = CHECKS | MASK_CHECKS
     for name, content in entries.items():
-        if name in CHECKS:
+        if name in checks:
             listed = isinstance(content, list)
             for index, entry in enumerate(content if listed else [content]):
                 unit = Unit(report, f"{name}[{index}]" if listed else name, entry)
                 with report.part(unit.name):
-                    CHECKS[name](unit)
+                    checks[name](unit)
     report.finish()

@@ -69,6 +69,11 @@ ROI_TRIM = Difference(
     "The reference draws background fillers from the first n samples of every image, n being the "
     "smallest image's number; ours draws from all.",
 )
+HIDDEN_OBJECTS = Difference(
+    "hidden-objects",
+    "Pasted over as a whole, an object near the upper left corner stays in the reference, with an "
+    "empty mask and a zero box; here it goes.",
+)
 DELTA_CLAMP = Difference(
     "delta-clamp",
     "mmdet clamps log-size deltas on both sides, Detectron2 only above; rows where that matters "
