@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from co_detr.data.loader import CheckedDatasetMapper, as_tensor, augment
-from co_detr.data.masks import PLAIN_TRANSFORMS, span, tight_boxes
+from co_detr.data.masks import span, tight_boxes
 
 Window = tuple[slice, slice]  # rows and columns
 
@@ -161,8 +161,8 @@ class Donor:
 def draw_donor(record: dict[str, Any], mapper: CheckedDatasetMapper) -> Donor:
     """Augments an image without its pixels, if all its transforms are resizes, crops and mirrors.
 
-    Augmentations then see the shape of the image, and black in place of its pixels. Any other
-    transform has the image read and augmented as a whole.
+    Augmentations then see the shape of the image, and black in place of its pixels. With any other
+    transform, which may depend on pixels, the image is read and augmented as a whole.
 
     Raises:
         DataError: as the mapper; of an image that cannot be read, when pixels are asked for.
@@ -170,9 +170,11 @@ def draw_donor(record: dict[str, Any], mapper: CheckedDatasetMapper) -> Donor:
     name = f"image {record['file_name']}"
     before = record["height"], record["width"]
     shape = _ShapeOnly(_black(*before))
+    state = np.random.get_state()
     try:
         transforms = augment(shape, mapper.augmentations, name)
     except _NeedsPixelsError:
+        np.random.set_state(state)
         whole = T.AugInput(mapper.read(record))
         transforms = augment(whole, mapper.augmentations, name)
         after = whole.image.shape[:2]
@@ -199,7 +201,7 @@ class _ShapeOnly(T.AugInput):
             self.image = _black(tfm.new_h, tfm.new_w)
         elif isinstance(tfm, T.CropTransform):
             self.image = _black(tfm.h, tfm.w)
-        elif not isinstance(tfm, (T.HFlipTransform, T.VFlipTransform, *PLAIN_TRANSFORMS)):
+        elif not isinstance(tfm, (T.HFlipTransform, T.VFlipTransform, T.NoOpTransform)):
             raise _NeedsPixelsError
 
 
@@ -215,7 +217,7 @@ def window_of(rgb: np.ndarray, transforms: T.TransformList, window: Window) -> n
 
     Args:
         rgb: ``(H, W, 3)`` uint8.
-        transforms: resizes, crops, mirrors and changes of colors.
+        transforms: resizes, crops and mirrors.
         window: of the result.
     """
     rows, columns = window
@@ -240,8 +242,6 @@ def window_of(rgb: np.ndarray, transforms: T.TransformList, window: Window) -> n
             box = (*box[:2], min(box[2], each.w), min(box[3], each.h))
             picture = Image.fromarray(whole).resize((width, height), each.interp, box)
             source = np.asarray(picture)
-        else:
-            behind.append(each)
     if source is None:
         source = rgb[y : y + height, x : x + width]
     for each in reversed(behind):

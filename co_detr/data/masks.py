@@ -33,7 +33,7 @@ Segmentation = list[np.ndarray] | dict[str, Any]
 # Sides of the image that a polygon may reach out of it. pycocotools walks along the edges step by
 # step, with a memory that grows with them.
 _FAR = 10
-PLAIN_TRANSFORMS = (T.NoOpTransform, T.ColorTransform, T.BlendTransform)  # leave pixels in place
+_PLAIN_TRANSFORMS = (T.NoOpTransform, T.ColorTransform, T.BlendTransform)  # leave pixels in place
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class MaskFlaw:
 
     Attributes:
         what: in the plural.
-        mend: what to do.
+        remedy: what to do.
         stops: whether nothing goes on with it, as it is a mistake of the whole file. Otherwise it
             is an error, or left out, as ``data.invalid_boxes`` says.
         read_as: how it is read all the same; "" if it cannot be.
     """
 
     what: str
-    mend: str
+    remedy: str
     stops: bool = False
     read_as: str = ""
 
@@ -269,12 +269,12 @@ class MaskChecker:
         where = f"annotation {annotation.get('id')!r} of image {record['file_name']}"
         for flaw, says in checked.flaws:
             if flaw.stops or not (self.skip_invalid or flaw.read_as):
-                mend = flaw.mend
+                remedy = flaw.remedy
                 if not flaw.stops:
-                    mend += ", or set data.invalid_boxes=skip to leave such masks out"
+                    remedy += ", or set data.invalid_boxes=skip to leave such masks out"
                 raise DataError(
                     f"{where} in {self.annotation_file} has a mask that cannot be used "
-                    f"({flaw.what}: {says}): {mend}."
+                    f"({flaw.what}: {says}): {remedy}."
                 )
             self.cases.setdefault(flaw, []).append(f"{where}, {says}")
         if checked.usable is None:
@@ -287,7 +287,7 @@ class MaskChecker:
     def report(self) -> None:
         """Logs at most one line per kind of flaw, and one about objects without a mask."""
         for flaw, cases in self.cases.items():
-            done = flaw.read_as or f"left out ({flaw.mend})"
+            done = flaw.read_as or f"left out ({flaw.remedy})"
             logger.warning(
                 "%s: %s: %d (the first: %s); %s.",
                 *(self.annotation_file, flaw.what, len(cases), cases[0], done),
@@ -376,7 +376,7 @@ def picked_pixels(
             columns = columns[::-1]
         elif isinstance(each, T.VFlipTransform):
             rows = rows[::-1]
-        elif not isinstance(each, PLAIN_TRANSFORMS):
+        elif not isinstance(each, _PLAIN_TRANSFORMS):
             return None
     return rows, columns
 

@@ -97,12 +97,12 @@ def _note_flaw(report: SplitReport, flaw: MaskFlaw, cases: list[str], invalid_bo
     if flaw.read_as:
         report.add("warning", cases, flaw.what, flaw.read_as)
     elif flaw.stops:
-        report.add("error", cases, flaw.what, flaw.mend)
+        report.add("error", cases, flaw.what, flaw.remedy)
     elif invalid_boxes == "skip":
-        report.add("warning", cases, flaw.what, f"left out ({flaw.mend})")
+        report.add("warning", cases, flaw.what, f"left out ({flaw.remedy})")
     else:
-        mend = f"{flaw.mend}, or set data.invalid_boxes=skip to leave them out"
-        report.add("error", cases, flaw.what, mend)
+        remedy = f"{flaw.remedy}, or set data.invalid_boxes=skip to leave them out"
+        report.add("error", cases, flaw.what, remedy)
 
 
 def _compare_with_boxes(report: SplitReport, extents: Sequence[_Extent]) -> None:

@@ -188,8 +188,8 @@ def test_a_set_without_masks(data, caplog, absent):
     data.write()
     train, val = report_of(data).findings
     assert (train.count, train.what) == (12, "objects without a mask")
-    assert "what learns masks is not trained, and nothing is pasted" in train.mend
-    assert val.count == 9 and "masks are only evaluated where" in val.mend
+    assert "what learns masks is not trained, and nothing is pasted" in train.remedy
+    assert val.count == 9 and "masks are only evaluated where" in val.remedy
     assert not any("segmentation" in each for r in records_of(data) for each in r["annotations"])
     assert caplog.text.count("has no masks") == 1
 
@@ -228,7 +228,7 @@ def test_crowds_keep_no_mask_and_polygons_of_crowds_are_told(data):
     data.write()
     report = report_of(data)
     (finding,) = [each for each in report.findings if "polygon" in each.what]
-    assert finding.count == 1 and "taken as crowds" in finding.mend
+    assert finding.count == 1 and "taken as crowds" in finding.remedy
     assert report.splits[0].masks == 10
     kept = records_of(data)[0]["annotations"]
     assert ["segmentation" in each for each in kept] == [False, False, True]
