@@ -1,6 +1,6 @@
 """Milliseconds per image of every detector of a model: decoder, heads, merged, cascade.
 
-    python benchmarks/detectors.py --config-file configs/co_detr_small.py [--size 192x256]
+    python benchmarks/detectors.py --config-file configs/small/co_detr_small.py [--size 192x256]
         [--threads 1] [--json FILE] [KEY=VALUE ...]
 
 One image at a time through `Predictor`'s path (network input in, detections in output resolution

@@ -10,6 +10,8 @@ from typing import Literal
 
 from benchmarks.common.environment import ROOT
 
+FAMILY = "configs/co_deformable_detr"
+
 
 @dataclass(frozen=True)
 class Contestant:
@@ -38,8 +40,8 @@ class Contestant:
 BUILT_IN = {
     contestant.name: contestant
     for contestant in (
-        Contestant("k0", "no auxiliary head", config="configs/deformable_detr_r50.py"),
-        Contestant("k1", "ATSS", config="configs/co_detr_r50_atss.py"),
+        Contestant("k0", "no auxiliary head", config=f"{FAMILY}/deformable_detr_r50.py"),
+        Contestant("k1", "ATSS", config=f"{FAMILY}/co_detr_r50_atss.py"),
         Contestant("k2", "Faster R-CNN and ATSS", config="configs/co_detr_r50.py"),
         Contestant(
             "k2-sequential",

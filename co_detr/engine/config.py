@@ -18,6 +18,7 @@ import site
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from co_detr.moved import named_sources, present_name, rename_keys
 logger = logging.getLogger(__name__)
 
 _PATHS = ("train", "train_images", "val", "val_images")
+PARTS = ("common", "models")  # folders of what configs are made of
 NODES = ("model", "optimizer", "lr_multiplier", "dataloader", "train", "data")
 PACKAGES_VARIABLE = "CO_DETR_CONFIG_PACKAGES"
 # Modules whose classes and functions build detectors and data. Not all of these packages: they also
@@ -76,10 +78,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     Raises:
         ConfigError: if the file is missing or incomplete, or an override names no key.
     """
-    if not os.path.isfile(path):
-        raise ConfigError(
-            f"config file {path!r} does not exist: pass --config-file configs/NAME.py."
-        )
+    path = _present_path(path)
     if path.endswith((".yaml", ".yml")):
         cfg = read_yaml_config(path)
     elif path.endswith(".py"):
@@ -122,6 +121,41 @@ def learns_masks(model: Any) -> bool:
     if not isinstance(model, DictConfig):
         return False
     return model.get("mask_head") is not None or any(map(learns_masks, model.values()))
+
+
+def config_files(folder: Path) -> dict[str, Path]:
+    """The configs of a run in a folder such as ``configs`` by name, whatever family's folder they
+    are in; no two have the same. Those of `PARTS` are what configs are made of.
+    """
+    paths = [*folder.glob("*.py"), *folder.glob("*/*.py")]
+    return {
+        path.stem: path
+        for path in sorted(paths, key=lambda path: path.stem)
+        if path.parent.name not in PARTS
+    }
+
+
+def _present_path(path: str) -> str:
+    """A path to a file that exists.
+
+    In version 0.1, all configs stood in one folder: the path that one had there still leads to it,
+    with a warning.
+
+    Raises:
+        ConfigError: if there is no such file.
+    """
+    if os.path.isfile(path):
+        return path
+    folder, name = os.path.split(path)
+    found = None
+    if all(os.path.isdir(os.path.join(folder, parts)) for parts in PARTS):
+        found = config_files(Path(folder)).get(name.removesuffix(".py"))
+    if found is None:
+        raise ConfigError(
+            f"config file {path!r} does not exist: pass --config-file configs/FAMILY/NAME.py."
+        )
+    logger.warning("%s is %s now: name that one.", path, found)
+    return str(found)
 
 
 def save_config(cfg: DictConfig, path: str) -> None:

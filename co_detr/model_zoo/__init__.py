@@ -29,7 +29,7 @@ from co_detr.checkpoint.official import misfits, rename_official
 from co_detr.checkpoint.official_table import NO_AUXILIARY, NO_MASKS
 from co_detr.checkpoint.reading import with_present_names
 from co_detr.checkpoint.saving import Checkpointer
-from co_detr.engine.config import load_config
+from co_detr.engine.config import config_files, load_config
 from co_detr.errors import CheckpointError, ConfigError
 from co_detr.model_zoo.table import ZOO, ZooEntry
 
@@ -100,18 +100,17 @@ def config_file(name: str) -> Path:
     """The file of a model's config.
 
     Args:
-        name: such as ``co_detr_r50``, with or without ``.py``.
+        name: such as ``co_detr_r50``, with or without ``.py``; without the folder of its family.
 
     Raises:
         ConfigError: if there is no such file.
     """
-    folder, stem = config_directory(), name.removesuffix(".py")
-    known = sorted(path.stem for path in folder.glob("*.py"))
+    stem, known = name.removesuffix(".py"), config_files(config_directory())
     if stem not in known:
         near = difflib.get_close_matches(stem, known, n=1)
         remedy = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}."
         raise ConfigError(f"there is no model {name!r} in the zoo: {remedy}")
-    return folder / f"{stem}.py"
+    return known[stem]
 
 
 def get_config(name: str) -> DictConfig:

@@ -1,4 +1,4 @@
-"""The table of models: one `ZooEntry` per file in ``configs``.
+"""The table of models: one `ZooEntry` per config but for baselines and ablations.
 
 Most are those of the reference's model zoo: its configs, its results and where its weights are.
 Source: README and ``projects/configs`` of https://github.com/Sense-X/Co-DETR.
@@ -29,7 +29,7 @@ class ZooEntry:
     """One model.
 
     Attributes:
-        name: of the file in ``configs``, without ``.py``.
+        name: of the file below ``configs``, without ``.py``.
         summary: what it is, in a few words.
         official_config: its counterpart below ``projects/configs`` of the reference; None: ours.
         ap: box AP (0 to 100) on the val set of ``dataset`` that the reference reports; None: none

@@ -4,9 +4,9 @@ On the map of stride 16, with the encoder's proposals as queries. `model.auxilia
 plain DAB-DETR of the same size.
 """
 
-from ..co_dab_detr_r50 import model
-from ..co_detr_small import data, dataloader, lr_multiplier, optimizer, train
 from ..models.small import make_small_single_scale
+from ..single_scale.co_dab_detr_r50 import model
+from ..small.co_detr_small import data, dataloader, lr_multiplier, optimizer, train
 
 model.num_classes = 10
 model.compare_detectors = True

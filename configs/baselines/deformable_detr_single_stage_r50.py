@@ -1,6 +1,13 @@
 """Deformable-DETR, single-stage, ResNet-50, with the recipe of Co-DETR."""
 
-from ..deformable_detr_r50 import data, dataloader, lr_multiplier, model, optimizer, train
+from ..co_deformable_detr.deformable_detr_r50 import (
+    data,
+    dataloader,
+    lr_multiplier,
+    model,
+    optimizer,
+    train,
+)
 from ..models.baselines import single_stage
 
 single_stage(model)

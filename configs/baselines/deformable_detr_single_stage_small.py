@@ -1,7 +1,7 @@
 """Deformable-DETR, single-stage, at the size of `co_detr_small.py`."""
 
-from ..co_detr_small import data, dataloader, lr_multiplier, model, optimizer, train
 from ..models.baselines import single_stage
+from ..small.co_detr_small import data, dataloader, lr_multiplier, model, optimizer, train
 
 model.auxiliary = None
 single_stage(model)

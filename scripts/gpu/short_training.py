@@ -35,7 +35,7 @@ def own_data(folder: Path) -> list[str]:
     """The config and overrides for a folder of that layout."""
     overrides = [f"data.{split}={folder / split}.json" for split in ("train", "val")]
     overrides += [f"data.{split}_images={folder / 'images'}" for split in ("train", "val")]
-    return ["--config-file", "configs/co_detr_small.py", *overrides]
+    return ["--config-file", "configs/small/co_detr_small.py", *overrides]
 
 
 def train(arguments: Sequence[str], options: argparse.Namespace, output: Path) -> None:

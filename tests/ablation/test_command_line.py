@@ -9,7 +9,7 @@ import pytest
 
 from tests.ablation.test_runner import kill_this_process_when
 from tests.engine.tiny_data import make_tiny_data
-from tests.paths import python_path
+from tests.paths import config_path, python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE_TESTS = ROOT / "tests" / "engine"
@@ -106,7 +106,7 @@ def test_a_folder_that_cannot_be_made(ablate, arguments, tmp_path: Path, capsys)
 
 def test_combinations_on_the_command_line(ablate, tmp_path: Path, capsys) -> None:
     flags = ["--heads", "none", "atss", "--positive-queries", "on", "off", "--seeds", "0", "1"]
-    config = str(ROOT / "configs" / "co_detr_small.py")
+    config = config_path("co_detr_small")
     output = ["--output-dir", str(tmp_path / "out"), "--list", "train.max_iter=5"]
     assert ablate(["--config-file", config, *flags, *output]) == 0
     lines = [line.split("  ")[-1] for line in capsys.readouterr().out.splitlines()]

@@ -1,15 +1,13 @@
 """Combinations of heads, positive queries and loss weights."""
 
-from pathlib import Path
-
 import pytest
 
 from co_detr.engine.config import load_config
 from co_detr.errors import ConfigError
 from co_detr.tools.ablate.grid import Axes, combine
+from tests.paths import config_path
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-SMALL = str(CONFIGS / "co_detr_small.py")
+SMALL = config_path("co_detr_small")
 
 
 def names(axes: Axes, config: str = SMALL, *overrides: str) -> list[str]:
@@ -56,7 +54,7 @@ def test_overrides_make_what_the_name_says() -> None:
 
 
 def test_all_heads_of_a_config_are_known() -> None:
-    config = str(CONFIGS / "co_detr_r50_k6.py")
+    config = config_path("co_detr_r50_k6")
     grid = combine(config, Axes(("paa+gfl+roi",)), [0])
     assert grid.variants[0].name == "K=3 roi+paa+gfl"
     auxiliary = load_config(config, grid.variants[0].overrides).model.auxiliary
@@ -81,6 +79,6 @@ def test_mistakes(axes: Axes, message: str) -> None:
 
 def test_what_the_config_has_not_cannot_be_combined() -> None:
     with pytest.raises(ConfigError, match="has no auxiliary heads"):
-        combine(str(CONFIGS / "deformable_detr_r50.py"), Axes(("none",)), [0])
+        combine(config_path("deformable_detr_r50"), Axes(("none",)), [0])
     with pytest.raises(ConfigError, match="for --positive-queries on"):
         names(Axes((), ("on",)), SMALL, "model.auxiliary.positive_queries=null")

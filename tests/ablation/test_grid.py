@@ -6,10 +6,11 @@ import pytest
 
 from co_detr.errors import ConfigError
 from co_detr.tools.ablate.grid import Grid, Variant, check_configs, plan_runs, read_grid_file
+from tests.paths import config_path
 
 ROOT = Path(__file__).resolve().parents[2]
 EVIDENCE = ROOT / "configs/ablation/evidence.yaml"
-SMALL = str(ROOT / "configs/co_detr_small.py")
+SMALL = config_path("co_detr_small")
 
 GOOD = """
 config: a.py

@@ -6,7 +6,6 @@ from detectron2.config import instantiate
 from co_detr.engine.config import load_config
 from co_detr.tools.analyze.subjects import Sample, Subject
 from tests.modeling.builders import (
-    CONFIGS,
     NUM_CLASSES,
     make_batch,
     randomize,
@@ -14,6 +13,7 @@ from tests.modeling.builders import (
     tiny_config,
     tiny_model,
 )
+from tests.paths import config_path
 
 
 def tiny_subject(heads: int = 2, name: str | None = None, overrides=(), seed: int = 0) -> Subject:
@@ -30,7 +30,7 @@ def tiny_samples(sizes=((96, 128), (80, 112)), num_gts=(3, 2), seed: int = 0) ->
 
 def encoder_only_subject() -> Subject:
     """A detector without a decoder: ATSS on the encoder."""
-    cfg = shrink(load_config(str(CONFIGS / "baselines" / "atss_on_encoder_r50.py")))
+    cfg = shrink(load_config(config_path("atss_on_encoder_r50")))
     cfg.model.num_classes = NUM_CLASSES
     torch.manual_seed(0)
     model = instantiate(cfg.model).eval()

@@ -16,13 +16,13 @@ from co_detr.tools.analyze.subjects import load_models, load_samples, parse_mode
 from tests.analysis.cases import encoder_only_subject, plain, tiny_samples, tiny_subject
 from tests.engine.tiny_data import TinyData, make_tiny_data
 from tests.modeling.builders import (
-    CONFIGS,
     NUM_CLASSES,
     randomize,
     shrink,
     tiny_config,
     tiny_model,
 )
+from tests.paths import config_path
 
 CLASSES = ["cell", "plate"]
 SIZE = [
@@ -261,7 +261,7 @@ def test_detectors_without_a_decoder(name):
 
 
 def test_masks_play_no_part(tmp_path):
-    cfg = shrink(load_config(str(CONFIGS / "co_detr_r50_mask_rcnn.py")))
+    cfg = shrink(load_config(config_path("co_detr_r50_mask_rcnn")))
     cfg.model.num_classes = NUM_CLASSES
     model = instantiate(cfg.model)
     save_config(cfg, str(tmp_path / "config.yaml"))

@@ -10,11 +10,12 @@ from co_detr.tools.analyze.conflict import measure_conflict
 from co_detr.tools.analyze.discriminability import measure_discriminability
 from co_detr.tools.analyze.subjects import Subject
 from tests.analysis.cases import plain, tiny_samples, tiny_subject
-from tests.modeling.builders import CONFIGS, NUM_CLASSES, randomize, shrink
+from tests.modeling.builders import NUM_CLASSES, randomize, shrink
+from tests.paths import config_path
 
 
 def _subject(name):
-    cfg = shrink(load_config(str(CONFIGS / f"{name}.py")))
+    cfg = shrink(load_config(config_path(name)))
     apply_overrides(cfg, [f"model.num_classes={NUM_CLASSES}"])
     torch.manual_seed(0)
     model = instantiate(cfg.model).eval()

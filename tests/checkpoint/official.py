@@ -14,6 +14,7 @@ from torch import Tensor
 from co_detr.engine.config import load_config
 from co_detr.modeling import CoDETR
 from co_detr.modeling.backbones.vit import RotaryTable
+from tests.paths import config_path
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = {
@@ -45,7 +46,7 @@ def distinct(name: str) -> dict[str, Tensor]:
 
 
 def empty_model(name: str) -> CoDETR:
-    cfg = load_config(str(ROOT / "configs" / f"{name}.py"))
+    cfg = load_config(config_path(name))
     with torch.device("meta"):
         return instantiate(cfg.model)
 

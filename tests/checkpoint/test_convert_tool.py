@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.checkpoint.official import ROOT, distinct, same
+from tests.paths import config_path
 
 specification = importlib.util.spec_from_file_location(
     "convert_official", ROOT / "tools" / "convert_official.py"
@@ -43,7 +44,7 @@ def add_average(path):
 def test_both_ways_with_the_config_found_by_the_tensors(run, tmp_path, capsys, name):
     official = distinct(name)
     status, output = run(official)
-    assert status == 0 and f"configs/{name}.py (by names and shapes" in output
+    assert status == 0 and f"{config_path(name)} (by names and shapes" in output
     converted = len(official) - 53
     assert f"{len(official)} tensors read, {converted} converted" in output
     assert "53 of the file left out: counters of batch norms" in output
@@ -78,7 +79,7 @@ def test_the_second_set(run, tmp_path):
         "ema_" + key.replace(".", "_"): value + 1 if value.is_floating_point() else value
         for key, value in plain.items()
     }
-    config = ["--config-file", str(ROOT / "configs" / "co_detr_r50.py")]
+    config = ["--config-file", config_path("co_detr_r50")]
     embed = "query_head.transformer.level_embeds"
     status, output = run(plain | copies, *config)
     assert status == 0 and "676 of the file left out: the second set" in output
@@ -97,7 +98,7 @@ def test_errors_are_one_sentence_and_write_nothing(run, tmp_path):
     state["foo.bar"] = torch.zeros(1)
     status, output = run(state)
     assert status == 2 and "the nearest is co_detr_r50 (2 differences: unknown: foo.bar" in output
-    status, output = run(state, "--config-file", str(ROOT / "configs" / "co_detr_r50.py"))
+    status, output = run(state, "--config-file", config_path("co_detr_r50"))
     assert status == 2 and "foo.bar" in output and "lateral_convs.0.norm.weight" in output
     status, output = run(state, "--reverse")
     assert status == 2 and "leave --reverse out" in output

@@ -1,6 +1,7 @@
 """Models by name, and where their weights come from."""
 
 import hashlib
+import runpy
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,11 @@ import torch
 
 from co_detr import model_zoo
 from co_detr.errors import CheckpointError, ConfigError
+from co_detr.model_zoo import config_file
 from co_detr.model_zoo.table import ZooEntry
 from tests.checkpoint.official import ROOT
+from tests.modeling.builders import EXPERIMENTS
+from tests.paths import experiments
 
 
 @pytest.fixture
@@ -29,7 +33,7 @@ def released(monkeypatch, tmp_path):
 
 
 def test_every_config_is_in_the_table():
-    assert set(model_zoo.list()) == {path.stem for path in (ROOT / "configs").glob("*.py")}
+    assert set(model_zoo.list()) == set(EXPERIMENTS)
     assert all(entry.name == name for name, entry in model_zoo.ZOO.items())
 
 
@@ -38,6 +42,17 @@ def test_configs_by_name():
     assert model_zoo.get_config("quickstart.py").model.num_classes == 10
     with pytest.raises(ConfigError, match="did you mean co_detr_r50?"):
         model_zoo.get_config("co_dert_r50")
+
+
+def test_a_name_finds_its_config_in_the_folder_of_any_family():
+    for name, path in experiments().items():
+        assert config_file(name) == path
+    parts = {path for part in ("common", "models") for path in (ROOT / "configs" / part).glob("*")}
+    files = {path for path in (ROOT / "configs").rglob("*.py")} - parts
+    assert files == set(experiments().values())  # no two have one name
+    for part in ("coco", "train", "deformable_detr"):  # in common and in models
+        with pytest.raises(ConfigError, match="there is no model"):
+            config_file(part)
 
 
 def test_configs_inside_an_installed_package(monkeypatch, tmp_path):
@@ -50,9 +65,17 @@ def test_configs_inside_an_installed_package(monkeypatch, tmp_path):
     assert model_zoo.config_directory() == package / "configs"
 
 
-def test_setup_installs_every_config_folder():
-    text = (ROOT / "setup.py").read_text()
-    assert "package_dir=config_packages()" in text and 'glob("configs/**/*.py")' in text
+def test_setup_installs_every_config(monkeypatch):
+    settings = {}
+    monkeypatch.setenv("CO_DETR_NO_EXT", "1")
+    monkeypatch.setattr("setuptools.setup", lambda **given: settings.update(given))
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(str(ROOT / "setup.py"))
+    for path in (ROOT / "configs").rglob("*.py"):
+        folder = path.parent.relative_to(ROOT)
+        package = ".".join(["co_detr", *folder.parts])
+        assert package in settings["packages"]
+        assert settings["package_dir"][package] == str(folder)
 
 
 def test_weights_are_fetched_once_and_checked(released, tmp_path):

@@ -21,13 +21,14 @@ from co_detr.model_zoo import choose_config
 from co_detr.modeling.queries import QuerySources
 from co_detr.moved import named_sources
 from tests.device import DEVICE
-from tests.modeling.builders import CONFIGS, detect, make_batch, randomize, shrink, tiny_model
+from tests.modeling.builders import detect, make_batch, randomize, shrink, tiny_model
+from tests.paths import config_path
 
 OVERRIDES = ["model.auxiliary=null", "model.num_classes=5"]
 
 
 def make_config():
-    return shrink(load_config(str(CONFIGS / "co_dino_r50.py"), OVERRIDES))
+    return shrink(load_config(config_path("co_dino_r50"), OVERRIDES))
 
 
 def make_model(cfg=None):
@@ -134,7 +135,7 @@ def test_an_old_file_becomes_one_of_the_reference():
 
 
 def test_the_config_of_an_old_file_is_found():
-    cfg = load_config(str(CONFIGS / "co_detr_r50.py"))
+    cfg = load_config(config_path("co_detr_r50"))
     with torch.device("meta"):
         state = with_old_modules(with_numbers(instantiate(cfg.model).state_dict()))
     state["decoder.class_heads.0.bias"] = torch.zeros(80)  # tells the number of classes
@@ -168,12 +169,12 @@ def test_names_of_a_list():
 
 def test_an_old_override_names_the_present_key(caplog):
     with caplog.at_level(logging.WARNING):
-        cfg = load_config(str(CONFIGS / "co_dino_r50.py"), ["model.queries.1.num_queries=40"])
+        cfg = load_config(config_path("co_dino_r50"), ["model.queries.1.num_queries=40"])
     assert cfg.model.queries.denoising.num_queries == 40
     (warning,) = [record.getMessage() for record in caplog.records]
     assert "model.queries.1.num_queries is called model.queries.denoising.num_queries" in warning
     with pytest.raises(ConfigError, match="model.queries.2.num_queries names no key"):
-        load_config(str(CONFIGS / "co_dino_r50.py"), ["model.queries.2.num_queries=40"])
+        load_config(config_path("co_dino_r50"), ["model.queries.2.num_queries=40"])
 
 
 def test_an_old_config_keeps_its_order_and_references(tmp_path):
@@ -181,7 +182,7 @@ def test_an_old_config_keeps_its_order_and_references(tmp_path):
     config = tmp_path / "config.py"
     config.write_text(
         "from detectron2.config import LazyConfig\n"
-        f"cfg = LazyConfig.load({str(CONFIGS / 'co_dino_r50.py')!r})\n"
+        f"cfg = LazyConfig.load({config_path('co_dino_r50')!r})\n"
         "model, optimizer, data = cfg.model, cfg.optimizer, cfg.data\n"
         "lr_multiplier, dataloader, train = cfg.lr_multiplier, cfg.dataloader, cfg.train\n"
         "first, second = model.queries.matching, model.queries.denoising\n"

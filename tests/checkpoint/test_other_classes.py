@@ -13,7 +13,8 @@ from co_detr.engine.config import load_config
 from co_detr.errors import CheckpointError, ConfigError
 from co_detr.modeling.queries import DenoisingQueries
 from tests.device import DEVICE
-from tests.modeling.builders import CONFIGS, shrink, tiny_model
+from tests.modeling.builders import shrink, tiny_model
+from tests.paths import config_path
 
 THEIRS = ["person", "Dog", "cat", "car"]
 OURS = ["CAT", "zebra", "person"]
@@ -185,7 +186,7 @@ def test_masks_follow_the_names(tmp_path):
     models = []
     for classes in (THEIRS, OURS):
         overrides = [f"model.num_classes={len(classes)}"]
-        cfg = shrink(load_config(str(CONFIGS / "co_detr_r50_mask_rcnn.py"), overrides))
+        cfg = shrink(load_config(config_path("co_detr_r50_mask_rcnn"), overrides))
         models.append(instantiate(cfg.model).to(DEVICE))
     source, model = models
     path = saved(source, tmp_path / "m.pth", class_names=THEIRS)

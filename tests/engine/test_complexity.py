@@ -12,6 +12,7 @@ from co_detr.engine.memory_use import random_batch
 from co_detr.layers import MultiScaleDeformableAttention
 from co_detr.tools.complexity import FLOP_HANDLERS, Complexity, PartCost, analyze
 from tests.modeling.builders import NUM_CLASSES, NUM_QUERIES, tiny_model
+from tests.paths import config_path
 
 pytestmark = pytest.mark.cpu_only("operations are counted, which are the same everywhere")
 
@@ -117,7 +118,7 @@ def test_tool_prints_and_writes(tmp_path, capsys):
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     output = tmp_path / "new" / "cost.json"
-    config = str(ROOT / "configs" / "quickstart.py")
+    config = config_path("quickstart")
     arguments = ["--config-file", config, "--size", "96x128", "--training", "--output", str(output)]
     assert tool.main([*arguments, "model.num_classes=3"]) == 0
     printed = capsys.readouterr().out

@@ -15,6 +15,7 @@ from co_detr.engine.setup import build_model
 from co_detr.engine.tracking import MlflowSettings, WandbSettings
 from co_detr.engine.train import run_training
 from co_detr.errors import ConfigError
+from tests.paths import config_path
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -188,7 +189,7 @@ def test_whole_numbers_may_be_written_with_an_exponent(tiny_cfg):
 
 def test_a_saved_config_keeps_the_order_of_the_heads(tmp_path):
     """A run that is resumed from its config.yaml has its parameters in the same order."""
-    cfg = load_config(str(ROOT / "configs" / "quickstart.py"))
+    cfg = load_config(config_path("quickstart"))
     save_config(cfg, str(tmp_path / "config.yaml"))
     again = load_config(str(tmp_path / "config.yaml"))
     names = [
@@ -229,7 +230,7 @@ def test_schedule_drops_at_the_eleventh_of_twelve_epochs():
 
 
 def test_a_warm_up_is_as_long_as_it_says_whatever_the_training(tmp_path):
-    path = str(ROOT / "configs" / "co_dino_vit_l_o365_12ep.py")
+    path = config_path("co_dino_vit_l_o365_12ep")
     for max_iter in (90000, 1000, 100):
         cfg = load_config(path, [f"train.max_iter={max_iter}"])
         save_config(cfg, str(tmp_path / "config.yaml"))
@@ -252,10 +253,27 @@ def test_a_warm_up_equals_that_of_detectron2():
 
 
 def test_a_saved_warm_up_of_an_earlier_version_still_loads(tmp_path):
-    cfg = load_config(str(ROOT / "configs" / "co_detr_r50.py"))
+    cfg = load_config(config_path("co_detr_r50"))
     cfg.lr_multiplier = LazyCall(WarmupParamScheduler)(
         scheduler=cfg.lr_multiplier, warmup_factor=0.01, warmup_length=0.25
     )
     save_config(cfg, str(tmp_path / "config.yaml"))
     again = load_config(str(tmp_path / "config.yaml"))
     assert instantiate(again.lr_multiplier)(0.0) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("name", ["co_dino_r50", "co_detr_small", "conditional_detr_r50"])
+def test_the_path_of_a_config_before_there_were_families_leads_to_it(name, caplog, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    cfg = load_config(f"configs/{name}.py")
+    assert cfg == load_config(config_path(name))
+    (warning,) = [record.getMessage() for record in caplog.records]
+    present = Path(config_path(name)).relative_to(ROOT)
+    assert warning == f"configs/{name}.py is {present} now: name that one."
+
+
+@pytest.mark.parametrize("path", ["configs/co_dino_r5.py", "configs/coco.py", "co_dino_r50.py"])
+def test_a_path_that_no_config_ever_had(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError, match="does not exist: pass --config-file configs/FAMILY/NAME"):
+        load_config(path)

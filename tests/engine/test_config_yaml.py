@@ -19,13 +19,9 @@ from co_detr.tools.analyze.subjects import load_models, parse_model
 from co_detr.tools.demo import command_line as demo
 from co_detr.tools.predict import command_line as predict
 from tests.engine.processes import CONFIG_FILE
-from tests.paths import python_path
+from tests.paths import ROOT, config_path, experiments, python_path
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted(
-    [*(ROOT / "configs").glob("*.py"), *(ROOT / "configs" / "baselines").glob("*.py")],
-    key=lambda path: path.name,
-)
+CONFIGS = [path for name, path in experiments().items() if name not in experiments("ablation")]
 
 # Each would leave a file "ran" if it were obeyed.
 HOSTILE = [
@@ -120,7 +116,7 @@ import setuptools
 
 
 def _quickstart_text():
-    cfg = load_config(str(ROOT / "configs" / "quickstart.py"))
+    cfg = load_config(config_path("quickstart"))
     cfg.model.backbone.bottom_up.stem.norm = "GN"
     path = Path("quickstart.yaml")
     save_config(cfg, str(path))

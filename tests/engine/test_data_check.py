@@ -1,7 +1,6 @@
 """One command trains on a user's data: classes come from the json, defects are told at once."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from co_detr.engine.train import run_evaluation_only
 from co_detr.errors import DataError
 from tests.engine.processes import CONFIG_FILE
 from tests.engine.tiny_detector import TinyDetector
+from tests.paths import config_path
 
 
 def _edit(path, change):
@@ -272,7 +272,7 @@ IMAGES = [{"id": 1, "file_name": "0.png", "width": 48, "height": 64}]
     ],
 )
 def test_limits_of_a_config(config, queries, detections, input_size):
-    cfg = load_config(str(Path(__file__).parents[2] / "configs" / f"{config}.py"))
+    cfg = load_config(config_path(config))
     limits = limits_of(cfg)
     assert limits.queries == (queries and Limit(*queries))
     key = "model.postprocessor.max_detections"

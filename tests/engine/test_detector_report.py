@@ -10,7 +10,8 @@ from co_detr.engine.config import load_config
 from co_detr.engine.evaluation import best_detector, detector_table, log_best_detector
 from co_detr.engine.train import run_evaluation_only, run_training
 from co_detr.tools.predict.command_line import parse_arguments
-from tests.modeling.builders import CONFIGS, shrink
+from tests.modeling.builders import shrink
+from tests.paths import config_path
 
 COMPARING = "model._target_=tests.engine.tiny_detector.ComparingDetector"
 METRICS = {
@@ -132,9 +133,7 @@ def test_a_test_set_gets_a_result_file_of_each(tiny_cfg, tiny_data, tmp_path, ca
 
 def test_a_real_model_is_used_by_the_command_that_is_printed(tiny_data, tmp_path, caplog):
     """From the training of a small config to the detector that the log names."""
-    cfg = shrink(
-        load_config(str(CONFIGS / "co_detr_small.py"), tiny_data.overrides(tmp_path / "o"))
-    )
+    cfg = shrink(load_config(config_path("co_detr_small"), tiny_data.overrides(tmp_path / "o")))
     cfg.model.num_classes, cfg.train.max_iter, cfg.train.effective_batch_size = 2, 1, 2
     cfg.dataloader.test.mapper.augmentations.short_edge = 64
     assert cfg.model.compare_detectors

@@ -1,7 +1,6 @@
 """The dry run measures a worst-case step and writes nothing."""
 
 import re
-from pathlib import Path
 
 import detectron2.data.transforms as T
 import pytest
@@ -12,8 +11,8 @@ from co_detr.engine.config import load_config
 from co_detr.engine.memory_use import MANY_OBJECTS, USUAL_OBJECTS, dry_run, image_sizes
 from co_detr.errors import ConfigError, OutOfMemoryError
 from tests.engine.tiny_detector import TinyDetector
+from tests.paths import config_path
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NO_DATA = ["data.train=nowhere.json", "model.num_classes=2"]
 
 
@@ -26,7 +25,7 @@ NO_DATA = ["data.train=nowhere.json", "model.num_classes=2"]
     ],
 )
 def test_sizes_of_the_augmentations(name, largest, usual):
-    cfg = load_config(str(CONFIGS / f"{name}.py"))
+    cfg = load_config(config_path(name))
     sizes = image_sizes(instantiate(cfg.dataloader.train.mapper.augmentations))
     assert (sizes.largest, sizes.usual) == (largest, usual)
 

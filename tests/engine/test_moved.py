@@ -10,6 +10,7 @@ from co_detr import moved
 from co_detr.engine.config import config_content, config_text, leaves, load_config
 from co_detr.engine.setup import description_of_resumed
 from co_detr.modeling import auxiliary
+from tests.paths import config_path
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = sorted((REPOSITORY / "tests" / "data" / "configs_0.1").glob("*.yaml"))
@@ -88,7 +89,7 @@ def test_an_old_key_of_a_run_is_read_with_one_warning(caplog):
 
 
 def test_an_old_key_on_the_command_line_sets_the_new_one(caplog):
-    cfg = load_config(str(REPOSITORY / "configs" / "co_dino_r50.py"), [f"{OLD_KEY}=false"])
+    cfg = load_config(config_path("co_dino_r50"), [f"{OLD_KEY}=false"])
     assert cfg.model.decoder.normalize_output is False
     assert "normalise_output" not in cfg.model.decoder
     assert warnings_of(caplog) == [f"{OLD_KEY} is called {NEW_KEY} now: set that one."]
@@ -101,7 +102,7 @@ def test_an_old_key_and_an_old_class_in_a_config_in_python(tmp_path, caplog):
     config.write_text(
         "from detectron2.config import LazyCall, LazyConfig\n"
         "from co_detr.modeling.auxiliary import CentreSamplingAssigner\n"
-        f"cfg = LazyConfig.load({str(REPOSITORY / 'configs' / 'co_dino_r50.py')!r})\n"
+        f"cfg = LazyConfig.load({config_path('co_dino_r50')!r})\n"
         "model, optimizer, data = cfg.model, cfg.optimizer, cfg.data\n"
         "lr_multiplier, dataloader, train = cfg.lr_multiplier, cfg.dataloader, cfg.train\n"
         "model.decoder.normalise_output = False\n"

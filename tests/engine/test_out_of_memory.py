@@ -1,6 +1,5 @@
 """A failed allocation becomes one sentence with the switches that are not on yet."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +10,8 @@ from co_detr.engine.config import load_config
 from co_detr.engine.memory_use import PeakMemory, training_advice
 from co_detr.engine.train import run_evaluation_only, run_training
 from co_detr.errors import OutOfMemoryError
+from tests.paths import config_path
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 CPU = (
     "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you "
     "tried to allocate 1000 bytes. Error code 12 (Cannot allocate memory)"
@@ -63,7 +62,7 @@ def test_checkpointing_is_advised_where_it_is_off(name):
     switches = [
         f"model.{part}.activation_checkpointing" for part in ("encoder", "backbone.bottom_up")
     ]
-    cfg = load_config(str(CONFIGS / f"{name}.py"), [f"{switches[1]}=true"])
+    cfg = load_config(config_path(name), [f"{switches[1]}=true"])
     advice = training_advice(cfg, BatchPlan(100, 16, seed=0))
     assert f"{switches[0]}=true" in advice and switches[1] not in advice
     assert ("model.padding.square_size is 1" in advice) == ("lsj" in name)

@@ -13,7 +13,8 @@ from co_detr.engine.writers import purge_events
 from co_detr.errors import CheckpointError
 from tests.engine.kill_and_resume import tensorboard_events
 from tests.engine.tiny_detector import TinyDetector
-from tests.modeling.builders import CONFIGS, shrink
+from tests.modeling.builders import shrink
+from tests.paths import config_path
 
 
 def _losses(output_dir):
@@ -274,7 +275,7 @@ def test_a_training_of_version_0_1_goes_on(tiny_data, tmp_path):
 
     def train(output, max_iter, resume=False):
         cfg = load_config(
-            str(CONFIGS / "deformable_detr_r50.py"),
+            config_path("deformable_detr_r50"),
             [*tiny_data.overrides(tmp_path / output), f"train.max_iter={max_iter}"],
         )
         cfg.model.num_classes = 2

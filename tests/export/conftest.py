@@ -11,7 +11,8 @@ from PIL import Image
 from co_detr.checkpoint.saving import Checkpointer
 from co_detr.engine.config import apply_overrides, load_config
 from tests.export.tiny_export import CLASSES, SIZE, Trained
-from tests.modeling.builders import CONFIGS, NUM_CLASSES, randomize, shrink
+from tests.modeling.builders import NUM_CLASSES, randomize, shrink
+from tests.paths import config_path
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +21,7 @@ def train(tmp_path_factory: pytest.TempPathFactory):
 
     def make(experiment: str, *overrides: str) -> Trained:
         folder = tmp_path_factory.mktemp(experiment)
-        cfg = shrink(load_config(str(CONFIGS / f"{experiment}.py")))
+        cfg = shrink(load_config(config_path(experiment)))
         cfg.model.encoder.num_layers = cfg.model.decoder.num_layers = 1
         apply_overrides(cfg, [f"model.num_classes={NUM_CLASSES}", *SIZE, *overrides])
         LazyConfig.save(cfg, str(folder / "config.yaml"))

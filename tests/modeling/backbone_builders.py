@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from co_detr.modeling.backbones import SwinTransformer, VisionTransformer
-from tests.modeling.builders import CONFIGS
+from tests.paths import CONFIGS
 
 TINY_SWIN = {"embed_dim": 8, "depths": [2, 2, 2], "num_heads": [1, 2, 4], "window_size": 3}
 TINY_VIT = {

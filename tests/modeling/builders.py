@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from detectron2.config import LazyCall as L
@@ -23,9 +22,10 @@ from co_detr.modeling.detectors import DECODER, InferencePass
 from co_detr.modeling.geometry import Geometry, Levels
 from co_detr.structures import Candidates, EncoderMemory
 from tests.device import DEVICE, NAME, on_host
+from tests.paths import config_path, experiments
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("*.py"))
+BASELINES = sorted(experiments("baselines"))
+EXPERIMENTS = sorted(experiments().keys() - experiments("baselines", "ablation").keys())
 BY_HEADS = {
     0: "deformable_detr_r50",
     1: "co_detr_r50_atss",
@@ -97,7 +97,7 @@ def _shrink_backbone(backbone: DictConfig) -> None:
 
 def tiny_config(heads: int = 2, overrides: Sequence[str] = ()) -> DictConfig:
     """The reference recipe with `heads` auxiliary heads, at test size; then overrides."""
-    cfg = shrink(load_config(str(CONFIGS / f"{BY_HEADS[heads]}.py")))
+    cfg = shrink(load_config(config_path(BY_HEADS[heads])))
     apply_overrides(cfg, [f"model.num_classes={NUM_CLASSES}", *overrides])
     return cfg
 

@@ -21,13 +21,13 @@ from co_detr.modeling.queries.denoising import NoiseDraws
 from co_detr.structures import AuxiliaryOutput, Candidates, HeadCounts, StepCounts
 from tests.device import DEVICE, NAME
 from tests.modeling.builders import (
-    CONFIGS,
     NUM_CLASSES,
     make_batch,
     randomize,
     shrink,
     with_masks,
 )
+from tests.paths import config_path
 
 # The most in the last micro-batch, so that the first does not know the length of groups; one image
 # without any object.
@@ -39,7 +39,7 @@ HYBRID, DENSE = "baselines/h_deformable_detr_r50", "baselines/atss_on_encoder_r5
 
 
 def build(name, overrides=(), dtype=torch.float64):
-    cfg = shrink(load_config(str(CONFIGS / f"{name}.py")))
+    cfg = shrink(load_config(config_path(name)))
     apply_overrides(cfg, [f"model.num_classes={NUM_CLASSES}", *overrides])
     torch.manual_seed(0)
     model = instantiate(cfg.model).to(DEVICE)

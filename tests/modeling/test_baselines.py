@@ -15,7 +15,7 @@ from co_detr.structures import QuerySet
 from co_detr.tools.export.exporting import ExportSettings, export_detector
 from tests.device import DEVICE
 from tests.modeling.builders import (
-    CONFIGS,
+    BASELINES,
     NUM_CLASSES,
     NUM_EXTRA,
     NUM_QUERIES,
@@ -29,13 +29,13 @@ from tests.modeling.builders import (
     tiny_model,
     train_step,
 )
+from tests.paths import config_path
 
-BASELINES = sorted(path.stem for path in (CONFIGS / "baselines").glob("*.py"))
 ON_ENCODER = {"atss": "atss_on_encoder_r50", "roi": "faster_rcnn_on_encoder_r50"}
 
 
 def build(name, *overrides, seed=0):
-    cfg = shrink(load_config(str(CONFIGS / "baselines" / f"{name}.py")))
+    cfg = shrink(load_config(config_path(name)))
     apply_overrides(cfg, [f"model.num_classes={NUM_CLASSES}", *overrides])
     torch.manual_seed(seed)
     return instantiate(cfg.model).to(DEVICE)
@@ -58,7 +58,7 @@ def output_of(model, batch):
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_full_size_model(name):
-    cfg = load_config(str(CONFIGS / "baselines" / f"{name}.py"))
+    cfg = load_config(config_path(name))
     assert cfg.train.output_dir == f"output/{name}"
     with torch.device("meta"):
         instantiate(cfg.model)
@@ -209,7 +209,7 @@ def test_points_can_be_refined_to_boxes():
 
 
 def test_learned_queries_have_groups_too():
-    cfg = shrink(load_config(str(CONFIGS / "baselines" / "deformable_detr_single_stage_r50.py")))
+    cfg = shrink(load_config(config_path("deformable_detr_single_stage_r50")))
     cfg.model.num_classes = NUM_CLASSES
     cfg.model.queries.group1 = copy.deepcopy(cfg.model.queries.matching)
     cfg.model.queries.group1.training_only = True
@@ -292,7 +292,7 @@ def test_checkpoints_are_read_for_prediction(name, tmp_path):
     model = build(name)
     randomize(model)
     torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
-    cfg = shrink(load_config(str(CONFIGS / "baselines" / f"{name}.py")))
+    cfg = shrink(load_config(config_path(name)))
     cfg.model.num_classes = NUM_CLASSES
     detector = load_detector(cfg, tmp_path / "model.pth")
     batch = make_batch()
@@ -303,7 +303,7 @@ def test_checkpoints_are_read_for_prediction(name, tmp_path):
 
 
 def test_a_head_cannot_be_exported(tmp_path):
-    cfg = shrink(load_config(str(CONFIGS / "baselines" / "atss_on_encoder_r50.py")))
+    cfg = shrink(load_config(config_path("atss_on_encoder_r50")))
     detector = Detector(instantiate(cfg.model), [], cfg)
     with pytest.raises(ConfigError, match="model.decoder is null: only detections of a decoder"):
         settings = ExportSettings(format="torch_export")

@@ -17,7 +17,6 @@ from co_detr.modeling.geometry import ImageBatch
 from co_detr.structures import AuxiliaryOutput
 from tests.device import DEVICE
 from tests.modeling.builders import (
-    CONFIGS,
     NUM_CLASSES,
     make_candidates,
     random_boxes,
@@ -25,6 +24,7 @@ from tests.modeling.builders import (
     shrink,
 )
 from tests.modeling.co_dino_definition import losses_by_definition
+from tests.paths import config_path
 
 SIZES = [(96, 128), (80, 112)]
 NUM_DENOISING = 6
@@ -43,7 +43,7 @@ class FixedHead(nn.Module):
 
 def make_step(num_gts, padding="negatives"):
     """A tiny Co-DINO and what goes into one step of it."""
-    cfg = shrink(load_config(str(CONFIGS / "co_dino_r50.py")))
+    cfg = shrink(load_config(config_path("co_dino_r50")))
     settings = [
         f"model.num_classes={NUM_CLASSES}",
         f"model.queries.denoising.num_queries={NUM_DENOISING}",

@@ -11,7 +11,6 @@ from co_detr.modeling.auxiliary import DenseHead, SimplePyramid
 from co_detr.modeling.single_scale import ConditionalDecoder, DABDecoder
 from tests.device import DEVICE
 from tests.modeling.builders import (
-    CONFIGS,
     EXPERIMENTS,
     NUM_CLASSES,
     NUM_QUERIES,
@@ -23,6 +22,7 @@ from tests.modeling.builders import (
     train_step,
     with_masks,
 )
+from tests.paths import config_path
 
 ALL_HEADS = ["roi", "atss", "retinanet", "fcos", "paa", "gfl"]
 HEADS = {  # all others: roi and atss
@@ -60,7 +60,7 @@ MEMBERS = [
 
 
 def load(name, *overrides):
-    return load_config(str(CONFIGS / f"{name}.py"), overrides)
+    return load_config(config_path(name), overrides)
 
 
 def heads_of(model):

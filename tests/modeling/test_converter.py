@@ -15,9 +15,10 @@ from co_detr.checkpoint.official import (
 from co_detr.checkpoint.saving import Checkpointer
 from co_detr.engine.config import load_config
 from co_detr.errors import CheckpointError
-from tests.modeling.builders import CONFIGS, tiny_model
+from tests.modeling.builders import tiny_model
+from tests.paths import ROOT, config_path
 
-KEYS_FILE = CONFIGS.parent / "tests" / "data" / "official_keys_co_deformable_detr_r50.json"
+KEYS_FILE = ROOT / "tests" / "data" / "official_keys_co_deformable_detr_r50.json"
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def official(shapes):
 
 
 def full_model(name="co_detr_r50"):
-    cfg = load_config(str(CONFIGS / f"{name}.py"))
+    cfg = load_config(config_path(name))
     with torch.device("meta"):
         return instantiate(cfg.model)
 
@@ -145,6 +146,6 @@ def test_training_and_evaluation_load_an_official_file(shapes, tmp_path):
     state = {key: torch.tensor(0.5).expand(shape) for key, shape in shapes.items()}
     path = tmp_path / "official.pth"
     torch.save({"meta": {"epoch": 12}, "state_dict": state}, path)
-    model = instantiate(load_config(str(CONFIGS / "deformable_detr_r50.py")).model)
+    model = instantiate(load_config(config_path("deformable_detr_r50")).model)
     Checkpointer(model).load(str(path))
     assert all(bool((value == 0.5).all()) for value in model.state_dict().values())

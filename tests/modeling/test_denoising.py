@@ -9,7 +9,8 @@ from co_detr.errors import ConfigError
 from co_detr.modeling.queries import DenoisingQueries
 from co_detr.structures import GroundTruth, QueryGroup, QuerySet
 from tests.device import DEVICE
-from tests.modeling.builders import CONFIGS, NUM_CLASSES, factor_of, random_memory, shrink
+from tests.modeling.builders import NUM_CLASSES, factor_of, random_memory, shrink
+from tests.paths import config_path
 
 CHANNELS = 32
 
@@ -184,9 +185,7 @@ def test_a_group_cannot_see_what_is_not_there():
 
 
 def test_denoising_sees_the_matched_group_by_its_name():
-    cfg = load_config(
-        str(CONFIGS / "co_dino_r50.py"), ["model.auxiliary=null", "model.num_classes=5"]
-    )
+    cfg = load_config(config_path("co_dino_r50"), ["model.auxiliary=null", "model.num_classes=5"])
     queries = shrink(cfg).model.queries
     queries.main = queries.pop("matching")
     with pytest.raises(ConfigError, match="model.queries.denoising.sees=matching names no source"):

@@ -19,7 +19,8 @@ from tests.cuda_emulation import (
     to_emulated,
 )
 from tests.gpu.steps import losses_of_groups, pixels_to_predictions, training_output
-from tests.modeling.builders import CONFIGS, make_batch, randomize, shrink, tiny_model, with_masks
+from tests.modeling.builders import make_batch, randomize, shrink, tiny_model, with_masks
+from tests.paths import config_path
 
 pytestmark = pytest.mark.cpu_only("emulates a GPU on the CPU")
 
@@ -43,7 +44,7 @@ FAMILIES = [
 
 
 def build(name):
-    cfg = shrink(load_config(str(CONFIGS / f"{name}.py"), ["model.num_classes=5"]))
+    cfg = shrink(load_config(config_path(name), ["model.num_classes=5"]))
     torch.manual_seed(0)
     model = instantiate(cfg.model)
     randomize(model)

@@ -11,7 +11,7 @@ from torch import nn
 
 from co_detr.engine.config import load_config
 from tests.device import DEVICE
-from tests.modeling.builders import CONFIGS
+from tests.paths import config_path
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def models():
     """Full-size transformers and heads by config; the backbone is loaded in any case."""
     made = {}
     for name in ("co_detr_r50", "co_dino_r50", "co_dab_detr_r50"):
-        cfg = load_config(str(CONFIGS / f"{name}.py"))
+        cfg = load_config(config_path(name))
         torch.manual_seed(0)
         made[name] = instantiate(cfg.model)
     return made

@@ -18,7 +18,8 @@ from co_detr.modeling.geometry import (
 from co_detr.modeling.queries.sources import propose_grid
 from co_detr.modeling.transformer import DeformableEncoder
 from co_detr.structures import EncoderMemory
-from tests.modeling.builders import CONFIGS, geometry_of, shrink
+from tests.modeling.builders import geometry_of, shrink
+from tests.paths import config_path
 
 STRIDES = (8, 16, 32)
 SIZES = [(176, 235), (192, 256), (101, 213)]  # height, width
@@ -130,7 +131,7 @@ def test_one_stride_for_each_level():
     ],
 )
 def test_strides_have_to_be_those_of_the_backbone(config, override, maps):
-    cfg = shrink(load_config(str(CONFIGS / f"{config}.py")))
+    cfg = shrink(load_config(config_path(config)))
     apply_overrides(cfg, [override])
     with pytest.raises(ConfigError, match=rf"maps of model.backbone have the strides {maps}"):
         instantiate(cfg.model)

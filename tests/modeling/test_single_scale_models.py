@@ -10,7 +10,7 @@ from co_detr.structures import QuerySet
 from co_detr.tools.digits import DigitsConfig, SceneConfig, draw_scene, load_glyphs, load_photograph
 from tests.device import DEVICE
 from tests.modeling.builders import (
-    CONFIGS,
+    BASELINES,
     NUM_CLASSES,
     assert_complete,
     detect,
@@ -21,13 +21,13 @@ from tests.modeling.builders import (
     shrink,
     train_step,
 )
+from tests.paths import config_path
 
 KINDS = ["conditional", "dab"]
-BASELINES = sorted(path.stem for path in (CONFIGS / "baselines").glob("*.py"))
 
 
 def load(name, *overrides):
-    return load_config(str(CONFIGS / f"{name}.py"), overrides)
+    return load_config(config_path(name), overrides)
 
 
 def build(kind, *overrides, seed=0):

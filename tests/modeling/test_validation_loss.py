@@ -12,8 +12,9 @@ from co_detr.engine.validation import training_without_trace
 from co_detr.modeling.single_scale import ConditionalSelfAttention
 from co_detr.modeling.transformer import SelfAttention
 from tests.device import DEVICE
-from tests.modeling.builders import CONFIGS, shrink, tiny_config
+from tests.modeling.builders import shrink, tiny_config
 from tests.modeling.test_resume import losses_of
+from tests.paths import config_path
 
 
 @pytest.mark.cpu_only("RoIAlign would be compiled to repeat its bits; tests/gpu asks for them")
@@ -51,7 +52,7 @@ def test_dropout_of_attention_is_off_too(attention):
 
 
 def _mask_rcnn_config(rectangles, *overrides):
-    cfg = shrink(load_config(str(CONFIGS / "co_detr_r50_mask_rcnn.py")))
+    cfg = shrink(load_config(config_path("co_detr_r50_mask_rcnn")))
     apply_overrides(cfg, [*rectangles, "train.val_loss.enabled=true", *overrides])
     return cfg
 

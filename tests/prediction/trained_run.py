@@ -8,7 +8,8 @@ from omegaconf import DictConfig
 from co_detr.engine.config import apply_overrides, load_config
 from co_detr.modeling import CoDETR
 from tests.device import CHILD
-from tests.modeling.builders import CONFIGS, shrink
+from tests.modeling.builders import shrink
+from tests.paths import config_path
 
 CLASSES = ["red cell", "white cell", "platelet", "dust", "bubble"]
 SIZE = [
@@ -36,7 +37,7 @@ class Run:
 
 def masked_config() -> DictConfig:
     """As the trained one with a small mask head, and few detections."""
-    cfg = shrink(load_config(str(CONFIGS / "co_detr_r50_instance.py")))
+    cfg = shrink(load_config(config_path("co_detr_r50_instance")))
     cfg.model.mask_head.iou_head.update(conv_dim=16, fc_dim=32)
     few = "model.postprocessor.max_detections=15"
     apply_overrides(cfg, [*SIZE, "model.num_classes=5", few, f"train.device={CHILD}"])

@@ -35,7 +35,7 @@ examples:
   grid file        python tools/ablate.py --grid configs/ablation/evidence.yaml \\
                        --output-dir output/evidence --jobs 2 data.train=a.json \\
                        data.train_images=images data.val=b.json data.val_images=images
-  combinations     python tools/ablate.py --config-file configs/co_detr_small.py \\
+  combinations     python tools/ablate.py --config-file configs/small/co_detr_small.py \\
                        --heads none atss roi roi+atss --positive-queries on off --lambda-2 1 2 \\
                        --seeds 0 1 2 --output-dir output/heads train.max_iter=1000
 

@@ -1,7 +1,0 @@
-"""Co-Conditional-DETR-C5: `conditional_detr_r50.py` with Faster R-CNN and ATSS heads (K = 2)."""
-
-from .conditional_detr_r50 import data, dataloader, lr_multiplier, model, optimizer, train
-from .models.conditional_detr import auxiliary
-
-model.auxiliary = auxiliary
-train.output_dir = "output/co_conditional_detr_r50"

@@ -1,7 +1,0 @@
-"""Co-DAB-DETR-C5: `dab_detr_r50.py` with Faster R-CNN and ATSS heads (K = 2)."""
-
-from .dab_detr_r50 import data, dataloader, lr_multiplier, model, optimizer, train
-from .models.dab_detr import auxiliary
-
-model.auxiliary = auxiliary
-train.output_dir = "output/co_dab_detr_r50"

@@ -1,0 +1,8 @@
+"""Co-Deformable-DETR, Swin-S, 36 epochs."""
+
+from ..common.schedule import set_epochs
+from .co_deformable_detr_swin_s_12ep import data, dataloader, lr_multiplier, model, optimizer, train
+
+model.backbone.bottom_up.drop_path_rate = 0.4
+set_epochs(train, lr_multiplier, epochs=36, drops=[30])
+train.output_dir = "output/co_deformable_detr_swin_s_36ep"

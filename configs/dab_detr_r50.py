@@ -1,6 +1,0 @@
-"""DAB-DETR-C5, ResNet-50, 50 epochs, with the recipe of its code."""
-
-from .conditional_detr_r50 import data, dataloader, lr_multiplier, optimizer, train
-from .models.dab_detr import model
-
-train.output_dir = "output/dab_detr_r50"
