@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from detectron2.config import instantiate
+from detectron2.config import LazyCall, instantiate
+from omegaconf import OmegaConf
 from torch import nn
 
 from co_detr.engine.config import load_config
@@ -103,6 +104,30 @@ def test_full_size_model(name):
         assert pooled == atss.in_features[: len(pooled)]
         scales = [pooler.spatial_scale for pooler in roi.roi_heads.box_pooler.level_poolers]
         assert scales == [1 / stride for stride in strides[: len(pooled)]]
+
+
+def wrapper(detector):
+    return detector
+
+
+@pytest.mark.parametrize(
+    "mount",
+    [
+        lambda model: {"detector": model},
+        lambda model: {"model": LazyCall(wrapper)(detector=model)},
+        lambda model: {"model": {"num_classes": 3}, "teacher": model},
+    ],
+    ids=["under-another-key", "wrapped", "beside-another"],
+)
+@pytest.mark.parametrize("name", ["co_detr_r50_k6", "co_dino_r50_instance", "co_dab_detr_r50"])
+def test_a_model_is_complete_wherever_it_is_mounted(name, mount):
+    model = load(name, "model.encoder.embed_dim=128", "model.num_classes=7").model
+    mounted = OmegaConf.create(mount(model), flags={"allow_objects": True})
+    with torch.device("meta"):
+        found = instantiate(mounted[list(mounted)[-1]])
+        expected = instantiate(model)
+    shapes = {key: tensor.shape for key, tensor in expected.state_dict().items()}
+    assert {key: tensor.shape for key, tensor in found.state_dict().items()} == shapes
 
 
 def test_the_reference_recipe():
