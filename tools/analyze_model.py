@@ -25,7 +25,7 @@ import torch
 from detectron2.config import instantiate
 from tabulate import tabulate
 
-from co_detr.engine.config import load_config
+from co_detr.engine.config import learns_masks, load_config
 from co_detr.engine.memory_use import random_batch
 from co_detr.errors import exit_code
 from co_detr.tools.complexity import Complexity, PartCost, analyze
@@ -43,7 +43,14 @@ def run(options: argparse.Namespace) -> None:
     model = instantiate(cfg.model)
     model.compare_detectors = False  # an evaluation may run every detector; a user runs one
     height, width = options.size
-    batch = random_batch(height, width, options.batch, options.gts, model.num_classes)
+    batch = random_batch(
+        height,
+        width,
+        options.batch,
+        options.gts,
+        model.num_classes,
+        masks=learns_masks(cfg.model),
+    )
     passes = {"inference": analyze(model.eval(), batch)}
     if options.training:
         passes["training"] = analyze(model.train(), batch)

@@ -20,11 +20,12 @@ import detectron2.data.transforms as T
 import torch
 from detectron2.config import instantiate
 from detectron2.engine import HookBase
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 
 from co_detr.data.loader import BatchPlan
+from co_detr.engine.config import learns_masks
 from co_detr.engine.hooks import EmaHook, build_averaged
 from co_detr.engine.setup import build_model
 from co_detr.engine.trainer import build_trainer
@@ -303,21 +304,29 @@ def _micro_batches(
     """The same micro-batch `number` times; with `turned`, every second image is upright, so that
     padding makes the batch as large as it can become."""
     sizes = [size[::-1] if turned and i % 2 else size for i in range(plan.images_per_gpu)]
+    masks = learns_masks(model)
     batch = [
-        random_batch(height, width, 1, num_gts, model.num_classes, seed=i)[0]
+        random_batch(height, width, 1, num_gts, model.num_classes, seed=i, masks=masks)[0]
         for i, (height, width) in enumerate(sizes)
     ]
     return [batch] * number
 
 
 def random_batch(
-    height: int, width: int, batch: int, num_gts: int, num_classes: int, seed: int = 0
+    height: int,
+    width: int,
+    batch: int,
+    num_gts: int,
+    num_classes: int,
+    seed: int = 0,
+    masks: bool = False,
 ) -> list[dict]:
     """Inputs with random pixels and boxes, ready for training and for inference.
 
     Returns:
         ``batch`` dicts: ``image`` ``(3, height, width)`` float from 0 to 255, and ``instances``
-        with ``num_gts`` ``gt_boxes`` (absolute xyxy) and ``gt_classes``.
+        with ``num_gts`` ``gt_boxes`` (absolute xyxy) and ``gt_classes``; with ``masks`` also
+        ``gt_masks`` that fill the boxes.
     """
     generator = torch.Generator().manual_seed(seed)
     extent = torch.tensor([width, height], dtype=torch.float32)
@@ -328,6 +337,11 @@ def random_batch(
         instances = Instances((height, width))
         instances.gt_boxes = Boxes(torch.cat([low, low + sides], dim=1))
         instances.gt_classes = torch.randint(0, num_classes, (num_gts,), generator=generator)
+        if masks:
+            bitmaps = torch.zeros(num_gts, height, width, dtype=torch.bool)
+            for bitmap, box in zip(bitmaps, instances.gt_boxes.tensor.int().tolist(), strict=True):
+                bitmap[box[1] : box[3] + 1, box[0] : box[2] + 1] = True
+            instances.gt_masks = BitMasks(bitmaps)
         image = 255 * torch.rand(3, height, width, generator=generator)
         inputs.append({"image": image, "instances": instances})
     return inputs

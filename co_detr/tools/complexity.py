@@ -33,6 +33,7 @@ PARTS = (
     ("query selection", ("queries",), ()),
     ("decoder", ("decoder",), ("decoder.class_heads", "decoder.box_heads")),
     ("heads", ("decoder.class_heads", "decoder.box_heads"), ()),
+    ("mask head", ("mask_head",), ()),
 )
 
 
@@ -118,10 +119,16 @@ class _Traceable(nn.Module):
             outputs = self.model(batch)
         if self.training:
             return tuple(outputs.values())
-        found = [output["instances"] for output in outputs]
-        return tuple(
-            x for instances in found for x in (instances.pred_boxes.tensor, instances.scores)
-        )
+        # All that is predicted: what nothing comes of is not traced.
+        found = []
+        for output in outputs:
+            instances = output["instances"]
+            found += [instances.pred_boxes.tensor, instances.scores]
+            if instances.has("pred_masks"):
+                found.append(instances.pred_masks.probabilities)
+            if instances.has("mask_scores"):
+                found.append(instances.mask_scores)
+        return tuple(found)
 
 
 @contextlib.contextmanager
