@@ -48,6 +48,7 @@ _CHECKPOINTING = (
     "model.encoder.activation_checkpointing",
     "model.backbone.bottom_up.activation_checkpointing",
 )
+_MASKS_OF_IMAGE = "model.mask_head.sampler.max_positives"
 _TRAIN_SIZES = (
     "model.padding.square_size",
     "dataloader.train.mapper.augmentations.size",
@@ -121,6 +122,8 @@ def training_advice(cfg: DictConfig, plan: BatchPlan) -> str:
         advice.append("set train.amp.enabled=true (bfloat16)")
     off = [key for key in _CHECKPOINTING if OmegaConf.select(cfg, key) is False]
     advice += [f"set {key}=true" for key in off]
+    if (masks := OmegaConf.select(cfg, _MASKS_OF_IMAGE)) and masks > 1:
+        advice.append(f"learn fewer masks of an image: set {_MASKS_OF_IMAGE}={masks // 2}")
     advice.append(_smaller_images(cfg, _TRAIN_SIZES))
     return f"{' or '.join(advice)}, and try it with --dry-run"
 

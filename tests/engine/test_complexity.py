@@ -6,18 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import instantiate
 from fvcore.nn import FlopCountAnalysis
 
+from co_detr.engine.config import learns_masks, load_config
 from co_detr.engine.memory_use import random_batch
 from co_detr.layers import MultiScaleDeformableAttention
 from co_detr.tools.complexity import FLOP_HANDLERS, Complexity, PartCost, analyze
-from tests.modeling.builders import NUM_CLASSES, NUM_QUERIES, tiny_model
+from tests.modeling.builders import NUM_CLASSES, NUM_QUERIES, shrink, tiny_model
 from tests.paths import config_path
 
 pytestmark = pytest.mark.cpu_only("operations are counted, which are the same everywhere")
 
 ROOT = Path(__file__).resolve().parents[2]
 HEIGHT, WIDTH = 96, 128
+TOKENS_OF_FINEST = 12 * 16
 TOKENS = 12 * 16 + 6 * 8 + 3 * 4 + 2 * 2
 # The tiny models: width, hidden width, heads, levels, points, layers.
 C, HIDDEN, HEADS, LEVELS, POINTS, LAYERS = 32, 48, 4, 4, 2, 2
@@ -136,3 +139,19 @@ def test_tool_prints_and_writes(tmp_path, capsys):
     with pytest.raises(SystemExit):
         tool.main(["--config-file", config, "--size", "96"])
     assert "'96' is not HEIGHTxWIDTH" in capsys.readouterr().err
+
+
+def test_the_mask_head_is_counted_where_it_runs():
+    cfg = shrink(load_config(config_path("co_detr_r50_instance")))
+    cfg.model.num_classes = NUM_CLASSES
+    cfg.model.postprocessor.max_detections = 4
+    torch.manual_seed(0)
+    model = instantiate(cfg.model)
+    batch = random_batch(HEIGHT, WIDTH, 1, 3, NUM_CLASSES, masks=learns_masks(cfg.model))
+    bitmaps = batch[0]["instances"].gt_masks.tensor
+    assert bitmaps.shape == (3, HEIGHT, WIDTH) and bitmaps.flatten(1).any(1).all()
+    head = part(analyze(model.eval(), batch), "mask head")
+    assert head.parameters == sum(each.numel() for each in model.mask_head.parameters())
+    # The first convolutions are over the whole map, those of regions over their cells.
+    assert head.flops > 9 * C * C * (2 * TOKENS_OF_FINEST + 4 * 14 * 14)
+    assert head.activations > 0

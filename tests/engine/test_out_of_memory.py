@@ -68,6 +68,13 @@ def test_checkpointing_is_advised_where_it_is_off(name):
     assert ("model.padding.square_size is 1" in advice) == ("lsj" in name)
 
 
+def test_fewer_masks_are_advised_where_there_are_some():
+    plan = BatchPlan(100, 16, seed=0)
+    advice = training_advice(load_config(config_path("co_detr_r50_instance")), plan)
+    assert "set model.mask_head.sampler.max_positives=64" in advice
+    assert "mask" not in training_advice(load_config(config_path("co_detr_r50")), plan)
+
+
 def test_evaluation_is_explained_too(tiny_cfg, monkeypatch):
     _fail(monkeypatch, FAILURES[0], in_training=False)
     with pytest.raises(OutOfMemoryError) as caught:

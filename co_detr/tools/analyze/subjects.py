@@ -194,8 +194,9 @@ def load_models(
                 f"{argument.config} builds a {type(detector.model).__name__}, but only Co-DETR "
                 "models can be analyzed: name another config."
             )
+        detector.model.mask_head = None  # no measure looks at masks
         if detector.model.auxiliary is not None:
-            detector.model.auxiliary.ignore_masks()  # no measure looks at masks
+            detector.model.auxiliary.ignore_masks()
         subject = Subject(
             argument.name, detector.model.to(device), detector.cfg, argument.checkpoints
         )
