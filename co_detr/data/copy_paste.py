@@ -244,6 +244,6 @@ def window_of(rgb: np.ndarray, transforms: T.TransformList, window: Window) -> n
             source = np.asarray(picture)
     if source is None:
         source = rgb[y : y + height, x : x + width]
-    for each in reversed(behind):
-        source = each.apply_image(source)
+    for transform in reversed(behind):
+        source = transform.apply_image(source)
     return source

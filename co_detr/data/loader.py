@@ -93,7 +93,7 @@ class CheckedDatasetMapper(DatasetMapper):
         return sample
 
     def read(self, record: dict[str, Any]) -> np.ndarray:
-        """The pixels ``(H, W, 3)`` of a record, in the colour order of the model."""
+        """The pixels ``(H, W, 3)`` of a record, in the color order of the model."""
         rgb = self.reader.read_rgb(record["file_name"])
         _require_size(record["file_name"], record, rgb)
         return in_format(rgb, self.image_format)
@@ -111,10 +111,10 @@ class CheckedDatasetMapper(DatasetMapper):
             annotations: of the image; changed.
             before, after: its (height, width) without and with augmentation.
         """
-        annotations = [each for each in annotations if not each.get("iscrowd", 0)]
-        masks = [each.pop("segmentation", None) for each in annotations]
-        for each in annotations:
-            transform_instance_annotations(each, transforms, after)
+        annotations = [annotation for annotation in annotations if not annotation.get("iscrowd", 0)]
+        masks = [annotation.pop("segmentation", None) for annotation in annotations]
+        for annotation in annotations:
+            transform_instance_annotations(annotation, transforms, after)
         instances = annotations_to_instances(annotations, after)
         shows = instances.gt_boxes.nonempty(threshold=1e-5)
         if masks and all(mask is not None for mask in masks):
@@ -424,7 +424,7 @@ def build_train_loader(
         ConfigError: if a batch cannot be divided evenly.
     """
     if copy_paste is not None and not any(
-        "segmentation" in each for record in dataset for each in record["annotations"]
+        "segmentation" in annotation for record in dataset for annotation in record["annotations"]
     ):
         copy_paste = None  # of which loading the data has told
     groups = [int(record["width"] > record["height"]) for record in dataset]

@@ -166,7 +166,9 @@ def _numbers_of(polygon: Any) -> np.ndarray | None:
         return None
     try:
         values = np.asarray(polygon)
-        if values.dtype == object and all(each is None or _is_number(each) for each in values.flat):
+        if values.dtype == object and all(
+            value is None or _is_number(value) for value in values.flat
+        ):
             values = values.astype(np.float64)
     except (ValueError, OverflowError):  # lists of different lengths in it, or endless numbers
         return None
@@ -363,20 +365,20 @@ def picked_pixels(
         None if rows and columns do not stay rows and columns, or a transform is not known.
     """
     rows, columns = (np.arange(side) for side in size)
-    for each in transforms.transforms:
-        if isinstance(each, T.ResizeTransform):
+    for transform in transforms.transforms:
+        if isinstance(transform, T.ResizeTransform):
             rows, columns = (
-                rows[_nearest(len(rows), each.new_h)],
-                columns[_nearest(len(columns), each.new_w)],
+                rows[_nearest(len(rows), transform.new_h)],
+                columns[_nearest(len(columns), transform.new_w)],
             )
-        elif isinstance(each, T.CropTransform):
-            rows = rows[each.y0 : each.y0 + each.h]
-            columns = columns[each.x0 : each.x0 + each.w]
-        elif isinstance(each, T.HFlipTransform):
+        elif isinstance(transform, T.CropTransform):
+            rows = rows[transform.y0 : transform.y0 + transform.h]
+            columns = columns[transform.x0 : transform.x0 + transform.w]
+        elif isinstance(transform, T.HFlipTransform):
             columns = columns[::-1]
-        elif isinstance(each, T.VFlipTransform):
+        elif isinstance(transform, T.VFlipTransform):
             rows = rows[::-1]
-        elif not isinstance(each, _PLAIN_TRANSFORMS):
+        elif not isinstance(transform, _PLAIN_TRANSFORMS):
             return None
     return rows, columns
 

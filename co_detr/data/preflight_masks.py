@@ -60,10 +60,10 @@ def check_masks(
     for flaw, cases in flaws.items():
         _note_flaw(report, flaw, cases, invalid_boxes)
     crowds = [
-        name_of(each)
-        for each in entries
-        if each.get("iscrowd", 0) == 1 and isinstance(each.get("segmentation"), list)
-        if each["segmentation"]
+        name_of(entry)
+        for entry in entries
+        if entry.get("iscrowd", 0) == 1 and isinstance(entry.get("segmentation"), list)
+        if entry["segmentation"]
     ]
     report.add(
         "warning",
@@ -78,15 +78,15 @@ def check_masks(
 def _note_parts(report: SplitReport, extents: Sequence[_Extent], images: Images) -> bool:
     """All masks are from 0 to 1: an error; returns whether it is so."""
     in_parts = [
-        max(map(abs, each.corners)) <= _LARGEST_PART
-        and min(images[each.entry["image_id"]][side] for side in ("width", "height")) > 4
-        for each in extents
+        max(map(abs, extent.corners)) <= _LARGEST_PART
+        and min(images[extent.entry["image_id"]][side] for side in ("width", "height")) > 4
+        for extent in extents
     ]
     if not in_parts or not all(in_parts):
         return False
     report.add(
         "error",
-        [each.case for each in extents],
+        [extent.case for extent in extents],
         "masks that are normalized (from 0 to 1) instead of in pixels",
         "multiply x by the width of the image, and y by its height",
     )
@@ -106,11 +106,11 @@ def _note_flaw(report: SplitReport, flaw: MaskFlaw, cases: list[str], invalid_bo
 
 
 def _compare_with_boxes(report: SplitReport, extents: Sequence[_Extent]) -> None:
-    astray = [each for each in extents if _overlap(each) < _FEWEST_SHARED]
+    astray = [extent for extent in extents if _overlap(extent) < _FEWEST_SHARED]
     if len(extents) >= _FEWEST and len(astray) > 0.5 * len(extents):
         report.add(
             report.suspicion,
-            [each.case for each in astray],
+            [extent.case for extent in astray],
             f"masks that do not fit the boxes of their objects ({len(astray) / len(extents):.0%} "
             "of all)",
             "are x and y exchanged, or are they of another size of the images? write them in "
@@ -119,7 +119,7 @@ def _compare_with_boxes(report: SplitReport, extents: Sequence[_Extent]) -> None
         return
     report.add(
         "warning",
-        [each.case for each in astray],
+        [extent.case for extent in astray],
         "masks that do not fit the boxes of their objects",
         "boxes are learned as boxes, masks as masks: look at them",
     )
@@ -141,8 +141,8 @@ def _overlap(extent: _Extent) -> float:
 
 
 def _note_missing(report: SplitReport, without: list[Entry], images: Images) -> None:
-    names = {each["image_id"]: images[each["image_id"]]["file_name"] for each in without}
-    cases = [f"{name_of(each)} in {names[each['image_id']]}" for each in without]
+    names = {entry["image_id"]: images[entry["image_id"]]["file_name"] for entry in without}
+    cases = [f"{name_of(entry)} in {names[entry['image_id']]}" for entry in without]
     if report.split != "train":
         effect = "masks are only evaluated where all objects have one; boxes are in any case"
     elif report.masks:

@@ -82,11 +82,11 @@ class RegionSampler(nn.Module):
             self.assign(truth.gt_boxes.tensor, own, score > 0)
             for truth, own, score in zip(truths, boxes, scores, strict=True)
         ]
-        numbers = [len(each) for each in candidates]
+        numbers = [len(instances) for instances in candidates]
         found = torch.stack([torch.cat(assigned), levels(torch.cat(candidates))]).cpu()
         samples = []
         for own, (truth, level) in zip(
-            candidates, (each.unbind() for each in found.split(numbers, dim=1)), strict=True
+            candidates, (regions.unbind() for regions in found.split(numbers, dim=1)), strict=True
         ):
             rows = self.draw((truth >= 0).nonzero().squeeze(1))
             samples.append(SampledBoxes(own[to_device(rows, own.device)], truth[rows], level[rows]))
@@ -176,7 +176,7 @@ def mask_targets(
             order = to_device(torch.cat(rows).argsort(), device)
             whole = MaskTargets.cat(parts[-len(rows) :])
             parts[-len(rows) :] = [
-                MaskTargets([each[order] for each in whole.masks], whole.shares[order])
+                MaskTargets([mask[order] for mask in whole.masks], whole.shares[order])
             ]
     if not parts:
         none = samples[0].boxes[:0]
@@ -229,8 +229,8 @@ def mask_iou_target(logits: Tensor, targets: MaskTargets) -> Tensor:
     """
     predicted, target = logits.detach().sigmoid() > 0.5, targets.masks[1]
     overlap, found, area = (
-        each.sum((1, 2)).to(targets.shares.dtype)
-        for each in (predicted & target, predicted, target)
+        region.sum((1, 2)).to(targets.shares.dtype)
+        for region in (predicted & target, predicted, target)
     )
     return overlap / (found + area / (targets.shares + 1e-7) - overlap)
 

@@ -53,7 +53,7 @@ class Regions:
 
     def split(self, size: int) -> list[Regions]:
         """In parts of at most ``size``."""
-        parts = zip(*(each.split(size) for each in vars(self).values()), strict=True)
+        parts = zip(*(value.split(size) for value in vars(self).values()), strict=True)
         return [Regions(*part) for part in parts]
 
 
@@ -168,7 +168,7 @@ class RefineMaskHead(nn.Module):
                 )
         found.append(enlarge(self.logits[-1](features)))
         dtype = torch.promote_types(pooled.dtype, torch.float32)
-        return MaskPredictions(pooled, [each.squeeze(1).to(dtype) for each in found])
+        return MaskPredictions(pooled, [tensor.squeeze(1).to(dtype) for tensor in found])
 
     def pool(self, maps: Sequence[Tensor], regions: Regions) -> Tensor:
         """RoIAlign of every box from the map of its level: ``(N, C, 14, 14)``."""
@@ -224,8 +224,8 @@ class RefineMaskHead(nn.Module):
         """
         geometry = memory.geometry
         truths = [
-            each if masks is not None else each[:0]
-            for each, masks in zip(gt_instances, gt_masks, strict=True)
+            instances if masks is not None else instances[:0]
+            for instances, masks in zip(gt_instances, gt_masks, strict=True)
         ]
         samples = self.sampler(predictions, truths, geometry, self.levels)
         maps = memory.maps()
@@ -233,12 +233,12 @@ class RefineMaskHead(nn.Module):
             truth.gt_classes[to_device(sample.truths, truth.gt_classes.device)]
             for truth, sample in zip(truths, samples, strict=True)
         ]
-        numbers = torch.tensor([len(each.truths) for each in samples])
+        numbers = torch.tensor([len(sample.truths) for sample in samples])
         regions = Regions(
-            boxes=torch.cat([each.boxes for each in samples]),
+            boxes=torch.cat([sample.boxes for sample in samples]),
             labels=torch.cat(labels),
             images=torch.arange(len(samples)).repeat_interleave(numbers),
-            levels=torch.cat([each.levels for each in samples]),
+            levels=torch.cat([sample.levels for sample in samples]),
         )
         found = self(maps, regions)
         targets = mask_targets(samples, gt_masks, geometry.image_sizes, self.sizes)
@@ -247,7 +247,7 @@ class RefineMaskHead(nn.Module):
             losses["loss_mask_iou"] = self.iou_head.loss(found, regions.labels, targets)
         weight = self.loss_weight
         if counts is not None:
-            with_objects = sum(len(each) > 0 for each in gt_instances)
+            with_objects = sum(len(instances) > 0 for instances in gt_instances)
             weight *= with_objects / max(1, sum(number > 0 for number in counts.num_truths))
         return {name: value * weight for name, value in losses.items()}
 
@@ -265,11 +265,11 @@ class RefineMaskHead(nn.Module):
         """
         maps = memory.maps()
         semantic = self.semantic_maps(maps)
-        boxes = torch.cat([each.pred_boxes.tensor for each in detections])
-        numbers = [len(each) for each in detections]
+        boxes = torch.cat([instances.pred_boxes.tensor for instances in detections])
+        numbers = [len(instances) for instances in detections]
         regions = Regions(
             boxes=boxes,
-            labels=torch.cat([each.pred_classes for each in detections]),
+            labels=torch.cat([instances.pred_classes for instances in detections]),
             images=torch.arange(len(detections)).repeat_interleave(torch.tensor(numbers)),
             levels=self.levels(boxes).cpu(),
         )
@@ -280,12 +280,14 @@ class RefineMaskHead(nn.Module):
             if self.iou_head is not None:
                 ious.append(values_at(self.iou_head(found), part.labels))
         masks = torch.cat(masks).split(numbers)
-        results = [Instances(each.image_size, **each.get_fields()) for each in detections]
-        for each, own in zip(results, masks, strict=True):
-            each.pred_masks = ROIMasks(own)
+        results = [
+            Instances(instances.image_size, **instances.get_fields()) for instances in detections
+        ]
+        for instances, own in zip(results, masks, strict=True):
+            instances.pred_masks = ROIMasks(own)
         if ious:
-            for each, own in zip(results, torch.cat(ious).split(numbers), strict=True):
-                each.mask_scores = each.scores * own
+            for instances, own in zip(results, torch.cat(ious).split(numbers), strict=True):
+                instances.mask_scores = instances.scores * own
         return results
 
 
@@ -394,7 +396,7 @@ class MaskIoUHead(nn.Module):
 
 def _tower(channels: int, width: int, number: int) -> nn.Sequential:
     inputs = [channels] + [width] * (number - 1)
-    return nn.Sequential(*(normed_conv(each, width) for each in inputs))
+    return nn.Sequential(*(normed_conv(channels, width) for channels in inputs))
 
 
 def normed_conv(channels: int, out_channels: int, stride: int = 1) -> Conv2d:

@@ -109,9 +109,9 @@ BROKEN = {
 
 def give_masks(data):
     for content in (data.train, data.val):
-        for each in content["annotations"]:
-            x, y, w, h = each["bbox"]
-            each["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+        for annotation in content["annotations"]:
+            x, y, w, h = annotation["bbox"]
+            annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
 
 
 def report_of(data, invalid_boxes="skip", **settings):
@@ -146,7 +146,7 @@ def test_each_broken_mask_is_named_and_counted_or_refused(data, caplog, name):
     data.write()
     for invalid_boxes in ("skip", "error"):
         report = report_of(data, invalid_boxes)
-        (finding,) = [each for each in report.findings if what in each.what]
+        (finding,) = [finding for finding in report.findings if what in finding.what]
         assert finding.count == 1 and finding.first.startswith(f"id {broken['id']}")
         if stops or invalid_boxes == "error":
             assert what in sentence_of(report.raise_on_errors)
@@ -155,7 +155,7 @@ def test_each_broken_mask_is_named_and_counted_or_refused(data, caplog, name):
         report.raise_on_errors()
         assert report.splits[0].masks == 11
         annotations = records_of(data)[0]["annotations"]
-        assert ["segmentation" in each for each in annotations] == [True, False, True]
+        assert ["segmentation" in annotation for annotation in annotations] == [True, False, True]
         assert f"{what}" in caplog.text and f"annotation {broken['id']} of image" in caplog.text
         assert "1 objects in 1 images have no mask" in caplog.text
     if what != "do not sum":
@@ -174,23 +174,25 @@ def test_what_has_one_meaning_is_read(data, segmentation, what):
     data.train["annotations"][0].update(segmentation=segmentation, bbox=[3, 4, 10, 10])
     data.write()
     for invalid_boxes in ("skip", "error"):
-        assert [(each.level, each.what) for each in report_of(data, invalid_boxes).findings] == [
-            ("warning", what)
-        ]
+        assert [
+            (finding.level, finding.what) for finding in report_of(data, invalid_boxes).findings
+        ] == [("warning", what)]
         (mask,) = records_of(data, invalid_boxes)[0]["annotations"][0]["segmentation"]
         assert mask.tolist() == square(3, 4)
 
 
 @pytest.mark.parametrize("absent", [None, []])
 def test_a_set_without_masks(data, caplog, absent):
-    for each in data.train["annotations"]:
-        each["segmentation"] = absent
+    for entry in data.train["annotations"]:
+        entry["segmentation"] = absent
     data.write()
     train, val = report_of(data).findings
     assert (train.count, train.what) == (12, "objects without a mask")
     assert "what learns masks is not trained, and nothing is pasted" in train.remedy
     assert val.count == 9 and "masks are only evaluated where" in val.remedy
-    assert not any("segmentation" in each for r in records_of(data) for each in r["annotations"])
+    assert not any(
+        "segmentation" in annotation for r in records_of(data) for annotation in r["annotations"]
+    )
     assert caplog.text.count("has no masks") == 1
 
 
@@ -202,9 +204,9 @@ def test_masks_and_boxes_that_disagree(data):
     assert (finding.level, finding.count) == ("warning", 1)
     assert finding.what == "masks that do not fit the boxes of their objects"
     assert "mask in (30, 28, 40, 38)" in finding.first
-    for each in data.train["annotations"]:
-        (polygon,) = each["segmentation"]
-        each["segmentation"] = [np.reshape(polygon, (-1, 2))[:, ::-1].reshape(-1).tolist()]
+    for annotation in data.train["annotations"]:
+        (polygon,) = annotation["segmentation"]
+        annotation["segmentation"] = [np.reshape(polygon, (-1, 2))[:, ::-1].reshape(-1).tolist()]
     data.write()
     sentence = sentence_of(report_of(data).raise_on_errors)
     assert "are x and y exchanged" in sentence and "data.preflight.suspicion=warning" in sentence
@@ -213,9 +215,11 @@ def test_masks_and_boxes_that_disagree(data):
 
 def test_normalized_masks_stop_the_run(data):
     give_masks(data)
-    for each in data.train["annotations"]:
-        (polygon,) = each["segmentation"]
-        each["segmentation"] = [(np.reshape(polygon, (-1, 2)) / SIZE[::-1]).reshape(-1).tolist()]
+    for annotation in data.train["annotations"]:
+        (polygon,) = annotation["segmentation"]
+        annotation["segmentation"] = [
+            (np.reshape(polygon, (-1, 2)) / SIZE[::-1]).reshape(-1).tolist()
+        ]
     data.write()
     sentence = sentence_of(report_of(data).raise_on_errors)
     assert "masks that are normalized (from 0 to 1) instead of in pixels: 12 " in sentence
@@ -223,15 +227,15 @@ def test_normalized_masks_stop_the_run(data):
 
 def test_crowds_keep_no_mask_and_polygons_of_crowds_are_told(data):
     give_masks(data)
-    for each, mask in zip(data.train["annotations"], ([square(2, 1)], TEXT), strict=False):
-        each.update(iscrowd=1, segmentation=mask)
+    for annotation, mask in zip(data.train["annotations"], ([square(2, 1)], TEXT), strict=False):
+        annotation.update(iscrowd=1, segmentation=mask)
     data.write()
     report = report_of(data)
-    (finding,) = [each for each in report.findings if "polygon" in each.what]
+    (finding,) = [finding for finding in report.findings if "polygon" in finding.what]
     assert finding.count == 1 and "taken as crowds" in finding.remedy
     assert report.splits[0].masks == 10
     kept = records_of(data)[0]["annotations"]
-    assert ["segmentation" in each for each in kept] == [False, False, True]
+    assert ["segmentation" in record for record in kept] == [False, False, True]
 
 
 # Augmentation.
@@ -266,7 +270,7 @@ def test_masks_follow_augmentations(augmentation):
         white = torch.from_numpy(augmented.image[None, :, :, 0] > 127)
         if white.any() and found[0].any():
             shown += 1
-            drawn, seen = (tight_boxes(BitMasks(each)) for each in (found[:1], white))
+            drawn, seen = (tight_boxes(BitMasks(bitmaps)) for bitmaps in (found[:1], white))
             assert (drawn.tensor - seen.tensor).abs().max() <= 2  # a pixel of the enlarged image
     assert shown > 10
 

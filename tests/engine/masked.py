@@ -43,10 +43,10 @@ def write_masks(tiny_data, change=add_masks):
 def mask_results(detections, height, width):
     """Detections of boxes as those of masks, in COCO's result format."""
     results = []
-    for each in detections:
-        encoded = encoded_mask([ellipse(each["bbox"])], height, width)
+    for detection in detections:
+        encoded = encoded_mask([ellipse(detection["bbox"])], height, width)
         segmentation = encoded | {"counts": encoded["counts"].decode()}
-        kept = {key: each[key] for key in ("image_id", "category_id", "score")}
+        kept = {key: detection[key] for key in ("image_id", "category_id", "score")}
         results.append(kept | {"segmentation": segmentation})
     return results
 
@@ -73,9 +73,9 @@ def instances_of(annotations, size, classes):
     Args:
         classes: category ids in the order of the model's classes.
     """
-    boxes = torch.tensor([each["bbox"] for each in annotations]).float().reshape(-1, 4)
+    boxes = torch.tensor([annotation["bbox"] for annotation in annotations]).float().reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
-    numbers = [classes.index(each["category_id"]) for each in annotations]
+    numbers = [classes.index(annotation["category_id"]) for annotation in annotations]
     return Instances(
         size,
         pred_boxes=Boxes(boxes),

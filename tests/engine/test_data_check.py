@@ -100,9 +100,9 @@ def test_one_command_trains_and_evaluates_other_val_sets(train_net, three_classe
 
 def test_a_defect_stops_all_processes_with_one_sentence(two, tiny_data):
     (tiny_data.images / "3.png").unlink()
-    ended = [each.finish() for each in two()]
-    assert [each.returncode for each in ended] == [2, 2]
-    errors = [line for each in ended for line in each.errors("[rank 0] error: data.train")]
+    ended = [process.finish() for process in two()]
+    assert [process.returncode for process in ended] == [2, 2]
+    errors = [line for process in ended for line in process.errors("[rank 0] error: data.train")]
     assert len(errors) == 1 and "image files that do not exist: 1 " in errors[0]
 
 

@@ -32,7 +32,11 @@ class BoxShaped(nn.Module):
         return [{"instances": self.detect(sample)} for sample in batched_inputs]
 
     def detect(self, sample):
-        mine = [each for each in self.annotations if each["image_id"] == sample["image_id"]]
+        mine = [
+            annotation
+            for annotation in self.annotations
+            if annotation["image_id"] == sample["image_id"]
+        ]
         return instances_of(mine, (sample["height"], sample["width"]), [3, 7])
 
 
@@ -89,8 +93,8 @@ def test_numbers_are_those_of_pycocotools_for_the_written_file(masked_cfg, tiny_
     truth = COCO(str(tiny_data.root / "val.json"))
     results = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
     assert results[0].keys() == {"image_id", "category_id", "bbox", "score", "segmentation"}
-    for each in results:
-        del each["bbox"]  # areas are then those of masks
+    for result in results:
+        del result["bbox"]  # areas are then those of masks
     judged = COCOeval(truth, truth.loadRes(results), "segm")
     judged.evaluate(), judged.accumulate(), judged.summarize()
     for name, value in zip(SIZES, judged.stats, strict=False):
@@ -103,8 +107,8 @@ def test_masks_are_ranked_by_their_own_scores(masked_cfg, tiny_data, tmp_path):
     metrics = run_evaluation_only(masked_cfg(Misjudged), resume=False)
     assert metrics["AP"] < 80 and metrics["segm/AP"] == pytest.approx(100)
     results = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
-    assert {each["score"] for each in results} == {1, 0.5}
-    assert {each["mask_score"] for each in results} == {0.25, 0.5}
+    assert {result["score"] for result in results} == {1, 0.5}
+    assert {result["mask_score"] for result in results} == {0.25, 0.5}
 
 
 def test_no_detection_is_an_ap_of_zero(masked_cfg, tiny_data):
@@ -138,7 +142,7 @@ def test_ground_truth_without_masks(masked_cfg, tiny_data, tmp_path, caplog, cha
     assert "add a segmentation, polygons or run lengths" in caplog.text
     assert "Only boxes are evaluated." in caplog.text
     results = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
-    assert all("segmentation" in each for each in results)
+    assert all("segmentation" in result for result in results)
     assert not (tmp_path / "out" / "per_class_segm_ap.csv").exists()
 
 
@@ -168,7 +172,7 @@ def test_a_test_set_gets_masks_in_its_result_file(masked_cfg, tiny_data, tmp_pat
     assert run_evaluation_only(cfg, resume=False) == {}
     assert "there is nothing to evaluate" in caplog.text and "Only boxes" not in caplog.text
     results = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
-    assert len(results) == 9 and all("segmentation" in each for each in results)
+    assert len(results) == 9 and all("segmentation" in result for result in results)
 
 
 def test_results_hold_no_bitmaps():
@@ -197,7 +201,7 @@ def test_training_keeps_the_best_masks(tiny_cfg, tiny_data, tmp_path, caplog, av
     assert [line["iteration"] for line in lines if "bbox/AP" in line] == [1, 6]
     assert not any("bbox/segm" in key for line in lines for key in line)
     history = json.loads((tmp_path / "out" / "evaluations.json").read_text())
-    assert all("segm/AP50" in each for each in history.values()) and len(history) == 3
+    assert all("segm/AP50" in metrics for metrics in history.values()) and len(history) == 3
     assert "Best segm/AP50 so far" in caplog.text and (tmp_path / "out" / "model_best.pth").exists()
     final = f"train.init_checkpoint={tmp_path / 'out' / 'model_final.pth'}"
     again = run_evaluation_only(tiny_cfg(MASKED, final, output="other"), resume=False)

@@ -226,8 +226,8 @@ def test_masks_are_shown_filtered_and_saved(page_with_masks, predictor_of_masks,
     page.wait(content.exists)
     saved = json.loads(content.read_text())["annotations"]
     kept = found[found.scores >= limit]
-    assert [each["segmentation"] for each in saved] == kept.pred_masks.rles()
-    assert [each["mask_score"] for each in saved] == kept.mask_scores.tolist()
+    assert [annotation["segmentation"] for annotation in saved] == kept.pred_masks.rles()
+    assert [annotation["mask_score"] for annotation in saved] == kept.mask_scores.tolist()
 
     pictures = []
     for _ in range(2):

@@ -86,7 +86,7 @@ def predict(photos, tmp_path):
 def test_pictures_and_json(predict, predictor_of_masks, masked, photos, tmp_path):
     picture, entries = predict(masked, "masks")
     found = predictor_of_masks(photos / "a.png")
-    assert [each["mask_score"] for each in entries] == found.mask_scores.tolist()
+    assert [entry["mask_score"] for entry in entries] == found.mask_scores.tolist()
     for entry, mask in zip(entries, found.pred_masks, strict=True):
         decoded = mask_utils.decode(entry["segmentation"])
         assert np.array_equal(decoded, mask.numpy()) and entry["area"] == decoded.sum()
@@ -100,7 +100,7 @@ def test_pictures_and_json(predict, predictor_of_masks, masked, photos, tmp_path
 
 def test_softer_masks_are_larger(predict, masked):
     areas = [
-        sum(each["area"] for each in predict(masked, f"at {limit}", "--mask-threshold", limit)[1])
+        sum(entry["area"] for entry in predict(masked, f"at {limit}", "--mask-threshold", limit)[1])
         for limit in ("0.5", "0.01")
     ]
     assert areas[1] > areas[0]

@@ -111,7 +111,7 @@ class CollaborativeROIHeads(StandardROIHeads):
     def _forward_mask(self, features: dict[str, Tensor], instances: list[Instances]):
         if self.training and self.mask_on:
             # Images whose objects have no masks teach the mask head nothing.
-            instances = [each if each.has("gt_masks") else each[:0] for each in instances]
+            instances = [image if image.has("gt_masks") else image[:0] for image in instances]
         return super()._forward_mask(features, instances)
 
     def _forward_box(self, features: dict[str, Tensor], proposals: list[Instances]):
@@ -215,8 +215,8 @@ class FasterRCNNHead(nn.Module):
 
     def _normalizers(self, samples: list[Instances]) -> Tensor:
         """``(3,)`` int64: sampled proposals, positive ones, those of them that have a mask."""
-        positive = torch.stack([self._is_positive(each).sum() for each in samples])
-        with_masks = [int(each.has("gt_masks")) for each in samples]
+        positive = torch.stack([self._is_positive(sample).sum() for sample in samples])
+        with_masks = [int(sample.has("gt_masks")) for sample in samples]
         masked = sum(number * has for number, has in zip(positive, with_masks, strict=True))
         sampled = positive.new_full((), sum(map(len, samples)))
         return torch.stack([sampled, positive.sum(), masked])
@@ -224,8 +224,8 @@ class FasterRCNNHead(nn.Module):
     def _with_shared_masks(self, gt_instances: list[Instances]) -> list[Instances]:
         """Copies whose masks are not copied for each proposal; none if this head reads none."""
         truths = []
-        for each in gt_instances:
-            truth = Instances(each.image_size, **each.get_fields())
+        for given in gt_instances:
+            truth = Instances(given.image_size, **given.get_fields())
             if truth.has("gt_masks"):
                 masks = truth.gt_masks
                 truth.remove("gt_masks")

@@ -47,7 +47,7 @@ def coco_rle(unit: Unit) -> None:
 def bitmap_ops(unit: Unit) -> None:
     """What the reference does to bitmaps; padding is left to the model's batches here."""
     bitmaps = _bitmaps(unit)
-    masks = [check_mask(_packed(each), *each.shape).usable for each in bitmaps]
+    masks = [check_mask(_packed(bitmap), *bitmap.shape).usable for bitmap in bitmaps]
     height, width = bitmaps.shape[1:]
     for key, size in (
         ("resize_37x61", (37, 61)),
@@ -146,8 +146,8 @@ def _compare_run(unit: Unit, prefix: str, run: dict[str, Any], found: Scene, who
 
 def _scene(unit: Unit, key: str, size: tuple[int, int]) -> Scene:
     entry = unit[key]
-    masks = [check_mask({"size": size, "counts": each}, *size) for each in entry["masks_rle"]]
-    bitmaps = np.stack([draw_mask(each.usable, *size) for each in masks])
+    masks = [check_mask({"size": size, "counts": counts}, *size) for counts in entry["masks_rle"]]
+    bitmaps = np.stack([draw_mask(mask.usable, *size) for mask in masks])
     instances = Instances(
         size,
         gt_boxes=Boxes(entry["boxes"]),
