@@ -263,12 +263,12 @@ IMAGES = [{"id": 1, "file_name": "0.png", "width": 48, "height": 64}]
         # Its maps are those of a pyramid of its own.
         ("co_dino_vit_l_o365_12ep", ("model.queries.matching.num_queries", 1500), 1000, None),
         (
-            "baselines/group_detr_small",
+            "group_detr_small",
             ("model.queries.matching.num_queries", 60),
             100,
             InputSize(192, 320, 8),
         ),
-        ("baselines/atss_on_encoder_small", None, None, InputSize(192, 320, 8)),
+        ("atss_on_encoder_small", None, None, InputSize(192, 320, 8)),
     ],
 )
 def test_limits_of_a_config(config, queries, detections, input_size):

@@ -35,7 +35,7 @@ NUM_GTS = (3, 0, 1, 5)
 SIZES = ((96, 128),) * len(NUM_GTS)
 K0, K1, K2, K6 = "deformable_detr_r50", "co_detr_r50_atss", "co_detr_r50", "co_detr_r50_k6"
 CO_DINO, MASKS = "co_dino_r50", "co_detr_r50_mask_rcnn"
-HYBRID, DENSE = "baselines/h_deformable_detr_r50", "baselines/atss_on_encoder_r50"
+HYBRID, DENSE = "h_deformable_detr_r50", "atss_on_encoder_r50"
 
 
 def build(name, overrides=(), dtype=torch.float64):

@@ -35,11 +35,11 @@ FAMILIES = [
     "co_dino_vit_l_o365_12ep",
     "co_conditional_detr_r50",
     "co_dab_detr_r50",
-    "baselines/deformable_detr_single_stage_r50",
-    "baselines/group_detr_r50",
-    "baselines/h_deformable_detr_r50",
-    "baselines/atss_on_encoder_r50",
-    "baselines/faster_rcnn_on_encoder_r50",
+    "deformable_detr_single_stage_r50",
+    "group_detr_r50",
+    "h_deformable_detr_r50",
+    "atss_on_encoder_r50",
+    "faster_rcnn_on_encoder_r50",
 ]
 
 

@@ -122,7 +122,7 @@ def test_there_is_a_small_one_of_each_kind():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("overrides", [[], ["model.auxiliary=null"]])
 def test_small_models(kind, overrides):
-    cfg = load(f"baselines/co_{kind}_detr_small", *overrides)
+    cfg = load(f"co_{kind}_detr_small", *overrides)
     model = instantiate(cfg.model).to(DEVICE)
     batch = make_batch(((128, 160),), num_gts=(2,))  # 80 tokens for 60 queries
     losses = train_step(model, batch)

@@ -88,8 +88,8 @@ MUTATIONS = (
     _mutation(
         "boxes-without-area-count",
         "engine/evaluation.py",
-        'if boxes.clip(annotation, images[annotation["image_id"]]) is not None',
-        "if annotation",
+        "if boxes.clip(annotation, image) is None",
+        "if False",
         "engine/test_evaluation",
     ),
 )

@@ -248,8 +248,8 @@ MUTATIONS = (
     _mutation(
         "masks-are-means-over-all-samples",
         "modeling/auxiliary/faster_rcnn.py",
-        '"loss_mask": positive}',
-        '"loss_mask": sampled}',
+        "torch.stack([sampled, positive.sum(), masked])",
+        "torch.stack([sampled, positive.sum(), sampled])",
         "accumulation",
     ),
     # Detectors beside the decoder
