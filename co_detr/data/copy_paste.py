@@ -13,19 +13,19 @@ from typing import Any
 import detectron2.data.transforms as T
 import numpy as np
 import torch
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import Tensor
 
-from co_detr.data.loader import CheckedDatasetMapper, as_tensor, augment
-from co_detr.data.masks import span, tight_boxes
+from co_detr.data.loader import CheckedDatasetMapper, as_tensor, augment, with_whole_masks
+from co_detr.data.masks import CroppedMasks
 
 Window = tuple[slice, slice]  # rows and columns
 
 
 @dataclass(frozen=True)
 class Scene:
-    """An augmented training image: `image` (3, h, w), `instances` with `gt_masks` (BitMasks)."""
+    """An augmented training image: `image` (3, h, w), `instances` with `CroppedMasks`."""
 
     image: Tensor
     instances: Instances
@@ -35,9 +35,9 @@ class Scene:
 class CopyPaste:
     """Pastes objects of an image that is drawn from the whole data set, which may be the same.
 
-    The second image is augmented like any other. As many of its objects as a number says that is
-    drawn evenly from 0 to all (at most `max_pasted` - 1) are pasted. Nothing is pasted into or from
-    an image with objects that have no masks.
+    The second image is augmented like any other. A number from 0 to all (at most `max_pasted` - 1)
+    is drawn, and so many of its objects are pasted. Nothing is pasted into or from an image with
+    objects that have no masks. Of both images only the pixels are computed that show.
 
     Args:
         max_pasted: one more than the most objects that are pasted.
@@ -53,11 +53,11 @@ class CopyPaste:
 
     def __call__(
         self,
-        sample: dict[str, Any],
+        record: dict[str, Any],
         records: Sequence[dict[str, Any]],
         mapper: CheckedDatasetMapper,
     ) -> dict[str, Any]:
-        """Changes a sample of `mapper`.
+        """The sample that a mapper makes of a record, with objects of another one.
 
         Draws from NumPy's generator, so that a sample depends on its seed alone.
 
@@ -65,22 +65,26 @@ class CopyPaste:
             records: of the data set.
 
         Raises:
-            DataError: if the second image cannot be read, or has another size than annotated.
+            DataError: if an image cannot be read, or has another size than annotated.
         """
-        donor = draw_donor(records[np.random.randint(len(records))], mapper)
-        chosen = self.draw(len(donor.instances))
-        instances = sample["instances"]
-        if not len(instances):
-            size = instances.image_size
-            instances.gt_masks = BitMasks(torch.zeros(0, *size, dtype=torch.bool))
-        if len(chosen) and donor.instances.has("gt_masks") and instances.has("gt_masks"):
-            scene = Scene(sample["image"], instances)
-            objects = donor.instances[torch.from_numpy(chosen)]
-            pasted = paste(scene, objects, donor.pixels, self.pad_value)
-            sample = sample | {"image": pasted.image, "instances": pasted.instances}
-        if not self.keep_masks and sample["instances"].has("gt_masks"):
-            sample["instances"].remove("gt_masks")  # workers would hand megabytes over
-        return sample
+        first = draw_source(record, mapper)
+        second = draw_source(records[np.random.randint(len(records))], mapper)
+        chosen = self.draw(len(second.instances))
+        scene = Scene(first.whole(), first.instances)
+        if not len(scene.instances):
+            size = scene.instances.image_size
+            scene.instances.gt_masks = CroppedMasks.placed(size, ())
+        has_masks = scene.instances.has("gt_masks") and second.instances.has("gt_masks")
+        if len(chosen) and has_masks:
+            objects = second.instances[torch.from_numpy(chosen)]
+            scene = paste(scene, objects, second.pixels, self.pad_value)
+        sample = {key: value for key, value in record.items() if key != "annotations"}
+        instances = scene.instances
+        if self.keep_masks:
+            instances = with_whole_masks(instances)
+        elif instances.has("gt_masks"):
+            instances.remove("gt_masks")
+        return sample | {"image": scene.image, "instances": instances}
 
     def draw(self, number: int) -> np.ndarray:
         """``(n,)`` int64: which of so many objects are pasted, in this order."""
@@ -106,47 +110,55 @@ def paste(
 
     Args:
         scene: is not changed.
-        objects: with `gt_boxes`, `gt_classes` and `gt_masks` in an image that begins at the same
-            corner; they come behind those of the scene, with the boxes that they have.
+        objects: with `gt_boxes`, `gt_classes` and `CroppedMasks` that all have pixels, in an image
+            that begins at the same corner; they come behind those of the scene, and keep their
+            boxes.
         pixels: gives ``(3, h, w)`` of a window of the image that the objects are in.
         pad_value: where that image is larger than the scene, which then grows to its size.
     """
     if not len(objects):
         return scene
     size = tuple(map(max, scene.instances.image_size, objects.image_size))
-    added = _enlarged(objects.gt_masks.tensor, size, False)
-    covered = added.numpy().any(axis=0)
-    window = span(covered.any(axis=1)), span(covered.any(axis=0))
+    covered = np.zeros(size, bool)
+    for window, bitmap in objects.gt_masks.parts():
+        covered[window] |= bitmap
+    low, high = objects.gt_masks.corners.min(axis=0), objects.gt_masks.corners.max(axis=0)
+    window = slice(low[1], high[3]), slice(low[0], high[2])
     over = torch.from_numpy(covered[window])
-
     image = _enlarged(scene.image, size, pad_value)
     image[(..., *window)] = torch.where(over, pixels(window), image[(..., *window)])
-    masks = _enlarged(scene.instances.gt_masks.tensor, size, False)
-    masks[(..., *window)] &= ~over
 
-    boxes = tight_boxes(BitMasks(masks))
-    moved = (boxes.tensor - scene.instances.gt_boxes.tensor).abs().amax(dim=1)
-    left = torch.tensor([np.count_nonzero(mask) for mask in masks.numpy()], dtype=torch.int64)
+    masks = CroppedMasks.placed(
+        size,
+        (
+            (place[0].start, place[1].start, bitmap & ~covered[place])
+            for place, bitmap in scene.instances.gt_masks.parts()
+        ),
+    )
+    boxes = masks.boxes().tensor
+    moved = (boxes - scene.instances.gt_boxes.tensor).abs().amax(dim=1)
+    left = torch.tensor(list(map(np.count_nonzero, masks.bitmaps)), dtype=torch.int64)
     stays = (left > 0) & ((moved <= most_moved) | (left > most_hidden))
-    classes = torch.cat([scene.instances.gt_classes[stays], objects.gt_classes])
     instances = Instances(
         size,
-        gt_boxes=Boxes(torch.cat([boxes.tensor[stays], objects.gt_boxes.tensor])),
-        gt_classes=classes,
-        gt_masks=BitMasks(torch.cat([masks[stays], added])),
+        gt_boxes=Boxes(torch.cat([boxes[stays], objects.gt_boxes.tensor])),
+        gt_classes=torch.cat([scene.instances.gt_classes[stays], objects.gt_classes]),
+        gt_masks=masks[stays].followed_by(objects.gt_masks),
     )
     return Scene(image, instances)
 
 
-def _enlarged(maps: Tensor, size: tuple[int, int], value: float) -> Tensor:
-    """A copy of maps ``(n, h, w)`` with `value` behind their rows and columns, ``(n, *size)``."""
-    enlarged = maps.new_full((len(maps), *size), value)
-    enlarged[:, : maps.shape[1], : maps.shape[2]] = maps
+def _enlarged(image: Tensor, size: tuple[int, int], value: float) -> Tensor:
+    """A copy of ``(3, h, w)`` with `value` behind its rows and columns, ``(3, *size)``."""
+    height, width = image.shape[1:]
+    enlarged = image.new_empty(3, *size)
+    enlarged[:, :height, :width] = image
+    enlarged[:, height:] = enlarged[:, :height, width:] = value
     return enlarged
 
 
 @dataclass(frozen=True)
-class Donor:
+class Source:
     """An augmented image whose pixels are only computed where they are asked for.
 
     Attributes:
@@ -157,8 +169,13 @@ class Donor:
     instances: Instances
     pixels: Callable[[Window], Tensor]
 
+    def whole(self) -> Tensor:
+        """All pixels."""
+        height, width = self.instances.image_size
+        return self.pixels((slice(0, height), slice(0, width)))
 
-def draw_donor(record: dict[str, Any], mapper: CheckedDatasetMapper) -> Donor:
+
+def draw_source(record: dict[str, Any], mapper: CheckedDatasetMapper) -> Source:
     """Augments an image without its pixels, if all its transforms are resizes, crops and mirrors.
 
     Augmentations then see the shape of the image, and black in place of its pixels. With any other
@@ -188,7 +205,7 @@ def draw_donor(record: dict[str, Any], mapper: CheckedDatasetMapper) -> Donor:
         def pixels(window: Window) -> Tensor:
             return as_tensor(window_of(mapper.read(record), transforms, window))
 
-    return Donor(mapper.objects(record["annotations"], before, transforms, after), pixels)
+    return Source(mapper.objects(record["annotations"], before, transforms, after), pixels)
 
 
 class _NeedsPixelsError(Exception):
@@ -213,7 +230,7 @@ def _black(height: int, width: int) -> np.ndarray:
 def window_of(rgb: np.ndarray, transforms: T.TransformList, window: Window) -> np.ndarray:
     """A window of ``transforms.apply_image(rgb)``, of which only that part is resized.
 
-    Resizing a part rounds a few values to the other side: they differ by 1.
+    Resizing a part rounds a few values (one in a hundred) to the other side: they differ by 1 or 2.
 
     Args:
         rgb: ``(H, W, 3)`` uint8.

@@ -10,7 +10,6 @@ same images, augmented the same way, in the same iteration.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from co_detr.data.images import ImageReader
-from co_detr.data.masks import tight_boxes, transformed_masks
+from co_detr.data.masks import transformed_masks
 from co_detr.errors import ConfigError, DataError, first_line
 from co_detr.process_setup import outlive_signals
 from co_detr.seeding import locally_seeded, mix_seed
@@ -81,7 +80,7 @@ class CheckedDatasetMapper(DatasetMapper):
         Raises:
             DataError: if the image cannot be read or has another size than annotated.
         """
-        sample = copy.deepcopy(dataset_dict)  # which belongs to the data set
+        sample = dict(dataset_dict)
         augmented = T.AugInput(self.read(sample))
         transforms = augment(augmented, self.augmentations, f"image {sample['file_name']}")
         sample["image"] = as_tensor(augmented.image)
@@ -89,7 +88,8 @@ class CheckedDatasetMapper(DatasetMapper):
         if self.is_train and annotations is not None:
             before = (sample["height"], sample["width"])
             after = augmented.image.shape[:2]
-            sample["instances"] = self.objects(annotations, before, transforms, after)
+            objects = self.objects(annotations, before, transforms, after)
+            sample["instances"] = with_whole_masks(objects)
         return sample
 
     def read(self, record: dict[str, Any]) -> np.ndarray:
@@ -108,22 +108,34 @@ class CheckedDatasetMapper(DatasetMapper):
         """What can be learned of an augmented image: crowds, and objects that do not show, cannot.
 
         Args:
-            annotations: of the image; changed.
+            annotations: of the image.
             before, after: its (height, width) without and with augmentation.
+
+        Returns:
+            with `CroppedMasks` if all objects have a mask.
         """
-        annotations = [annotation for annotation in annotations if not annotation.get("iscrowd", 0)]
-        masks = [annotation.pop("segmentation", None) for annotation in annotations]
-        for annotation in annotations:
-            transform_instance_annotations(annotation, transforms, after)
-        instances = annotations_to_instances(annotations, after)
+        objects = [annotation for annotation in annotations if not annotation.get("iscrowd", 0)]
+        masks = [annotation.get("segmentation") for annotation in objects]
+        transformed = []
+        for annotation in objects:
+            box = {key: value for key, value in annotation.items() if key != "segmentation"}
+            transformed.append(transform_instance_annotations(box, transforms, after))
+        instances = annotations_to_instances(transformed, after)
         shows = instances.gt_boxes.nonempty(threshold=1e-5)
         if masks and all(mask is not None for mask in masks):
             instances.gt_masks = transformed_masks(masks, before, transforms)
-            around = tight_boxes(instances.gt_masks)
+            around = instances.gt_masks.boxes()
             shows &= around.nonempty()
             if self.recompute_boxes:
                 instances.gt_boxes = around
         return instances[shows]
+
+
+def with_whole_masks(instances: Instances) -> Instances:
+    """With `BitMasks` in place of `CroppedMasks`, if there are masks."""
+    if instances.has("gt_masks"):
+        instances.gt_masks = instances.gt_masks.whole()
+    return instances
 
 
 def in_format(rgb: np.ndarray, image_format: str) -> np.ndarray:
@@ -392,10 +404,10 @@ class SeededDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
         with locally_seeded("sample", self.seed, key.position):
-            sample = self.mapper(self.records[key.index])
+            record = self.records[key.index]
             if self.copy_paste is None:
-                return sample
-            return self.copy_paste(sample, self.records, self.mapper)
+                return self.mapper(record)
+            return self.copy_paste(record, self.records, self.mapper)
 
 
 def build_train_loader(

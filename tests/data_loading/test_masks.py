@@ -7,7 +7,7 @@ import numpy as np
 import pycocotools.mask as mask_utils
 import pytest
 import torch
-from detectron2.structures import BitMasks, Boxes
+from detectron2.structures import BitMasks, Instances
 
 from co_detr.data.coco import load_coco
 from co_detr.data.coco_file import encoded_mask
@@ -17,10 +17,10 @@ from co_detr.data.loader import (
     lsj_train_augmentation,
 )
 from co_detr.data.masks import (
+    CroppedMasks,
     check_mask,
     draw_mask,
     picked_pixels,
-    tight_boxes,
     transformed_masks,
 )
 from co_detr.data.preflight import PreflightSettings, SplitFiles, preflight
@@ -265,13 +265,15 @@ def test_masks_follow_augmentations(augmentation):
         augmented = T.AugInput(image)
         with locally_seeded("masks", seed):
             transforms = T.AugmentationList(steps)(augmented)
-        found = transformed_masks(MASKS, SIZE, transforms).tensor.numpy()
+        masks = transformed_masks(MASKS, SIZE, transforms)
+        found = masks.whole().tensor.numpy()
+        assert torch.equal(masks.boxes().tensor, masks.whole().get_bounding_boxes().tensor)
         assert (found == [whole(mask, transforms) for mask in MASKS]).all()
         white = torch.from_numpy(augmented.image[None, :, :, 0] > 127)
         if white.any() and found[0].any():
             shown += 1
-            drawn, seen = (tight_boxes(BitMasks(bitmaps)) for bitmaps in (found[:1], white))
-            assert (drawn.tensor - seen.tensor).abs().max() <= 2  # a pixel of the enlarged image
+            seen = BitMasks(white).get_bounding_boxes().tensor
+            assert (masks.boxes().tensor[:1] - seen).abs().max() <= 2  # a pixel, enlarged
     assert shown > 10
 
 
@@ -293,7 +295,7 @@ def test_other_transforms_are_applied_to_whole_masks():
         def apply_coords(self, coords):
             raise NotImplementedError
 
-    found = transformed_masks(MASKS, SIZE, T.TransformList([Turned()]))
+    found = transformed_masks(MASKS, SIZE, T.TransformList([Turned()])).whole()
     assert found.image_size == (WIDTH, HEIGHT)
     assert all(
         (one.numpy() == np.rot90(draw_mask(mask, *SIZE))).all()
@@ -301,12 +303,16 @@ def test_other_transforms_are_applied_to_whole_masks():
     )
 
 
-def test_tight_boxes_are_those_of_detectron2():
-    masks = BitMasks(torch.stack([torch.from_numpy(bitmap(seed) != 0) for seed in range(3)]))
-    masks.tensor[1] = False
-    masks.tensor[2, :, :20] = False
-    assert torch.equal(tight_boxes(masks).tensor, masks.get_bounding_boxes().tensor)
-    assert isinstance(tight_boxes(masks), Boxes)
+def test_cropped_masks_are_indexed_as_fields_of_instances():
+    bitmaps = np.stack([bitmap(seed) != 0 for seed in range(3)])
+    bitmaps[1] = False
+    masks = CroppedMasks.of_bitmaps(bitmaps, SIZE)
+    whole = BitMasks(torch.from_numpy(bitmaps))
+    assert torch.equal(masks.boxes().tensor, whole.get_bounding_boxes().tensor)
+    for item in (torch.tensor([True, False, True]), torch.tensor([2, 0, 2]), slice(1, 3)):
+        assert torch.equal(masks[item].whole().tensor, whole[item].tensor)
+    found = Instances(SIZE, gt_masks=masks)[torch.tensor([False, False, False])]
+    assert len(found) == 0 and found.gt_masks.whole().tensor.shape == (0, *SIZE)
 
 
 def mapped(data, transform, **settings):

@@ -8,16 +8,16 @@ import detectron2.data.transforms as T
 import numpy as np
 import pycocotools.mask as mask_utils
 import torch
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from co_detr.data.copy_paste import CopyPaste, Scene, paste
 from co_detr.data.masks import (
+    CroppedMasks,
     check_mask,
     draw_mask,
     extent_of,
     picked_pixels,
-    tight_boxes,
     transformed_masks,
 )
 from tests.parity.oracle.report import Unit, equality
@@ -54,7 +54,7 @@ def bitmap_ops(unit: Unit) -> None:
         ("rescale_120_97", tuple(unit["rescale_120_97_hw"])),
     ):
         resize = T.TransformList([T.ResizeTransform(height, width, *size)])
-        found = transformed_masks(masks, (height, width), resize)
+        found = transformed_masks(masks, (height, width), resize).whole()
         unit.exact(key, found.tensor.to(torch.uint8))
     for index, entry in enumerate(unit.expected("crop")):
         # The reference leaves a pixel of a crop without area.
@@ -65,14 +65,16 @@ def bitmap_ops(unit: Unit) -> None:
         crop = T.TransformList([T.CropTransform(left, top, *size)])
         rows, columns = picked_pixels(crop, (height, width))
         unit.exact(f"crop[{index}].hw", [len(rows), len(columns)])
-        found = transformed_masks(masks, (height, width), crop).tensor
+        found = transformed_masks(masks, (height, width), crop).whole().tensor
         unit.exact(f"crop[{index}].areas", found.sum(dim=(1, 2)).int())
-    flipped = transformed_masks(masks, (height, width), T.TransformList([T.HFlipTransform(width)]))
+    flip = T.TransformList([T.HFlipTransform(width)])
+    flipped = transformed_masks(masks, (height, width), flip).whole()
     unit.exact(
         "flip_equals_reversed_columns",
         bool((flipped.tensor.to(torch.uint8) == bitmaps.flip(2)).all()),
     )
-    unit.close("boxes_from_masks", tight_boxes(BitMasks(bitmaps != 0)).tensor)
+    whole = CroppedMasks.of_bitmaps(bitmaps.numpy() != 0, (height, width))
+    unit.close("boxes_from_masks", whole.boxes().tensor)
     _ = unit["pad_hw"]
 
 
@@ -116,7 +118,7 @@ def copy_paste(unit: Unit) -> None:
 
 
 def _compare_run(unit: Unit, prefix: str, run: dict[str, Any], found: Scene, whole: bool) -> None:
-    masks = found.instances.gt_masks.tensor
+    masks = found.instances.gt_masks.whole().tensor
     ours = {
         "boxes": found.instances.gt_boxes.tensor,
         "labels": found.instances.gt_classes.int(),
@@ -152,7 +154,7 @@ def _scene(unit: Unit, key: str, size: tuple[int, int]) -> Scene:
         size,
         gt_boxes=Boxes(entry["boxes"]),
         gt_classes=entry["labels"].long(),
-        gt_masks=BitMasks(torch.from_numpy(bitmaps != 0)),
+        gt_masks=CroppedMasks.of_bitmaps(bitmaps != 0, size),
     )
     return Scene(entry["img"].permute(2, 0, 1), instances)
 
