@@ -3,8 +3,6 @@
     python tools/check_parity.py DIR [--failures-only]
 
 DIR holds ``case_*.pt`` and ``units.pt`` (or ``.pt.xz``). Every entry of every file gets a line.
-Files of the reference's instance segmentation (``case_M*``, ``units_M``) are named and left out:
-this project has no such model.
 Exit status: 0 if all agree, 1 if an entry differs or was not compared, 2 if there is nothing to
 compare. See docs/fidelity.md.
 """
@@ -24,7 +22,7 @@ from co_detr.process_setup import silence_dependencies
 silence_dependencies()
 
 from tests.parity.oracle.check import check_file
-from tests.parity.oracle.golden import golden_files, of_instance_segmentation
+from tests.parity.oracle.golden import golden_files
 from tests.parity.oracle.report import format_file, format_summary
 
 
@@ -34,8 +32,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--failures-only", action="store_true", help="print only what is not ok")
     options = parser.parse_args(arguments)
     files = golden_files(options.directory) if options.directory.is_dir() else []
-    left_out = [path.name for path in files if of_instance_segmentation(path)]
-    files = [path for path in files if path.name not in left_out]
     if not files:
         message = "holds no golden file; name the folder with case_*.pt or units.pt."
         print(f"{options.directory} {message}", file=sys.stderr)
@@ -45,8 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reports[path.name] = check_file(path)
         print(format_file(path.name, reports[path.name], options.failures_only), flush=True)
     print(format_summary(reports))
-    if left_out:
-        print(f"\nNot compared (instance segmentation): {', '.join(left_out)}")
     failures = sum(len(report.failures) for report in reports.values())
     print(f"\nFAIL: {failures} entries" if failures else "\nPASS")
     return 1 if failures else 0

@@ -283,15 +283,19 @@ class MaskCriterion(nn.Module):
     @torch.no_grad()
     def regions(self, logits: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor | None]:
         """Where the loss of each stage is computed, ``(N, S, S)`` bool; None: everywhere."""
-        coarse = logits[1] >= 0
-        finer = torch.where(
-            covers(boundary(coarse, 1)), logits[2], enlarge(logits[1][:, None]).squeeze(1)
-        )
+        width = self.boundary_width
         near = [
-            covers(boundary(predicted, self.boundary_width) | boundary(target, self.boundary_width))
-            for predicted, target in ((coarse, targets[1]), (finer >= 0, targets[2]))
+            covers(boundary(predicted, width) | boundary(target, width))
+            for predicted, target in zip(self.previous(logits), targets[1:3], strict=True)
         ]
         return [None, None, *near]
+
+    @torch.no_grad()
+    def previous(self, logits: Sequence[Tensor]) -> list[Tensor]:
+        """The mask before each of the last two: ``(N, 28, 28)`` and ``(N, 56, 56)`` bool."""
+        coarse = logits[1] >= 0
+        stays = enlarge(logits[1][:, None]).squeeze(1)
+        return [coarse, torch.where(covers(boundary(coarse, 1)), logits[2], stays) >= 0]
 
 
 def _mean_entropy(logits: Tensor, target: Tensor, region: Tensor | None) -> Tensor:

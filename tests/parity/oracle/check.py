@@ -10,6 +10,8 @@ from typing import Any
 from tests.parity.oracle.eval_mode import check_eval, check_input
 from tests.parity.oracle.golden import Case, flatten, load_golden
 from tests.parity.oracle.head_checks import check_atss, check_roi, check_rpn
+from tests.parity.oracle.instance_case import is_instance_case
+from tests.parity.oracle.masks import check_mask_eval, check_mask_training
 from tests.parity.oracle.model import build_model
 from tests.parity.oracle.report import Report, Unit
 from tests.parity.oracle.tolerances import ROI_TRIM
@@ -48,7 +50,7 @@ from tests.parity.oracle.units_transformer import (
     valid_ratios_wh,
 )
 
-KINDS = ("A", "B")  # Co-Deformable-DETR, Co-DINO
+KINDS = ("A", "B", "M")  # Co-Deformable-DETR, Co-DINO, Co-DINO-Inst
 CHECKS: dict[str, Callable[[Unit], None]] = {
     "ms_deform_attn_function": ms_deform_attn_function,
     "ms_deform_attn_module": ms_deform_attn_module,
@@ -106,7 +108,7 @@ def check_file(path: Path) -> Report:
 def _check_case(path: Path, report: Report) -> None:
     own = load_golden(path)
     report.entries = flatten(own)
-    kind = own["meta"]["kind"]
+    kind = "M" if is_instance_case(own) else own["meta"]["kind"]
     if kind not in KINDS:
         raise ValueError(f"meta.kind is {kind!r}, but only {' and '.join(KINDS)} are known.")
     case = Case.of(own, path.parent)
@@ -114,7 +116,10 @@ def _check_case(path: Path, report: Report) -> None:
     report.given("meta", "describes the model")
     if "state_dict" in own:
         report.given("state_dict", "loaded through the converter")
-    for entry in ("scale_factors_wh", "gt_boxes_xyxy", "gt_labels"):
+    masks = kind == "M"
+    for entry in ("gt_boxes_xyxy", "gt_labels"):
+        report.given(entry, "input")
+    for entry in ("gt_masks", "gt_polygons") if masks else ("scale_factors_wh",):
         report.given(entry, "input")
     model = build_model(case).eval()
     check_input(report, case, model)
@@ -122,7 +127,7 @@ def _check_case(path: Path, report: Report) -> None:
         if part not in own:
             report.fail(part, "nothing to compare")  # unless a file of this sort has none
     if "eval" in own:
-        check_eval(report, case, model)
+        (check_mask_eval if masks else check_eval)(report, case, model)
     for prefix in ("train", "train_finite"):
         if prefix in own:
             with report.part(prefix):
@@ -134,7 +139,7 @@ def _check_training(report: Report, case: Case, prefix: str) -> None:
     entries = {**case.own["train"], **case.own[prefix]}
     run = run_training(case, build_model(case), entries)
     report.given(f"{prefix}.seed", "of the reference's draws")
-    draws = f"{prefix}.aux_randperms"
+    draws = f"{prefix}.randperms" if case.kind == "M" else f"{prefix}.aux_randperms"
     if run.draws.remaining:
         report.fail(draws, f"{len(run.draws.remaining)} draws were not needed here")
     else:
@@ -146,6 +151,8 @@ def _check_training(report: Report, case: Case, prefix: str) -> None:
         if prefix == "train" or part in case.own[prefix]:
             with report.part(f"{prefix}.{part}"):
                 check(report, prefix, run)
+    if run.masks is not None:
+        check_mask_training(report, prefix, run)
     with report.part(f"{prefix}.losses"):
         check_losses(report, prefix, run)
     with report.part(f"{prefix}.grads"):

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import io
 import lzma
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 from torch import Tensor
 
 from co_detr.modeling.geometry import ImageBatch
+from tests.parity.oracle.instance_case import (
+    LEFT_OUT,
+    LEFT_OUT_OF_VARIANTS,
+    completed,
+    is_instance_case,
+)
 
 SUFFIXES = (".pt", ".pt.xz")
 
@@ -62,11 +67,6 @@ def find_golden(directory: Path, stem: str) -> Path:
     raise FileNotFoundError(
         f"{directory} holds neither {stem}.pt nor {stem}.pt.xz; copy the file that belongs to it."
     )
-
-
-def of_instance_segmentation(path: Path) -> bool:
-    """Whether the file is of the reference's instance segmentation, which this project lacks."""
-    return re.match("(case|units)_M", path.name) is not None
 
 
 def load_golden(path: Path) -> dict[str, Any]:
@@ -123,9 +123,10 @@ class Case:
             FileNotFoundError: naming the base file that ``directory`` lacks.
         """
         name = own["meta"].get("base_case")
-        if name is None:
-            return cls(own, own)
-        return cls(own, load_golden(find_golden(directory, f"case_{name}")))
+        base = own if name is None else load_golden(find_golden(directory, f"case_{name}"))
+        if is_instance_case(own):
+            own, base = completed(own), completed(base)
+        return cls(own, own if name is None else base)
 
     @property
     def meta(self) -> dict:
@@ -133,8 +134,13 @@ class Case:
 
     @property
     def is_dino(self) -> bool:
-        """Whether the model is a Co-DINO (kind B) and not a Co-Deformable-DETR (kind A)."""
-        return self.meta["kind"] == "B"
+        """Whether the model is a Co-DINO (kinds B and M) and not a Co-Deformable-DETR (kind A)."""
+        return self.kind != "A"
+
+    @property
+    def kind(self) -> str:
+        """A, B, or M: instance segmentation, whose files do not say it."""
+        return "M" if is_instance_case(self.own) else self.meta["kind"]
 
     @property
     def is_zero_padded(self) -> bool:
@@ -152,7 +158,9 @@ class Case:
 
     @property
     def max_detections(self) -> int:
-        """Detections that the reference keeps of an image, which only their number tells."""
+        """Detections that the reference keeps of an image, which only their number may tell."""
+        if self.kind == "M":
+            return self.meta["config"]["test_cfg"][0]["max_per_img"]
         lists = ("det_no_nms", "det_no_nms_rescaled")
         found = [entry for name in lists for entry in self.base.get("eval", {}).get(name, [])]
         return max((len(image["labels"]) for image in found), default=100)
@@ -184,7 +192,12 @@ class Case:
     def dropped(self) -> tuple[str, ...]:
         """Entries that the file may lack: those it says, and those that no such file has."""
         named = (*self.meta.get("dropped", ()), *BULKY)
-        return named if self.own is self.base else (*named, *VARIANT_DROPS)
+        if self.kind == "M":
+            named = (*named, *LEFT_OUT)
+        if self.own is self.base:
+            return named
+        own = LEFT_OUT_OF_VARIANTS if self.kind == "M" else ()
+        return (*named, *VARIANT_DROPS, *own)
 
     def images(self) -> ImageBatch:
         """The padded network input; without a backbone only its shape means anything."""
@@ -195,9 +208,12 @@ class Case:
         return ImageBatch(torch.zeros(1).expand(shape), self.image_sizes)
 
     def ground_truth(self) -> list[Instances]:
-        return [
+        truth = [
             Instances(size, gt_boxes=Boxes(boxes), gt_classes=labels)
             for size, boxes, labels in zip(
                 self.image_sizes, self.own["gt_boxes_xyxy"], self.own["gt_labels"], strict=True
             )
         ]
+        for each, masks in zip(truth, self.own.get("gt_masks", ()), strict=False):
+            each.gt_masks = BitMasks(masks.bool())
+        return truth

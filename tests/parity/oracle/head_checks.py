@@ -197,6 +197,8 @@ def check_roi(report: Report, prefix: str, run: TrainingRun) -> None:
     report.close(f"{name}.feats_mean", run.pooled.mean((2, 3)), tol.MAP)
     first = report.entries.get(f"{name}.feats_first8", ())
     report.close(f"{name}.feats_first8", run.pooled[: len(first)], tol.MAP)
+    if report.has(f"{name}.feats_first4"):  # of instance segmentation
+        report.close(f"{name}.feats_first4", run.pooled[:4], tol.MAP)
     report.given(f"{name}.rois", "the reference's samples, fed to the head")
 
     head = run.model.auxiliary.heads["roi"].roi_heads

@@ -53,6 +53,8 @@ def build_model(case: Case) -> CoDETR:
     model.decoder.num_layers = meta["dec_layers"]
     _size_encoder(model.encoder, weights, meta)
     _size_heads(model.auxiliary, weights)
+    if case.kind == "M":
+        _as_instance_model(model, case)
     model.auxiliary.positive_queries.padding = case.padding
     model.postprocessor.max_detections = case.max_detections
     if case.has_backbone:
@@ -108,6 +110,7 @@ def _size_heads(auxiliary: DictConfig, weights: dict[str, Tensor]) -> None:
         weights[f"roi_head.0.bbox_head.shared_fcs.{i}.bias"].numel()
         for i in range(_count(weights, "roi_head.0.bbox_head.shared_fcs.", ".bias"))
     ]
+    _size_box_predictor(auxiliary.roi.roi_heads, weights)
     auxiliary.atss.num_convs = _count(weights, "bbox_head.0.cls_convs.", ".conv.weight")
     anchors = weights["rpn_head.rpn_cls.bias"].numel()
     scales, rpn = anchors // RATIOS, auxiliary.roi.rpn
@@ -116,6 +119,39 @@ def _size_heads(auxiliary: DictConfig, weights: dict[str, Tensor]) -> None:
         [RPN_SCALE * stride * 2 ** (i / scales) for i in range(scales)]
         for stride in rpn.anchor_generator.strides
     ]
+
+
+def _size_box_predictor(roi_heads: DictConfig, weights: dict[str, Tensor]) -> None:
+    convs = _count(weights, "roi_head.0.bbox_head.shared_convs.", ".conv.weight")
+    if convs:
+        width = len(weights["roi_head.0.bbox_head.shared_convs.0.conv.weight"])
+        roi_heads.box_head.update(conv_dims=[width] * convs, conv_norm="GN")
+    predictor = roi_heads.box_predictor
+    predictor.input_shape.channels = roi_heads.box_head.fc_dims[-1]
+    predictor.cls_agnostic_bbox_reg = len(weights["roi_head.0.bbox_head.fc_reg.bias"]) == 4
+
+
+def _as_instance_model(model: DictConfig, case: Case) -> None:
+    """What the configuration in the file says, beside the shapes of weights."""
+    weights, config = case.weights, case.meta["config"]
+    noise = config["query_head"]["dn_cfg"]
+    model.queries.denoising.update(
+        num_queries=noise["group_cfg"]["num_dn_queries"], box_noise=noise["noise_scale"]["box"]
+    )
+    stds = config["roi_head"][0]["bbox_head"]["bbox_coder"]["target_stds"]
+    transform = model.auxiliary.roi.roi_heads.box_predictor.box2box_transform
+    transform.weights = tuple(round(1 / std) for std in stds)
+    model.mask_head = LazyConfig.load(str(CONFIGS / "mask_head.py")).mask_head
+    scale = model.mask_head.lambda_2 * case.meta["dec_layers"]
+    sampler = config["train_cfg"][1]["sampler"]
+    model.mask_head.width = len(weights["mask_head.instance_convs.0.conv.weight"])
+    model.mask_head.criterion.loss_weight = config["mask_head"]["loss_weight"] / scale
+    model.mask_head.sampler.max_positives = int(sampler["num"] * sampler["pos_fraction"])
+    model.mask_head.iou_head.update(
+        conv_dim=len(weights["mask_iou_head.convs.0.conv.weight"]),
+        fc_dim=len(weights["mask_iou_head.fcs.0.bias"]),
+        loss_weight=config["mask_iou_head"]["loss_iou"]["loss_weight"] / scale,
+    )
 
 
 def _size_resnet(resnet: DictConfig, weights: dict[str, Tensor]) -> None:

@@ -24,6 +24,8 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from co_detr.modeling import CoDETR
+from co_detr.modeling.mask_losses import SampledBoxes
+from co_detr.modeling.masks import MaskPredictions, RefineMaskHead, Regions
 from co_detr.modeling.queries import DenoisingQueries, PositiveQueries
 from co_detr.modeling.queries.denoising import NoiseDraws
 from co_detr.structures import Candidates, Predictions, QueryGroup, TrainingOutput
@@ -46,6 +48,7 @@ class TrainingRun:
         pooled: ``(P, C, 7, 7)`` ROI features; scores, deltas: the box predictor's output.
         objectness, rpn_deltas: RPN maps per level.
         draws: the replay of recorded random permutations, after the step.
+        masks: of the mask head; None in a model without one.
     """
 
     case: Case
@@ -63,6 +66,7 @@ class TrainingRun:
     objectness: list[Tensor]
     rpn_deltas: list[Tensor]
     draws: RecordedPermutations
+    masks: MaskRun | None = None
 
     @property
     def groups(self) -> dict[str, QueryGroup]:
@@ -101,15 +105,83 @@ class _Recorder:
 
         self.hooks.append(module.register_forward_hook(keep))
 
-    def input(self, name: str, module: nn.Module) -> None:
+    def input(self, name: str, module: nn.Module, number: int = 0) -> None:
         def keep(_module, inputs):
-            self.kept[name] = inputs[0]
+            self.kept[name] = inputs[number]
 
         self.hooks.append(module.register_forward_pre_hook(keep))
+
+    def mask_head(self, head: RefineMaskHead | None) -> None:
+        """Keeps what the parts of the head give, by the names of the modules; last calls."""
+        if head is None:
+            return
+        for name, module in head.named_modules():
+            self.output(f"mask_head.{name}" if name else "mask_head", module)
+        self.input("mask_head.input", head, 1)
 
     def remove(self) -> None:
         for hook in self.hooks:
             hook.remove()
+
+
+@dataclass(frozen=True)
+class MaskRun:
+    """What the mask head computed in one step.
+
+    Attributes:
+        samples: chosen boxes of each image.
+        regions, predictions: of all images.
+        outputs: of every module of the head, by its name.
+        gradients: of the head's losses alone, by parameter; those without a gradient are left out.
+        token_gradients: the same of the encoder's output.
+        head_gradients: of all auxiliary losses, for the encoder's output and the level that heads
+            add. In the reference these read maps of their own, also for positive queries.
+        draws: the replay of recorded permutations, after the step.
+    """
+
+    samples: list[SampledBoxes]
+    regions: Regions
+    predictions: MaskPredictions
+    outputs: dict[str, Any]
+    gradients: dict[str, Tensor]
+    token_gradients: Tensor
+    head_gradients: tuple[Tensor, Tensor]
+    draws: RecordedPermutations
+
+    @classmethod
+    def of(
+        cls,
+        kept: dict[str, Any],
+        model: CoDETR,
+        output: TrainingOutput,
+        draws: RecordedPermutations,
+    ) -> MaskRun:
+        others = (*output.auxiliary, *(f"{name}_queries" for name in output.auxiliary))
+        losses = {
+            groups: sum(v for k, v in output.losses.items() if k.partition(".")[0] in groups)
+            for groups in (("mask_head",), ("mask_head", *others))
+        }
+        alone, together = losses.values()
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        tokens, *found = torch.autograd.grad(
+            alone,
+            [output.memory.tokens, *parameters.values()],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        gradients = dict(zip(parameters, found, strict=True))
+        return cls(
+            samples=kept["mask_head.sampler"],
+            regions=kept["mask_head.input"],
+            predictions=kept["mask_head"],
+            outputs={key.removeprefix("mask_head."): value for key, value in kept.items()},
+            gradients={name: value for name, value in gradients.items() if value is not None},
+            token_gradients=tokens,
+            head_gradients=torch.autograd.grad(
+                together, [output.memory.tokens, kept["pyramid"]["p7"]], retain_graph=True
+            ),
+            draws=draws,
+        )
 
 
 def run_training(case: Case, model: CoDETR, entries: dict) -> TrainingRun:
@@ -122,6 +194,7 @@ def run_training(case: Case, model: CoDETR, entries: dict) -> TrainingRun:
     recorder.output("rpn", roi.rpn.rpn_head)
     recorder.output("pooled", roi.roi_heads.box_pooler)
     recorder.output("predictor", roi.roi_heads.box_predictor)
+    recorder.mask_head(model.mask_head)
     sources = [source for source in model.queries.values() if isinstance(source, DenoisingQueries)]
     with ExitStack() as stack:
         stack.enter_context(EventStorage())
@@ -136,10 +209,14 @@ def run_training(case: Case, model: CoDETR, entries: dict) -> TrainingRun:
             name: stack.enter_context(_kept_slots(source))
             for name, source in model.auxiliary.positive_queries.items()
         }
+        mask_draws = stack.enter_context(recorded_mask_draws(model, entries))
         output = model.forward_training(images, truth)
+        kept = recorder.kept
+        masks = None
+        if model.mask_head is not None:
+            masks = MaskRun.of(kept, model, output, mask_draws)
         sum(output.losses.values()).backward()
     recorder.remove()
-    kept = recorder.kept
     return TrainingRun(
         case=case,
         entries=entries,
@@ -159,6 +236,7 @@ def run_training(case: Case, model: CoDETR, entries: dict) -> TrainingRun:
         objectness=kept["rpn"][0],
         rpn_deltas=kept["rpn"][1],
         draws=draws,
+        masks=masks,
     )
 
 
@@ -275,6 +353,20 @@ def recorded_draws(case: Case, model: CoDETR, entries: dict) -> Iterator[Recorde
     finally:
         for source in sources.values():
             source.permutation = torch.randperm
+
+
+@contextmanager
+def recorded_mask_draws(model: CoDETR, entries: dict) -> Iterator[RecordedPermutations]:
+    """Replays the recorded permutations for the sampler of the mask head."""
+    replay = RecordedPermutations(entries.get("mask_randperms", []))
+    sampler = None if model.mask_head is None else model.mask_head.sampler
+    if sampler is not None:
+        sampler.permutation = replay.draw
+    try:
+        yield replay
+    finally:
+        if sampler is not None:
+            sampler.permutation = torch.randperm
 
 
 @contextmanager

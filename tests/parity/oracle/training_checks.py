@@ -29,6 +29,7 @@ _TERMS = {
     "loss_centerness": "loss_centerness",
 }
 
+_OF_MASKS = ("loss_mask", "loss_mask_iou")  # whose names have no suffix
 _SUFFIX = {"roi_queries": "_aux0", "atss_queries": "_aux1", "roi": "0", "atss": "1"}
 
 # No loss of the positive queries reaches these, so NaN there is no reason for NaN here.
@@ -125,7 +126,7 @@ class _PositiveQueryCheck:
         hide the padded slots.
         """
         name = f"{self.name}.attn_masks"
-        reference = self.report.entries[name]
+        reference = self.report.entries.get(name)
         hidden = replace(self.group, valid=self.real) if self.group.valid is None else self.group
         if reference is None:
             blocked = self._blocked(self.group)
@@ -182,6 +183,8 @@ class _PositiveQueryCheck:
 def official_loss_name(name: str) -> str:
     """``roi_queries.d0.loss_giou`` -> ``d0.loss_iou_aux0``, and so on."""
     group, *layer, term = name.split(".")
+    if term in _OF_MASKS:
+        return term
     if layer == ["enc"]:
         return f"enc_{_TERMS[term]}"
     start = "dn_" if group == "denoising" else ""
