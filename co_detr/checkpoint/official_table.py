@@ -31,6 +31,7 @@ from co_detr.modeling.backbones.vit import RotaryTable
 
 if TYPE_CHECKING:
     from co_detr.modeling import CoDETR
+    from co_detr.modeling.masks import RefineMaskHead
 
 Rewrite: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -161,7 +162,7 @@ def table(model: CoDETR) -> list[TableRow]:
         *(_dino_rows(matched, labels) if is_dino else _plain_rows(matched)),
         *_branch_rows(matched, model.decoder.num_layers),
         *(_dropped_auxiliary_rows() if model.auxiliary is None else _auxiliary_rows(model, keys)),
-        *_mask_rows(model),
+        *mask_rows(model.mask_head),
     ]
 
 
@@ -304,12 +305,12 @@ def _atss_rows() -> Iterable[TableRow]:
     yield Row(f"{theirs}.scales.{{i}}.scale", f"{atss}.scales.{{i}}")
 
 
-def _mask_rows(model: CoDETR) -> Iterable[TableRow]:
+def mask_rows(mask_head: RefineMaskHead | None) -> Iterable[TableRow]:
     """The mask head of Co-DINO-Inst and its head of mask scores, which is a part of ours."""
     head, scores = "mask_head", "mask_head.iou_head"
-    if model.mask_head is None:
+    if mask_head is None:
         yield DroppedRow(f"{head}.{{rest}}", NO_MASKS)
-    if model.mask_head is None or model.mask_head.iou_head is None:
+    if mask_head is None or mask_head.iou_head is None:
         yield DroppedRow("mask_iou_head.{rest}", NO_MASK_SCORES)
     for theirs, ours in (
         (f"{head}.instance_convs", f"{head}.instance_convs"),

@@ -129,8 +129,8 @@ class RefineMaskHead(nn.Module):
         self.semantic_convs = _tower(embed_dim, width, num_semantic_convs)
         widths = [width // 2**stage for stage in range(4)]
         self.stages = nn.ModuleList(
-            MaskStage(width, own, following)
-            for own, following in zip(widths, widths[1:], strict=False)
+            MaskStage(width, widths[stage], widths[stage + 1], doubles=stage < 2)
+            for stage in range(3)
         )
         self.logits = nn.ModuleList(
             plain_conv(own, 1 if stage == 3 else num_classes) for stage, own in enumerate(widths)
@@ -162,10 +162,6 @@ class RefineMaskHead(nn.Module):
             found.append(_of_labels(self.logits[number], features, regions.labels))
             around = pool_level(map_, images, regions.boxes, size, self.strides[0])
             features = stage(features, around, found[-1])
-            if number < len(self.stages) - 1:
-                features = F.interpolate(
-                    features, scale_factor=2, mode="bilinear", align_corners=False
-                )
         found.append(enlarge(self.logits[-1](features)))
         dtype = torch.promote_types(pooled.dtype, torch.float32)
         return MaskPredictions(pooled, [tensor.squeeze(1).to(dtype) for tensor in found])
@@ -300,20 +296,26 @@ class MaskStage(nn.Module):
         semantic_dim: width of the semantic map.
         width: of the instance features.
         out_width: of the result; its last channel is the probability of the mask.
+        doubles: whether the result has twice the size.
     """
 
-    def __init__(self, semantic_dim: int, width: int, out_width: int):
+    def __init__(self, semantic_dim: int, width: int, out_width: int, doubles: bool = True):
         super().__init__()
+        self.doubles = doubles
         self.semantic_conv = plain_conv(semantic_dim, width, activation=F.relu)
         self.fuse_conv = plain_conv(2 * width + 1, width, activation=F.relu)
         self.fusion = MultiBranchFusion(width)
         self.out_conv = plain_conv(width, out_width - 1, activation=F.relu)
 
     def forward(self, instance: Tensor, semantic: Tensor, logits: Tensor) -> Tensor:
-        """``(N, C, S, S)``, ``(N, C, S, S)`` pooled, ``(N, 1, S, S)`` -> ``(N, out, S, S)``."""
+        """``(N, C, S, S)``, ``(N, C, S, S)`` pooled, ``(N, 1, S, S)`` -> ``(N, out, S', S')``."""
         probability = logits.sigmoid().to(instance.dtype)
         fused = self.fuse_conv(torch.cat([instance, semantic, probability], dim=1))
-        return torch.cat([self.out_conv(self.fusion(fused)), probability], dim=1)
+        fused = F.relu(self.fusion(fused))
+        joined = torch.cat([self.out_conv(fused), probability], dim=1)
+        if not self.doubles:
+            return joined
+        return F.interpolate(joined, scale_factor=2, mode="bilinear", align_corners=False)
 
 
 class MultiBranchFusion(nn.Module):
@@ -327,7 +329,7 @@ class MultiBranchFusion(nn.Module):
         self.branches = nn.ModuleList(
             plain_conv(width, width, 3, dilation, activation=F.relu) for dilation in dilations
         )
-        self.merge_conv = plain_conv(width, width, activation=F.relu)
+        self.merge_conv = plain_conv(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, S, S) -> (N, C, S, S)``."""

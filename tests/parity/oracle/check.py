@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.parity.oracle import units_mask_head
 from tests.parity.oracle.eval_mode import check_eval, check_input
 from tests.parity.oracle.golden import Case, flatten, load_golden
 from tests.parity.oracle.head_checks import check_atss, check_roi, check_rpn
@@ -85,8 +86,8 @@ MASK_CHECKS: dict[str, Callable[[Unit], None]] = {
     "bitmap_ops": bitmap_ops,
     "coco_rle": coco_rle,
     "copy_paste": copy_paste,
+    **units_mask_head.CHECKS,
 }
-
 
 def check_file(path: Path) -> Report:
     """Compares one golden file with our code.
@@ -172,7 +173,7 @@ def check_units(entries: dict[str, Any], report: Report) -> None:
         if name in checks:
             listed = isinstance(content, list)
             for index, entry in enumerate(content if listed else [content]):
-                unit = Unit(report, f"{name}[{index}]" if listed else name, entry)
+                unit = Unit(report, f"{name}[{index}]" if listed else name, entry, entries)
                 with report.part(unit.name):
                     checks[name](unit)
     report.finish()

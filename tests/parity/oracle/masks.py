@@ -141,8 +141,6 @@ def _check_features(report: Report, name: str, masks: MaskRun) -> None:
     report.close(f"{name}.semantic_feat_norm", semantic.norm(), rtol=tol.MASK_LOSS)
     for stage in range(3):
         features = outputs[f"stages.{stage}"]
-        if stage < 2:
-            features = F.interpolate(features, scale_factor=2, mode="bilinear")
         key = f"{name}.stage{stage}_features_full"
         if report.has(key):
             kept = full[-len(entries[key]) :]

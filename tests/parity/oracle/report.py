@@ -314,11 +314,13 @@ class Unit:
         report: receives every reading as ``given`` and every comparison.
         name: of the entry, for example ``giou`` or ``focal[2]``.
         entry: the golden values by key.
+        siblings: the other units of the file by name, where one takes inputs of another.
     """
 
     report: Report
     name: str
     entry: dict[str, Any]
+    siblings: dict[str, Any] = field(default_factory=dict)
 
     def has(self, key: str) -> bool:
         return key in self.entry
@@ -342,6 +344,10 @@ class Unit:
 
     def exact(self, key: str, actual: Any) -> None:
         self.report.exact(f"{self.name}.{key}", actual)
+
+    def remark(self, key: str, note: str) -> None:
+        """An entry that nothing is made of."""
+        self.report.given(f"{self.name}.{key}", note)
 
     def known(self, key: str, difference: Difference, holds: bool, note: str) -> None:
         self.report.known(f"{self.name}.{key}", difference, holds, note)
