@@ -31,6 +31,15 @@ MAX_COSTS = 500  # queries times ground truths
 
 # Units of masks in the data, with what they take from another one.
 MASK_UNITS = ("bitmap_ops", "coco_rle", "copy_paste")
+MASK_HEAD_UNITS = (
+    "ln2d",
+    "multi_branch_fusion_avg",
+    "feature_upsample",
+    "boundary",
+    "mask_targets",
+    "mask_iou",
+)
+PASTED = (1, 2, 4)  # over the edge, less than a pixel, without an area
 
 CASES = ("A", "A_empty", "A_allempty", "A_official_sampler", "A_zero_padding")
 # Parts that come before the recorded maps.
@@ -235,6 +244,34 @@ def mask_units(units: dict[str, Any]) -> dict[str, Any]:
     return {name: units[name] | ({} if name == "copy_paste" else bitmaps) for name in MASK_UNITS}
 
 
+def mask_head_units(units: dict[str, Any]) -> dict[str, Any]:
+    """Those of the mask head: some elements of what has many alike, one channel of pooled maps."""
+    pooled, refined, pasted = (units[n] for n in ("mask_roi_align", "test_refine", "paste"))
+    rows = ("logits_112", "boxes", "masks", "masks_small")
+    whole = {k: v for k, v in units["refine_mask_head"].items() if k != "hidden"}
+    entropy = units["bar_cross_entropy"]
+    return {
+        **{name: units[name] for name in MASK_HEAD_UNITS},
+        "sfm_stage": {**units["sfm_stage"], "runs": units["sfm_stage"]["runs"][:1]},
+        "refine_mask_head": whole,
+        "bar_cross_entropy": {**entropy, "cases": entropy["cases"][:1]},
+        "test_refine": {
+            part: {size: value[:1] for size, value in values.items()}
+            for part, values in refined.items()
+        },
+        "paste": {
+            **{k: v for k, v in pasted.items() if k != "probabilities_whole_image"},
+            **{key: pasted[key][list(PASTED)] for key in rows},
+            "masks_rle": [pasted["masks_rle"][i] for i in PASTED],
+        },
+        "mask_roi_align": {
+            **pooled,
+            "maps": [map_[:, :1] for map_ in pooled["maps"]],
+            "output": pooled["output"][:, :1],
+        },
+    }
+
+
 def _after(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if not key.startswith(BEFORE)}
 
@@ -261,7 +298,11 @@ def main() -> None:
     units = compact_units(load_golden(args.source / "units.pt"))
     units["co_dino_decoder"] = decoder_unit(load_golden(args.source / "case_B.pt"))
     masks = load_golden(args.source / "units_M.pt")
-    compact = {"units": units, "units_M_data": mask_units(masks)}
+    compact = {
+        "units": units,
+        "units_M_data": mask_units(masks),
+        "units_M_head": mask_head_units(masks),
+    }
     for name in CASES:
         case = load_golden(args.source / f"case_{name}.pt")
         compact[f"case_{name}_compact"] = compact_case(case)

@@ -89,6 +89,7 @@ MASK_CHECKS: dict[str, Callable[[Unit], None]] = {
     **units_mask_head.CHECKS,
 }
 
+
 def check_file(path: Path) -> Report:
     """Compares one golden file with our code.
 

@@ -183,10 +183,11 @@ def refine_mask_head(unit: Unit) -> None:
     loss = head.criterion(found.logits, targets)
     loss.backward()
     unit.close("stage_logits", found.logits, rtol=EXACT)
-    unit.close("hidden.instance_after_convs", kept["instance_convs"], rtol=EXACT)
-    unit.close("hidden.semantic_after_convs", kept["semantic_convs"], rtol=EXACT)
-    features = [kept[f"stages.{stage}"] for stage in range(3)]
-    unit.close("hidden.stage_features", features, rtol=EXACT)
+    if unit.has("hidden"):
+        features = [kept[f"stages.{stage}"] for stage in range(3)]
+        unit.close("hidden.stage_features", features, rtol=EXACT)
+        unit.close("hidden.instance_after_convs", kept["instance_convs"], rtol=EXACT)
+        unit.close("hidden.semantic_after_convs", kept["semantic_convs"], rtol=EXACT)
     unit.close("stage_loss_unweighted", [float(each) for each in stages], rtol=EXACT)
     unit.close("loss_mask", loss, rtol=EXACT)
     unit.close("grad_instance", instance.grad, rtol=GRADIENT)
@@ -332,6 +333,13 @@ def paste(unit: Unit) -> None:
     small = tuple(unit["small_image_hw"])
     scaled = DetectedMasks(probabilities, boxes / unit["scale_factor"], small)
     unit.exact("masks_small", scaled.tensor.to(torch.uint8))
+    if unit.has("probabilities_whole_image"):
+        whole = _over_the_image(probabilities, boxes, height, width)
+        unit.close("probabilities_whole_image", whole, atol=EXACT)
+    unit.remark("without_rescale_and_vector_scale", "an error of the reference")
+
+
+def _over_the_image(probabilities: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
     grids = [
         torch.meshgrid(
             _sampled_at(0, width, box[0], box[2]),
@@ -341,9 +349,7 @@ def paste(unit: Unit) -> None:
         for box in boxes
     ]
     grid = torch.stack([torch.stack(each, dim=-1) for each in grids])
-    whole = F.grid_sample(probabilities[:, None], grid, align_corners=False)[:, 0]
-    unit.close("probabilities_whole_image", whole, atol=EXACT)
-    unit.remark("without_rescale_and_vector_scale", "an error of the reference")
+    return F.grid_sample(probabilities[:, None], grid, align_corners=False)[:, 0]
 
 
 def mask_roi_align(unit: Unit) -> None:
