@@ -6,7 +6,8 @@ wheels of scikit-image and scikit-learn. Train and val share no handwritten digi
 
 `generate` writes the set, `draw_scene` draws one image of it. Everything random in a scene comes
 from the `numpy.random.Generator` that is passed in. Boxes are absolute xyxy pixels, x2 and y2
-exclusive.
+exclusive. Where digits overlap, a pixel belongs to the mask of the one on top, which it shows; a
+box is that of the whole digit.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pycocotools.mask as mask_utils
 from PIL import Image
 from tqdm import tqdm
 
@@ -149,11 +151,24 @@ class PlacedDigit:
 
 @dataclass(frozen=True)
 class Scene:
-    """A finished image, `pixels` (H, W, 3) uint8 RGB, with the digits on it."""
+    """A finished image with the digits on it.
+
+    Attributes:
+        pixels: ``(H, W, 3)`` uint8 RGB.
+        digits: in the order in which they were drawn.
+        photograph: its name.
+        owners: ``(H, W)`` int8, which of the digits a pixel shows, -1: none.
+    """
 
     pixels: np.ndarray
     digits: list[PlacedDigit]
     photograph: str
+    owners: np.ndarray
+
+    def mask(self, index: int) -> dict[str, Any]:
+        """What is seen of a digit, as COCO's compressed run lengths."""
+        mask = mask_utils.encode(np.asfortranarray(self.owners == index, dtype=np.uint8))
+        return {"size": list(mask["size"]), "counts": mask["counts"].decode("ascii")}
 
 
 def generate(out: Path, config: DigitsConfig) -> None:
@@ -169,7 +184,7 @@ def generate(out: Path, config: DigitsConfig) -> None:
     for split in PHOTOGRAPHS:
         path = out / f"{split}.json"
         if path.exists():
-            if _read_info(path).get("generator") != GENERATOR:
+            if _read(path).get("info", {}).get("generator") != GENERATOR:
                 raise FileExistsError(
                     f"{path} was not written by this generator and is kept; "
                     "choose another folder with --out."
@@ -200,9 +215,12 @@ def is_complete(out: Path, config: DigitsConfig) -> bool:
         path = out / f"{split}.json"
         if not path.exists():
             return False
-        info = _read_info(path)
+        content = _read(path)
         # Through JSON, because it turns the tuples of the configuration into lists.
-        if info.get("config") != json.loads(json.dumps(asdict(config))):
+        if content.get("info", {}).get("config") != json.loads(json.dumps(asdict(config))):
+            return False
+        # Sets of earlier versions have no masks.
+        if not all("segmentation" in annotation for annotation in content["annotations"]):
             return False
         names = (f"{index:06d}.jpg" for index in range(getattr(config, split)))
         if not all((out / split / name).is_file() for name in names):
@@ -239,11 +257,13 @@ def load_photograph(name: str) -> Photograph:
     return Photograph(name, ImageReader().read_rgb(path))
 
 
-def _read_info(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
+    """The content of an annotation file, {} if it is not ours: `generate` then keeps it."""
     try:
-        return json.loads(path.read_text()).get("info", {})
-    except (json.JSONDecodeError, AttributeError):
-        return {}  # not ours: `generate` refuses to overwrite it
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _empty_coco(split: str, config: DigitsConfig) -> dict[str, Any]:
@@ -285,7 +305,7 @@ def _append(coco: dict[str, Any], scene: Scene, file_name: str) -> None:
             "photograph": scene.photograph,
         }
     )
-    for digit in scene.digits:
+    for index, digit in enumerate(scene.digits):
         x1, y1, x2, y2 = digit.box
         coco["annotations"].append(
             {
@@ -296,6 +316,7 @@ def _append(coco: dict[str, Any], scene: Scene, file_name: str) -> None:
                 "area": (x2 - x1) * (y2 - y1),
                 "iscrowd": 0,
                 "digit": digit.glyph.index,
+                "segmentation": scene.mask(index),
             }
         )
 
@@ -311,6 +332,7 @@ def draw_scene(
     width, height = (int(n) for n in rng.integers(*config.image_side, size=2, endpoint=True))
     pixels = crop_background(photograph, width, height, rng)
 
+    owners = np.full((height, width), -1, np.int8)
     placed: list[PlacedDigit] = []
     for _ in range(rng.integers(*config.digits, endpoint=True)):
         glyph = glyphs[rng.integers(len(glyphs))]
@@ -320,8 +342,9 @@ def draw_scene(
         if box is None:
             continue
         _paste(pixels, alpha, box, config, rng)
+        owners[box[1] : box[3], box[0] : box[2]][alpha >= ALPHA_VISIBLE] = len(placed)
         placed.append(PlacedDigit(box, glyph))
-    return Scene(pixels.round().astype(np.uint8), placed, photograph.name)
+    return Scene(pixels.round().astype(np.uint8), placed, photograph.name, owners)
 
 
 def crop_background(

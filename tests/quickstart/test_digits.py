@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pycocotools.mask as mask_utils
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
@@ -82,6 +83,44 @@ def test_files_load_as_coco_and_match_the_images(dataset: Path, split: str) -> N
             assert x >= 0 and y >= 0 and width > 0 and height > 0
             assert x + width <= image["width"] and y + height <= image["height"]
             assert annotation["area"] == width * height and annotation["iscrowd"] == 0
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_masks_are_what_is_seen_of_the_digits(dataset: Path, split: str) -> None:
+    content = read(dataset / f"{split}.json")
+    sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+    seen: dict[int, np.ndarray] = {}
+    for annotation in content["annotations"]:
+        assert tuple(annotation["segmentation"]["size"]) == sizes[annotation["image_id"]]
+        mask = mask_utils.decode(annotation["segmentation"])
+        x, y, width, height = annotation["bbox"]
+        assert mask.sum() == mask[y : y + height, x : x + width].sum() > 0.1 * annotation["area"]
+        seen[annotation["image_id"]] = seen.get(annotation["image_id"], 0) + mask
+    assert all(counts.max() == 1 for counts in seen.values())  # a pixel shows one digit
+
+
+def test_the_mask_of_a_digit_alone_fills_its_box() -> None:
+    config = SceneConfig(digits=(1, 1))
+    for seed in range(4):
+        scene = draw_scene(load_glyphs(CONFIG)["val"], [GRAY], config, np.random.default_rng(seed))
+        x1, y1, x2, y2 = scene.digits[0].box
+        box = mask_utils.toBbox(scene.mask(0)).tolist()
+        assert box == [x1, y1, x2 - x1, y2 - y1]
+        # Where the mask is, the photograph is covered.
+        changed = np.abs(scene.pixels.astype(int) - 128).max(axis=2) > 20
+        assert changed[mask_utils.decode(scene.mask(0)) == 1].mean() > 0.95
+
+
+def test_a_set_without_masks_is_not_complete(dataset: Path, tmp_path: Path) -> None:
+    generate(tmp_path, CONFIG)
+    assert is_complete(tmp_path, CONFIG)
+    content = read(tmp_path / "train.json")
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    assert not is_complete(tmp_path, CONFIG)
+    generate(tmp_path, CONFIG)  # replaces it
+    assert all_files(tmp_path) == all_files(dataset)
 
 
 def test_splits_share_no_digit_and_no_photograph(dataset: Path) -> None:
