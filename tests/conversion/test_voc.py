@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pycocotools.mask as mask_utils
 import pytest
 from PIL import Image
 
@@ -219,3 +220,68 @@ def test_arguments(convert, tmp_path):
         convert(names, "--format", "voc")
     with pytest.raises(ConfigError, match="are about VOC"):
         convert(source, "--format", "yolo", "--zero-based")
+
+
+# Masks.
+
+
+def write_masks(root, number_of=lambda index: index + 1, border=True):
+    """SegmentationObject of a.jpg, whose second object fills the image, and of b.PNG."""
+    folder = root / "SegmentationObject"
+    folder.mkdir()
+    for picture in TRAIN[:2]:
+        numbers = np.zeros((picture.size[1], picture.size[0]), np.uint8)
+        for index, (_, x, y, w, h) in reversed(list(enumerate(picture.boxes))):
+            if border:
+                numbers[y : y + h, x : x + w] = 255
+            numbers[y + 1 : y + h - 1, x + 1 : x + w - 1] = number_of(index)
+        image = Image.fromarray(numbers).convert("P")
+        image.save(folder / f"{picture.stem}.png")
+    return root
+
+
+def by_image(result):
+    content = result.content("train")
+    names = {image["id"]: Path(image["file_name"]).name for image in content["images"]}
+    found = {}
+    for entry in content["annotations"]:
+        mask = entry.get("segmentation")
+        area = None if mask is None else int(mask_utils.area(mask))
+        found.setdefault(names[entry["image_id"]], []).append(area)
+    return found
+
+
+@pytest.mark.parametrize("number_of", [lambda index: index + 1, lambda index: 7 - index])
+def test_masks_of_objects(convert, tmp_path, number_of):
+    """By their numbers, or where these are others, by their boxes."""
+    result = convert(write_masks(write_voc(tmp_path / "voc"), number_of))
+    # The rim of each object is VOC's border; the second one of a.jpg is seen around the first.
+    areas = by_image(result)
+    assert areas["a.jpg"] == [28 * 13, 78 * 58 - 30 * 15]
+    assert areas["b.PNG"] == [4 * 58]
+    assert areas["phone.jpg"] == [None]
+    assert "3      " in result.printed and "objects without a mask" in result.printed
+
+
+def test_masks_that_fit_no_box_are_left_out(convert, tmp_path):
+    source = write_masks(write_voc(tmp_path / "voc"))
+    numbers = np.zeros((70, 50), np.uint8)
+    numbers[:20, :20] = 1
+    Image.fromarray(numbers).save(source / "SegmentationObject" / "b.png")
+    result = convert(source)
+    assert by_image(result)["b.PNG"] == [None]
+    assert "images with masks that fit no box" in result.printed
+
+
+@pytest.mark.parametrize(
+    ("pixels", "sentence"),
+    [
+        (np.zeros((70, 51), np.uint8), r"b\.png has 51x70 pixels, but its image has 50x70"),
+        (np.zeros((70, 50, 3), np.uint8), r"b\.png has colors \(mode RGB\) instead of numbers"),
+    ],
+)
+def test_mask_files_that_are_wrong(convert, tmp_path, pixels, sentence):
+    source = write_masks(write_voc(tmp_path / "voc"))
+    Image.fromarray(pixels).save(source / "SegmentationObject" / "b.png")
+    with pytest.raises(DataError, match=sentence):
+        convert(source)

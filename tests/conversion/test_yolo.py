@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from co_detr.data.coco import load_coco
 from co_detr.errors import ConfigError, DataError
 from co_detr.tools.convert.dataset import ImageSize
 from co_detr.tools.convert.yolo import read_yolo_labels
@@ -29,6 +30,38 @@ def test_lines(tmp_path):
     assert read(tmp_path, "0 .1 .5 .2 .1 .9 .5 .8 .9") == [("red", 20, 10, 180, 90)]
     line = "0 0.5 0.5 0.2 0.4 0.1 0.1 2 0 0 0"
     assert read(tmp_path, line, keypoints=True) == [("red", 80, 30, 120, 70)]
+
+
+def masks_of(convert, tmp_path, lines):
+    source = write_yolo(tmp_path / "yolo")
+    for name, text in lines.items():
+        (source / "labels" / "train" / f"{name}.txt").write_text(text)
+    result = convert(source)
+    found = [entry.get("segmentation") for entry in result.content("train")["annotations"]]
+    return found, result
+
+
+def test_polygons_are_masks(convert, tmp_path):
+    lines = {
+        "a": "0 0.1 0.2 0.5 0.9 0.3 0.1\n1 0.5 0.5 0.2 0.4\n",  # of 80x60
+        "b": "1 .1 .1 .9 .1 .9 .9 .1 .9",  # of 50x70
+    }
+    masks, result = masks_of(convert, tmp_path, lines)
+    assert [8, 12, 40, 54, 24, 6] in (mask[0] for mask in masks if mask)
+    assert [5, 7, 45, 7, 45, 63, 5, 63] in (mask[0] for mask in masks if mask)
+    assert masks.count(None) == len(masks) - 2
+    assert "objects without a mask" in result.printed
+    records = load_coco(
+        str(result.folder / "train.json"), str(tmp_path / "yolo/images/train"), with_masks=True
+    )
+    kept = [one for record in records for one in record["annotations"] if "segmentation" in one]
+    assert len(kept) == 2
+
+
+def test_oriented_boxes_are_no_masks(convert, tmp_path):
+    masks, result = masks_of(convert, tmp_path, {"a": "0 .1 .5 .2 .1 .9 .5 .8 .9"})
+    assert set(masks) == {None}
+    assert "taken as oriented boxes, which are no masks" in result.printed
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
     sets = {split.name: split for split in converted}
     report = preflight(
         [
-            SplitFiles(name, str(files[name]), str(sets[name].image_root))
+            SplitFiles(name, str(files[name]), str(sets[name].image_root), sets[name].has_masks)
             for name in ("train", "val")
         ]
     )

@@ -12,7 +12,7 @@ import os
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,11 +72,13 @@ class LabeledBox:
         class_name: as in the data set.
         xyxy: in absolute pixels of the upright image; may reach out of it.
         crowd: a region that is neither learned nor counted in the evaluation.
+        mask: as COCO writes it, polygons in absolute pixels or run lengths; None: there is none.
     """
 
     class_name: str
     xyxy: XYXY
     crowd: bool = False
+    mask: list[list[float]] | dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -135,9 +137,18 @@ class ConvertedSplit:
     content: dict[str, list[dict[str, Any]]]
     remarks: dict[Remark, list[str]]
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether some objects have one."""
+        return any("segmentation" in annotation for annotation in self.content["annotations"])
+
 
 _NO_LABEL_FILE = Remark("images without a label file", "taken as images without objects")
 _CLIPPED = Remark("boxes that are partly outside their image", "clipped")
+_ORIENTED = Remark(
+    "files whose polygons have four points, as all of the data set have",
+    "taken as oriented boxes, which are no masks",
+)
 
 
 def convert(splits: dict[str, list[Example]], layout: Layout) -> list[ConvertedSplit]:
@@ -161,6 +172,9 @@ def convert(splits: dict[str, list[Example]], layout: Layout) -> list[ConvertedS
     names = layout.class_names or sorted(
         {b.class_name for entry in every for b in entry.labels.boxes}
     )
+    polygons = [b.mask for entry in every for b in entry.labels.boxes if isinstance(b.mask, list)]
+    if all(len(points) == 8 for polygon in polygons for points in polygon):
+        read = {split: list(map(_without_polygons, entries)) for split, entries in read.items()}
     return [_to_coco(split, entries, list(names)) for split, entries in read.items()]
 
 
@@ -172,6 +186,14 @@ class _Read:
     size: ImageSize = ImageSize(0, 0)
     labels: Labels = Labels([])
     problem: str = ""
+
+
+def _without_polygons(entry: _Read) -> _Read:
+    labels = entry.labels
+    if not any(isinstance(box.mask, list) for box in labels.boxes):
+        return entry
+    boxes = [replace(box, mask=None) for box in labels.boxes]
+    return replace(entry, labels=Labels(boxes, [*labels.remarks, _ORIENTED]))
 
 
 def _read_all(examples: list[Example], layout: Layout, split: str) -> Iterator[_Read]:
@@ -231,7 +253,8 @@ def _annotation(number: int, box: LabeledBox, ids: dict[str, int], label: str) -
             "it, or add it to --classes."
         )
     x0, y0, x1, y1 = box.xyxy
-    return {
+    mask = {} if box.mask is None else {"segmentation": box.mask}
+    return mask | {
         "id": number,
         "category_id": ids[box.class_name],
         "bbox": [x0, y0, x1 - x0, y1 - y0],

@@ -6,9 +6,16 @@ import math
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pycocotools.mask as mask_utils
+import torch
+from torchvision.ops import box_iou
+
+from co_detr.data.images import ImageReader
 from co_detr.errors import DataError
 from co_detr.tools.convert.dataset import (
     SPLITS,
@@ -183,11 +190,25 @@ _DIFFICULT = Remark(
 )
 
 
+_TURNED_MASKS = Remark(
+    "images with an EXIF orientation and a mask file, which may be turned or not",
+    "left without masks: save the images upright",
+)
+
+_ASTRAY = Remark(
+    "images with masks that fit no box, or one that has a mask",
+    "these masks are left out",
+)
+
+_BORDER = 255  # in VOC's mask files, pixels between objects
+_FITS = 0.5  # IoU of the box of an object with the one around its mask
+
+
 def read_voc_labels(path: Path, size: ImageSize, rules: VocRules) -> Labels:
-    """Reads the boxes of an image.
+    """Reads the boxes of an image, and their masks where SegmentationObject has some.
 
     Raises:
-        DataError: if the file is no xml, lacks something, or is about an image of another size.
+        DataError: if a file cannot be read, lacks something, or is about an image of another size.
     """
     root = _parse(path)
     turned = _is_of_stored_pixels(root, size, path)
@@ -204,7 +225,54 @@ def read_voc_labels(path: Path, size: ImageSize, rules: VocRules) -> Labels:
         crowd = not rules.keep_difficult and _is_difficult(element, where)
         remarks += [_DIFFICULT] if crowd else []
         boxes.append(LabeledBox(name, size.turned(xyxy) if turned else xyxy, crowd))
+    file = path.parent.parent / "SegmentationObject" / f"{path.stem}.png"
+    if path.parent.name == "Annotations" and file.is_file():
+        masks, odd = _masks(file, size, [box.xyxy for box in boxes])
+        boxes = [replace(box, mask=masks.get(index)) for index, box in enumerate(boxes)]
+        remarks += odd
     return Labels(boxes, list(dict.fromkeys(remarks)))
+
+
+def _masks(
+    file: Path, size: ImageSize, boxes: list[XYXY]
+) -> tuple[dict[int, dict[str, Any]], list[Remark]]:
+    """Masks by the index of their object; the pixels of object n have the number n.
+
+    Raises:
+        DataError: if the file is no such image, or of another size.
+    """
+    reader = ImageReader(max_pixels=None)
+    with reader.open(file, f"mask {file}", ("PNG",)) as image:
+        if image.mode not in ("P", "L"):
+            raise DataError(
+                f"mask {file} has colors (mode {image.mode}) instead of numbers of objects: save "
+                "it with a palette, as VOC does, or remove it."
+            )
+        numbers = np.asarray(image)
+    if size.orientation != 1:
+        return {}, [_TURNED_MASKS]
+    if numbers.shape != (size.height, size.width):
+        raise DataError(
+            f"mask {file} has {numbers.shape[1]}x{numbers.shape[0]} pixels, but its image has "
+            f"{size.width}x{size.height}: correct or remove it."
+        )
+    masks: dict[int, dict[str, Any]] = {}
+    astray = False
+    for number in np.unique(numbers).tolist():
+        if number in (0, _BORDER):
+            continue
+        mask = mask_utils.encode(np.asfortranarray(numbers == number, dtype=np.uint8))
+        x, y, width, height = mask_utils.toBbox(mask).tolist()
+        own = torch.tensor([[x, y, x + width, y + height]])
+        overlaps = box_iou(own, torch.tensor(boxes, dtype=own.dtype).reshape(-1, 4))[0]
+        # Where a tool has numbered them otherwise, the boxes tell.
+        in_order = number <= len(boxes) and overlaps[number - 1] >= _FITS
+        index = number - 1 if in_order else int(overlaps.argmax()) if len(boxes) else -1
+        if index < 0 or overlaps[index] < _FITS or index in masks:
+            astray = True
+            continue
+        masks[index] = {"size": list(mask["size"]), "counts": mask["counts"].decode("ascii")}
+    return masks, [_ASTRAY] if astray else []
 
 
 def _parse(path: Path) -> ElementTree.Element:

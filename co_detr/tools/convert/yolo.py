@@ -218,10 +218,10 @@ def _orphans(splits: dict[str, list[Example]]) -> list[Path]:
 def read_yolo_labels(
     path: Path, size: ImageSize, class_names: Sequence[str], keypoints: bool = False
 ) -> Labels:
-    """Reads boxes (``class cx cy w h``) and polygons (``class x y x y x y ...``) as boxes.
+    """Reads boxes (``class cx cy w h``) and polygons (``class x y x y x y ...``), which are masks.
 
     Coordinates are those of the upright image. Oriented boxes (``class`` and four corners) are
-    polygons of four points.
+    polygons of four points; a data set that has no others has no masks (see `convert`).
 
     Args:
         keypoints: the lines are boxes with keypoints behind, which are left out.
@@ -242,7 +242,12 @@ def read_yolo_labels(
             *(left * size.width, top * size.height),
             *(right * size.width, bottom * size.height),
         )
-        boxes.append(LabeledBox(name, scaled))
+        mask = None
+        if len(values) > 5 and not keypoints:
+            sides = (size.width, size.height) * (len(values) // 2)
+            points = zip(values[1:], sides, strict=False)
+            mask = [[round(value * side, 2) for value, side in points]]
+        boxes.append(LabeledBox(name, scaled, mask=mask))
     return Labels(boxes)
 
 
