@@ -53,6 +53,8 @@ def shrink(cfg: DictConfig) -> DictConfig:
                 source.num_queries = NUM_QUERIES if name == "matching" else 30
         if "num_extra" in model.queries.matching:
             model.queries.matching.num_extra = NUM_EXTRA
+    if model.get("mask_head") is not None and model.mask_head.iou_head is not None:
+        model.mask_head.iou_head.update(conv_dim=16, fc_dim=32)
     cfg.train.update(device=NAME, init_checkpoint="")
     cfg.train.cuda.tf32 = False  # what is compared with the CPU has to be float32
     cfg.dataloader.train.num_workers = cfg.dataloader.test.num_workers = 0

@@ -30,6 +30,7 @@ FAMILIES = [
     "co_detr_r50_mask_rcnn",
     "co_deformable_detr_swin_t_12ep",
     "co_dino_r50",
+    "co_dino_r50_instance",
     "co_dino_r50_lsj_12ep",
     "co_dino_swin_l_12ep",
     "co_dino_vit_l_o365_12ep",
@@ -68,7 +69,7 @@ def losses_of(model, masks=False):
 )
 def test_every_family_trains_and_detects_on_one_device(name, dtype):
     """That no tensor is left on the host is what the emulation itself checks."""
-    masks = "mask" in name
+    masks = "mask" in name or "instance" in name
     expected = losses_of(build(name), masks)
     model = build(name)
     with EmulatedCuda(), nullcontext() if dtype is None else emulated_autocast(dtype):
@@ -113,13 +114,19 @@ def test_tokens_are_float32_under_the_autocast_of_cuda(dtype):
 @pytest.mark.parametrize(
     ("name", "most"),
     # One to fetch the costs of matching; of every head one to choose its positive queries, and of
-    # a dense one another to find its positives.
-    [("deformable_detr_r50", 1), ("co_detr_r50", 4), ("co_dino_r50", 4), ("co_dab_detr_r50", 4)],
+    # a dense one another to find its positives. The mask head has one to choose its boxes.
+    [
+        ("deformable_detr_r50", 1),
+        ("co_detr_r50", 4),
+        ("co_dino_r50", 4),
+        ("co_dino_r50_instance", 5),
+        ("co_dab_detr_r50", 4),
+    ],
 )
 def test_a_training_step_waits_for_the_device_only_where_it_must(name, most):
     model = build(name)
     with EmulatedCuda() as device:
-        losses_of(emulate(model))
+        losses_of(emulate(model), masks="instance" in name)
     assert sum(device.own_waits().values()) <= most, device.own_waits()
 
 
