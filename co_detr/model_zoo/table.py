@@ -18,7 +18,6 @@ CO_DINO_FOLDER = (
 )
 VIT_PAGE = "https://huggingface.co/zongzhuofan"
 
-NO_PASTING = "trained without copy-paste, which needs masks"
 TEST_ONLY = "official config is for testing only"
 UNRELEASED = f"{TEST_ONLY}, no weights"
 VIT_BACKBONE = "304 (backbone)"
@@ -129,28 +128,24 @@ RELEASED = (
         "ResNet-50, LSJ, 12 epochs",
         "co_dino/co_dino_5scale_lsj_r50_1x_coco.py",
         52.1,
-        note=NO_PASTING,
     ),
     _co_dino(
         "co_dino_r50_9enc_lsj_12ep",
         "9 encoder layers, ResNet-50, LSJ, 12 epochs",
         "co_dino/co_dino_5scale_9encoder_lsj_r50_1x_coco.py",
         52.6,
-        note=NO_PASTING,
     ),
     _co_dino(
         "co_dino_r50_lsj_36ep",
         "ResNet-50, LSJ, 36 epochs",
         "co_dino/co_dino_5scale_lsj_r50_3x_coco.py",
         54.8,
-        note=NO_PASTING,
     ),
     _co_dino(
         "co_dino_r50_9enc_lsj_36ep",
         "9 encoder layers, ResNet-50, LSJ, 36 epochs",
         "co_dino/co_dino_5scale_9encoder_lsj_r50_3x_coco.py",
         55.4,
-        note=NO_PASTING,
     ),
     _co_dino(
         "co_dino_swin_l_12ep",
@@ -175,21 +170,18 @@ RELEASED = (
         "Swin-L, LSJ, 12 epochs",
         "co_dino/co_dino_5scale_lsj_swin_large_1x_coco.py",
         59.3,
-        note=NO_PASTING,
     ),
     _co_dino(
         "co_dino_swin_l_lsj_24ep",
         "Swin-L, LSJ, 24 epochs",
         "co_dino/co_dino_5scale_lsj_swin_large_2x_coco.py",
         60.4,
-        note=NO_PASTING,
     ),
     _co_dino(
         "co_dino_swin_l_lsj_36ep",
         "Swin-L, LSJ, 36 epochs",
         "co_dino/co_dino_5scale_lsj_swin_large_3x_coco.py",
         60.7,
-        note=NO_PASTING,
     ),
     _co_dino(
         "co_dino_swin_l_o365_16ep",
