@@ -277,3 +277,25 @@ def test_a_path_that_no_config_ever_had(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ConfigError, match="does not exist: pass --config-file configs/FAMILY/NAME"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "with_masks", "keep_masks"),
+    [
+        ("co_detr_r50", [], False, None),
+        ("co_detr_r50_mask_rcnn", [], True, None),
+        ("co_detr_r50_mask_rcnn", ["model.auxiliary.roi=null"], False, None),
+        ("co_detr_r50_mask_rcnn", ["dataloader.train.dataset.with_masks=false"], False, None),
+        ("co_dino_r50_instance", [], True, None),
+        ("co_dino_r50_instance", ["model.mask_head=null"], False, None),
+        ("co_dino_r50_lsj_12ep", [], True, False),
+        ("co_dino_r50_lsj_12ep", ["dataloader.train.copy_paste=null"], False, None),
+        ("co_dino_vit_l_o365_lsj_lvis_instance_16ep", [], True, True),
+    ],
+)
+def test_masks_are_read_where_something_learns_or_moves_them(
+    name, overrides, with_masks, keep_masks
+):
+    train = load_config(config_path(name), overrides).dataloader.train
+    assert train.dataset.with_masks is with_masks
+    assert (train.copy_paste and train.copy_paste.keep_masks) is keep_masks

@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
+import pycocotools.mask as mask_utils
 import pytest
 import torch
 from detectron2.structures import BitMasks
 
-from co_detr.engine.train import run_evaluation_only
+from co_detr.engine.train import run_evaluation_only, run_training
 from co_detr.modeling.auxiliary.faster_rcnn import SharedBitMasks
 from co_detr.tools.predict.files import CocoResults
 from tests.device import DEVICE
@@ -133,3 +135,40 @@ def test_boxes_of_detections_with_masks_are_evaluated(rectangles, tmp_path):
     assert "AP" in run_evaluation_only(cfg, resume=False)
     found = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
     assert found and all(detection["segmentation"]["size"] == [128, 128] for detection in found)
+
+
+def _mix_masks(path):
+    """Polygons, run lengths of both forms, crowds, a broken mask and none, in one file."""
+    content = json.loads(path.read_text())
+    sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+    for index, entry in enumerate(content["annotations"]):
+        x, y, w, h = entry["bbox"]
+        height, width = sizes[entry["image_id"]]
+        polygon = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+        (packed,) = mask_utils.frPyObjects(polygon, height, width)
+        flat = mask_utils.decode(packed).T.reshape(-1)
+        ends = np.flatnonzero(np.diff(np.concatenate([[0], flat, [2]])))
+        plain = np.diff(np.concatenate([[0], ends])).tolist()
+        size = [height, width]
+        entry["segmentation"] = [
+            polygon,
+            {"size": size, "counts": packed["counts"].decode()},
+            {"size": size, "counts": plain},
+        ][index % 3]
+        entry["iscrowd"] = int(index % 7 == 4)
+    content["annotations"][0]["segmentation"] = [[1, 2, 3, 4]]
+    del content["annotations"][3]["segmentation"]
+    path.write_text(json.dumps(content))
+
+
+def test_masks_of_all_kinds_in_one_file_are_trained_and_evaluated(rectangles, tmp_path, caplog):
+    _mix_masks(tmp_path / "rectangles.json")
+    recipe = ["train.max_iter=2", "train.log_period=1", "train.eval_period=2"]
+    cfg = shrink(load("co_detr_r50_mask_rcnn", *rectangles, *recipe, "model.evaluate_with=roi"))
+    run_training(cfg, resume=False)
+    assert "2 objects in" in caplog.text and "have no mask" in caplog.text
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line).get("roi.loss_mask") for line in lines]
+    assert any(losses) and all(loss is None or loss > 0 for loss in losses)
+    assert "AP" in json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert "Only boxes are evaluated" in caplog.text  # as objects of the val set have no masks
