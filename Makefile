@@ -17,10 +17,10 @@ RUN := $(VENV)/bin/python
 export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint clean
+.PHONY: help setup quickstart test test-core lint clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: ## make the environment, install everything, build the extension (once)
 	@VENV="$(VENV)" PYTHON="$(PYTHON)" bash scripts/setup.sh
@@ -30,7 +30,10 @@ quickstart: setup ## make the digits data set, train a small Co-DETR on it, eval
 	$(RUN) train_net.py --config-file configs/quickstart.py train.output_dir=$(OUTPUT) $(OPTS)
 	$(RUN) tools/plot_results.py $(OUTPUT)
 
-test: setup ## run the tests
+test-core: setup ## run the quick tests of the core
+	$(RUN) -m pytest -q -m "not tools and not slow" -n $(TEST_JOBS) --dist loadfile
+
+test: setup ## run all tests
 	$(RUN) -m pytest -q -n $(TEST_JOBS) --dist loadfile
 
 lint: setup ## check style and formatting

@@ -32,6 +32,7 @@ def read_run(output_dir):
     return state, losses, json.loads((output_dir / "metrics.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "num-gpus"])
 def test_two_gloo_processes_equal_one(launch, tiny_cfg, tiny_data, tmp_path, launcher):
     if launcher == "num-gpus" and torch.cuda.is_available():

@@ -51,6 +51,7 @@ def whole(tiny_cfg, tmp_path):
     return tmp_path / "whole"
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path):
     result = kill_and_resume(tmp_path, kills=3, iterations=60, seed=1)
     assert not result.problems, result.problems

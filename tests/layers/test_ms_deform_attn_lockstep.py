@@ -27,7 +27,10 @@ from tests.layers.fuzz import disagreement, make_problem
 from tests.layers.lockstep import build as lockstep
 
 COMPILER = shutil.which("g++")
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ to compile the CUDA kernels")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(COMPILER is None, reason="needs g++ to compile the CUDA kernels"),
+]
 
 # Ways to the gradient of the value: atomic additions of single numbers, as on GPUs before the H100,
 # of 16 bytes, and the deterministic gather. The other gradients come from the same kernels.
@@ -45,8 +48,9 @@ SHAPES = [
 
 
 @pytest.fixture(scope="module")
-def device(tmp_path_factory) -> lockstep.Device:
-    return lockstep.Device(lockstep.build(tmp_path_factory.mktemp("lockstep"), COMPILER))
+def device(request) -> lockstep.Device:
+    folder = request.config.cache.mkdir("lockstep")  # the compiler needs half a minute
+    return lockstep.Device(lockstep.build(folder, COMPILER))
 
 
 @contextlib.contextmanager

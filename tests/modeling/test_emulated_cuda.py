@@ -42,6 +42,15 @@ FAMILIES = [
     "atss_on_encoder_r50",
     "faster_rcnn_on_encoder_r50",
 ]
+# Their modules are those of the others, put together in another way.
+NO_TYPES_OF_THEIR_OWN = {
+    "co_detr_r50",
+    "co_dino_swin_l_12ep",
+    "baselines/group_detr_r50",
+    "baselines/h_deformable_detr_r50",
+    "baselines/atss_on_encoder_r50",
+    "baselines/faster_rcnn_on_encoder_r50",
+}
 
 
 def build(name):
@@ -62,16 +71,16 @@ def losses_of(model, masks=False):
     ("name", "dtype"),
     [
         *((name, None) for name in FAMILIES),
-        *((name, torch.bfloat16) for name in FAMILIES),
-        *((name, torch.float16) for name in ("co_detr_r50_k6", "co_dino_r50", "co_dab_detr_r50")),
+        *((name, torch.bfloat16) for name in FAMILIES if name not in NO_TYPES_OF_THEIR_OWN),
+        ("co_detr_r50_k6", torch.float16),
     ],
     ids=str,
 )
 def test_every_family_trains_and_detects_on_one_device(name, dtype):
     """That no tensor is left on the host is what the emulation itself checks."""
     masks = "mask" in name or "instance" in name
-    expected = losses_of(build(name), masks)
     model = build(name)
+    expected = losses_of(model, masks) if dtype is None else {}
     with EmulatedCuda(), nullcontext() if dtype is None else emulated_autocast(dtype):
         losses = losses_of(emulate(model), masks)
         assert {loss.device for loss in losses.values()} == {DEVICE}
@@ -81,9 +90,9 @@ def test_every_family_trains_and_detects_on_one_device(name, dtype):
             fields = result["instances"].get_fields()
             devices = {fields[key].device for key in ("scores", "pred_classes")}
             assert {*devices, fields["pred_boxes"].device} == {DEVICE}
-    assert found.keys() == expected.keys()
-    assert all(torch.tensor(value).isfinite() for value in found.values())
+    assert found and all(torch.tensor(value).isfinite() for value in found.values())
     if dtype is None:
+        assert found.keys() == expected.keys()
         for key, value in expected.items():
             # Nothing but the order of sums differs: kernels are the CPU's.
             assert found[key] == pytest.approx(value.item(), rel=1e-5, abs=1e-6), key

@@ -1,5 +1,6 @@
 """The test that notices a wrong sign anywhere: a tiny Co-DETR learns four images by heart."""
 
+import pytest
 import torch
 from detectron2.config import instantiate
 
@@ -8,11 +9,12 @@ from co_detr.engine.train import run_evaluation_only, run_training
 from tests.device import DEVICE
 from tests.modeling.builders import tiny_config
 
+pytestmark = pytest.mark.slow
 RECIPE = [
-    "train.max_iter=200",
-    "train.log_period=50",
+    "train.max_iter=120",
+    "train.log_period=60",
     "train.eval_period=0",
-    "optimizer.lr=1e-3",
+    "optimizer.lr=2e-3",
     "optimizer.params.lr_factor_func.factor=1.0",
     "lr_multiplier.drops=[0.75]",
 ]
@@ -37,7 +39,7 @@ def test_four_images_are_learned_by_heart(rectangles):
 def test_each_dense_head_learns_them_and_can_be_evaluated(rectangles):
     """Heads alone: the decoder is as small as it gets and hears nothing of them."""
     overrides = [
-        "train.max_iter=80",
+        "train.max_iter=60",
         "model.decoder.num_layers=1",
         "model.auxiliary.positive_queries=null",
         "model.auxiliary.roi=null",

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.parity.oracle.golden import (
     load_golden,
     save_golden,
 )
+from tests.parity.oracle.report import Report
 from tests.parity.oracle.tolerances import REFERENCE_NAN, RPN_LOW_QUALITY, RPN_PADDING
 
 CASES = [path for path in golden_files(SHIPPED) if path.name.startswith("case_")]
@@ -55,8 +57,14 @@ def changed(tmp_path: Path) -> Callable:
     return check
 
 
+@cache
+def report_of(path: Path) -> Report:
+    """Of a file as it is."""
+    return check_file(path)
+
+
 def assert_agrees(path: Path) -> None:
-    report = check_file(path)
+    report = report_of(path)
     assert not [str(line) for line in report.failures]
     least = next(count for start, count in COMPARED.items() if path.name.startswith(start))
     assert statuses(report)["ok"] >= least
@@ -75,7 +83,7 @@ def test_complete_case_agrees_with_the_reference(path: Path):
 
 
 def test_only_named_differences_are_known():
-    known = [line for line in check_file(BASE).lines if line.status == "known"]
+    known = [line for line in report_of(BASE).lines if line.status == "known"]
     assert {line.name: line.difference for line in known} == {
         "train.rpn.assign[0].gt_inds_all": RPN_LOW_QUALITY,
         "train.rpn.assign[1].gt_inds_all": RPN_PADDING,
@@ -83,7 +91,7 @@ def test_only_named_differences_are_known():
 
 
 def test_nan_of_the_reference_is_waived_for_the_step_with_zero_padding_only():
-    report = check_file(SHIPPED / "case_A_zero_padding_compact.pt.xz")
+    report = report_of(SHIPPED / "case_A_zero_padding_compact.pt.xz")
     waived = {line.name for line in report.lines if line.difference is REFERENCE_NAN}
     assert all(name.startswith("train.") for name in waived)
     assert {"train.losses.loss_cls_aux0", "train.total_loss"} <= waived

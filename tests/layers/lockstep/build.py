@@ -8,6 +8,7 @@ and ``lockstep.cpp`` for the GPU.
 
 import contextlib
 import ctypes
+import hashlib
 import os
 import re
 import subprocess
@@ -176,6 +177,8 @@ def write_unit(unit: Unit, folder: Path) -> Path:
 def build(folder: Path, compiler: str) -> Path:
     """Compiles all units in ``folder``, in parallel, and links them; returns the library.
 
+    A library that was built there of the same sources, by the same compiler, is used again.
+
     Raises:
         TranslationError: the sources use CUDA that is not known here.
         subprocess.CalledProcessError: the compiler failed; its message went to stderr.
@@ -186,18 +189,29 @@ def build(folder: Path, compiler: str) -> Path:
     flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}")
 
     def compile_unit(unit: Unit) -> str:
-        source = write_unit(unit, folder)
+        source = folder / f"{unit.name}.cpp"
         output = str(source.with_suffix(".o"))
         command = [compiler, *flags, *unit.flags, "-c", str(source), "-o", output]
         subprocess.run(command, check=True)
         return output
 
+    written = [write_unit(unit, folder) for unit in UNITS]
+    libraries = [f"-L{of_torch / 'lib'}", "-ltorch_cpu", "-lc10", "-Wl,--no-undefined"]
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True)
+    made_of = [version.stdout, torch.__version__, *flags, *libraries, repr(UNITS)]
+    headers = sorted(path for path in (*HERE.rglob("*.h"), *SOURCES.glob("*.h")))
+    made_of += [path.read_text() for path in (*written, *headers, HERE / "lockstep.cpp")]
+    digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()
+    library = folder / f"liblockstep_{digest[:16]}.so"
+    if library.exists():
+        return library
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_unit, UNITS))
-    library = folder / "liblockstep.so"
-    libraries = [f"-L{of_torch / 'lib'}", "-ltorch_cpu", "-lc10", "-Wl,--no-undefined"]
-    subprocess.run([compiler, "-shared", *objects, *libraries, "-o", str(library)], check=True)
-    return library
+    for outdated in folder.glob("liblockstep_*.so"):
+        outdated.unlink()
+    whole = library.with_suffix(".incomplete")
+    subprocess.run([compiler, "-shared", *objects, *libraries, "-o", str(whole)], check=True)
+    return whole.rename(library)
 
 
 class Device:
