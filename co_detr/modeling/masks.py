@@ -142,7 +142,7 @@ class RefineMaskHead(nn.Module):
         Args:
             maps: ``(B, C, H, W)`` of each of the `strides`; more that follow are not read.
         """
-        return self.predict(maps, self.semantic_maps(maps), regions)
+        return self.predict(self.pool(maps, regions), self.semantic_maps(maps), regions)
 
     def semantic_maps(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Of each stage ``(B, C', H, W)``: what it pools its semantic features from."""
@@ -150,10 +150,9 @@ class RefineMaskHead(nn.Module):
         return [stage.semantic_conv(semantic) for stage in self.stages]
 
     def predict(
-        self, maps: Sequence[Tensor], semantic: Sequence[Tensor], regions: Regions
+        self, pooled: Tensor, semantic: Sequence[Tensor], regions: Regions
     ) -> MaskPredictions:
-        """See `forward`; ``semantic`` is of `semantic_maps`."""
-        pooled = self.pool(maps, regions)
+        """See `forward`; ``pooled`` is of `pool`, ``semantic`` of `semantic_maps`."""
         images = to_device(regions.images, pooled.device)
         features, found = self.instance_convs(pooled), []
         for number, (stage, map_, size) in enumerate(
@@ -271,7 +270,7 @@ class RefineMaskHead(nn.Module):
         )
         masks, ious = [], []
         for part in regions.split(self.chunk_size):
-            found = self.predict(maps, semantic, part)
+            found = self.predict(self.pool(maps, part), semantic, part)
             masks.append(refine(found.logits).sigmoid())
             if self.iou_head is not None:
                 ious.append(values_at(self.iou_head(found), part.labels))

@@ -7,7 +7,9 @@ from co_detr.tools.export.predictor import Difference, difference
 
 
 def of(found: Instances) -> Detections:
-    fields = (found.pred_boxes.tensor, found.scores, found.pred_classes)
+    fields = [found.pred_boxes.tensor, found.scores, found.pred_classes]
+    if found.has("mask_scores"):
+        fields += [found.pred_masks.probabilities, found.mask_scores / found.scores]
     return Detections(*(field[None] for field in fields))
 
 
@@ -16,5 +18,5 @@ def assert_same(found: Instances, expected: Instances, at_least: int = 50) -> Di
     assert found.image_size == expected.image_size
     result = difference(of(expected), of(found))
     assert result.is_small and result.compared >= at_least, result
-    assert result.score < 1e-5 and result.box < 0.01, result
+    assert result.score < 1e-5 and result.box < 0.01 and result.mask < 1e-3, result
     return result

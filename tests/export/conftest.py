@@ -36,13 +36,14 @@ def train(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="session")
 def trained(train) -> Trained:
-    """Co-Deformable-DETR with both auxiliary heads."""
-    return train("co_detr_r50")
+    """Co-Deformable-DETR with both auxiliary heads and a mask head."""
+    small = ["model.mask_head.iou_head.conv_dim=16", "model.mask_head.iou_head.fc_dim=32"]
+    return train("co_detr_r50_instance", *small)
 
 
 @pytest.fixture(scope="session")
 def onnx_file(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For images of any size."""
+    """For images of any size, with masks."""
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     return trained.export(tmp_path_factory.mktemp("onnx") / "tiny.onnx", "onnx")

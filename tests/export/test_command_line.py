@@ -33,7 +33,7 @@ def test_export_and_check(export, trained, photos, capsys):
     status, file = export("--image-size", "96x128", "--check", *photos)
     printed = capsys.readouterr().out
     assert status == 0, printed
-    assert "5 classes, images padded to 96x128." in printed
+    assert "5 classes, boxes and masks, images padded to 96x128." in printed
     assert f"agrees with the model on {len(photos)} images" in printed
 
     other = load_detector(trained.config, trained.checkpoint)

@@ -16,7 +16,8 @@ def detections() -> Detections:
     low = torch.rand(1, 30, 2, generator=generator) * 500
     scores = torch.linspace(0.9, 0.1, 30)[None]
     labels = torch.arange(30)[None] % 3
-    return Detections(torch.cat([low, low + 50], dim=-1), scores, labels)
+    masks = torch.rand(1, 30, 8, 8, generator=generator)
+    return Detections(torch.cat([low, low + 50], dim=-1), scores, labels, masks, scores / 2)
 
 
 def changed(detections: Detections, index: int, **values) -> Detections:
@@ -52,6 +53,8 @@ def test_largest_differences_are_found(detections):
         {"boxes": [float("nan")] * 4},
         {"scores": float("nan")},
         {"labels": 9},
+        {"masks": 0.0},
+        {"mask_ious": 0.99},
     ],
 )
 def test_a_wrong_detection_is_seen(detections, values):

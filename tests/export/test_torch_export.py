@@ -18,7 +18,9 @@ FIXED = (96, 128)
 
 @pytest.fixture(scope="module")
 def fixed_file(trained, tmp_path_factory):
-    return trained.export(tmp_path_factory.mktemp("pt2") / "tiny.pt2", "torch_export", FIXED)
+    """The boxes of a model with masks."""
+    path = tmp_path_factory.mktemp("pt2") / "tiny.pt2"
+    return trained.export(path, "torch_export", FIXED, False, False)
 
 
 def test_a_fixed_size_takes_any_image(fixed_file, trained, photos):
@@ -29,6 +31,7 @@ def test_a_fixed_size_takes_any_image(fixed_file, trained, photos):
         check = check_image(exported, predictor.model, "RGB", photo)
         assert check.input_size == FIXED
         assert check.difference.is_small and check.difference.compared > 50, check.difference
+        assert not exported.description.masks and not exported(photo).has("pred_masks")
         height, width = exported(photo).image_size
         assert (width, height) == Image.open(photo).size
 

@@ -19,6 +19,7 @@ from co_detr.tools.export.exporting import (
 from co_detr.tools.export.graph import Description
 from co_detr.tools.export.predictor import (
     BOX_TOLERANCE,
+    MASK_TOLERANCE,
     SCORE_TOLERANCE,
     Check,
     ExportedPredictor,
@@ -75,13 +76,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="torch_export: keep this package's attention kernel; faster, but the file can only "
         "be loaded where co_detr is installed",
     )
+    add("--boxes-only", action="store_true", help="leave out the masks of a model that has some")
     add(
         "--check",
         nargs="+",
         default=[],
         metavar="IMAGE",
-        help=f"compare with PyTorch on these: within {SCORE_TOLERANCE} in scores and "
-        f"{BOX_TOLERANCE} pixels in boxes, or the exit status is 2",
+        help=f"compare with PyTorch on these: within {SCORE_TOLERANCE} in scores, "
+        f"{BOX_TOLERANCE} pixels in boxes and {MASK_TOLERANCE} in masks, or the exit status is 2",
     )
     return parser.parse_args(argv)
 
@@ -116,7 +118,9 @@ def run(options: argparse.Namespace) -> None:
     side = square_side(detector.model)
     if options.dynamic and side:
         raise ConfigError(f"--dynamic: this model pads images to squares of {side} pixels.")
-    settings = ExportSettings(options.format, options.image_size, options.custom_operator)
+    settings = ExportSettings(
+        options.format, options.image_size, options.custom_operator, not options.boxes_only
+    )
     description = export_detector(
         detector, Path(options.config_file).name, options.output, settings
     )
@@ -126,14 +130,17 @@ def run(options: argparse.Namespace) -> None:
 
 
 _HEADER = (
-    f"{'image':24} {'input':>10} {'pairs':>6} {'at cut':>6} {'score':>9} {'box px':>9}  seconds"
+    f"{'image':24} {'input':>10} {'pairs':>6} {'at cut':>6} {'score':>9} {'box px':>9} {'mask':>9}"
+    "  seconds"
 )
 
 
 def _summary(description: Description, path: Path) -> str:
     size = description.image_size
     sizes = "any image size" if size is None else f"images padded to {size[0]}x{size[1]}"
-    return f"{path.stat().st_size / 2**20:.1f} MiB, {len(description.class_names)} classes, {sizes}"
+    what = "boxes and masks" if description.masks else "boxes"
+    number = len(description.class_names)
+    return f"{path.stat().st_size / 2**20:.1f} MiB, {number} classes, {what}, {sizes}"
 
 
 def check(path: Path, detector: Detector, images: list[Path]) -> None:
@@ -154,9 +161,9 @@ def check(path: Path, detector: Detector, images: list[Path]) -> None:
             different.append(image.name)
     if different:
         raise ExportError(
-            f"{path} differs from the model by more than {SCORE_TOLERANCE} in scores or "
-            f"{BOX_TOLERANCE} pixels in boxes on {len(different)} of {len(images)} images (first: "
-            f"{different[0]}): compare the rows above."
+            f"{path} differs from the model by more than {SCORE_TOLERANCE} in scores, "
+            f"{BOX_TOLERANCE} pixels in boxes or {MASK_TOLERANCE} in masks on {len(different)} of "
+            f"{len(images)} images (first: {different[0]}): compare the rows above."
         )
     print(f"The file agrees with the model on {len(images)} images.")
 
@@ -167,6 +174,6 @@ def _row(image: Path, check: Check) -> str:
     lost = f", {found.lost} WITHOUT PARTNER" if found.lost else ""
     return (
         f"{image.name[:24]:24} {size:>10} {found.compared:>6} {found.at_cut:>6} "
-        f"{found.score:>9.1e} {found.box:>9.1e}  "
+        f"{found.score:>9.1e} {found.box:>9.1e} {found.mask:>9.1e}  "
         f"{check.file_seconds:.2f} (PyTorch {check.model_seconds:.2f}){lost}"
     )

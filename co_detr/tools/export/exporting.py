@@ -50,11 +50,13 @@ class ExportSettings:
     image_size: (height, width) in pixels of the network input, to which images are padded, one
         at a time; None: any size and batch, or the square that the model pads to.
     custom_operator: keep this package's operator in a file of torch.export.
+    with_masks: export the mask head of a model that has one.
     """
 
     format: Literal["onnx", "torch_export"]
     image_size: tuple[int, int] | None = None
     custom_operator: bool = False
+    with_masks: bool = True
 
 
 def export_detector(
@@ -82,7 +84,8 @@ def export_detector(
         )
     image_size = _image_size(model, settings.image_size)
     short_edge, max_size = _test_size(detector.cfg)
-    graph = DetectionGraph(model, detector.cfg.dataloader.test.mapper.image_format).eval()
+    image_format = detector.cfg.dataloader.test.mapper.image_format
+    graph = DetectionGraph(model, image_format, settings.with_masks).eval()
     program = trace(graph, image_size, settings.custom_operator)
     description = Description(
         config=config_name,
@@ -94,6 +97,7 @@ def export_detector(
         custom_operator=settings.custom_operator,
         soft_nms=_soft_nms(model),
         value_range=ImageReader.of_data(detector.cfg.data).value_range,
+        masks=tuple(graph.outputs[len(OUTPUTS) :]),
     )
     write = write_onnx if settings.format == "onnx" else write_torch
     write(program, description, path)
@@ -168,7 +172,7 @@ def write_onnx(program: ExportedProgram, description: Description, path: Path) -
             dynamo=True,
             opset_version=OPSET,
             input_names=INPUTS,
-            output_names=OUTPUTS,
+            output_names=[*OUTPUTS, *description.masks],
             verbose=False,
             # Its rewriting of clamps (onnxscript 0.7.2) loses constants.
             optimize=False,
@@ -213,7 +217,8 @@ class OnnxModel:
     def __call__(self, images: Tensor, sizes: Tensor) -> Detections:
         """See `DetectionGraph.forward`."""
         arrays = self._session.run(
-            list(OUTPUTS), dict(zip(INPUTS, (images.numpy(), sizes.numpy()), strict=True))
+            [*OUTPUTS, *self.description.masks],
+            dict(zip(INPUTS, (images.numpy(), sizes.numpy()), strict=True)),
         )
         return Detections(*map(torch.from_numpy, arrays))
 

@@ -1,5 +1,7 @@
 """What is exported: a graph from pixels to the best detections, its description, its trace.
 
+Masks are exported where the model predicts them, for all detections, as probabilities in the box.
+
 `DetectionGraph` takes and gives tensors only. `Description` is the text beside it, by which a
 reader prepares images and reads detections. `trace` makes a graph of PyTorch operators of it.
 """
@@ -9,11 +11,11 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, ROIMasks
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -23,10 +25,14 @@ from co_detr.layers.deformable_attention import KERNEL_DEVICES, standard_operato
 from co_detr.modeling import CoDETR
 from co_detr.modeling.geometry import Geometry, ImageBatch
 from co_detr.modeling.losses import cxcywh_to_xyxy
+from co_detr.modeling.mask_losses import refine, values_at
+from co_detr.modeling.masks import RefineMaskHead, Regions, pool_level
 from co_detr.modeling.postprocess import SoftNMSPostprocessor, choose_pairs
+from co_detr.structures import EncoderMemory
 
 INPUTS = ("images", "sizes")
 OUTPUTS = ("boxes", "scores", "labels")
+MASKS, MASK_IOUS = "masks", "mask_ious"  # the outputs that follow for a model with masks
 FORMAT_VERSION = 1
 
 # Height and width of the example that is traced where sizes are free. Different, so that they are
@@ -47,20 +53,33 @@ class Detections:
         boxes: ``(B, N, 4)`` xyxy in pixels of the network input, inside the image.
         scores: ``(B, N)``.
         labels: ``(B, N)`` int64, index of the class.
+        masks: ``(B, N, S, S)`` probabilities inside of the boxes; None: there are none.
+        mask_ious: ``(B, N)`` in [0, 1], how good each mask is: a mask's score is the product of
+            this and the score of its box; None: the model does not tell.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+    masks: Tensor | None = None
+    mask_ious: Tensor | None = None
 
     def instances(self, index: int, size: tuple[int, int]) -> Instances:
-        """Of one image, whose (height, width) in the network input is `size`."""
-        return Instances(
+        """Of one image, whose (height, width) in the network input is `size`.
+
+        Masks are `ROIMasks`, as model's heads give them; ``mask_ious`` keep their name.
+        """
+        found = Instances(
             size,
             pred_boxes=Boxes(self.boxes[index]),
             scores=self.scores[index],
             pred_classes=self.labels[index],
         )
+        if self.masks is not None:
+            found.pred_masks = ROIMasks(self.masks[index])
+        if self.mask_ious is not None:
+            found.mask_ious = self.mask_ious[index]
+        return found
 
 
 class DetectionGraph(nn.Module):
@@ -70,24 +89,34 @@ class DetectionGraph(nn.Module):
     2. Backbone, encoder, queries of inference, decoder.
     3. Top-k over all pairs. Soft-NMS is not in the graph: where the model has it, there are as
        many pairs as it would start from.
+    4. The mask head on all of them, if there is one.
 
     Args:
         model: in eval mode, without its auxiliary part.
         image_format: color order that the model was trained on, "RGB" or "BGR".
+        with_masks: False leaves the mask head out.
 
     Raises:
         ConfigError: for another image format.
     """
 
-    def __init__(self, model: CoDETR, image_format: str) -> None:
+    def __init__(self, model: CoDETR, image_format: str, with_masks: bool = True) -> None:
         super().__init__()
         if image_format not in ("RGB", "BGR"):
             raise ConfigError(f"data.image_format={image_format} cannot be exported: use RGB, BGR.")
         self.model = model
         self.reverse_colors = image_format == "BGR"
         self.number = num_pairs(model)
+        self.with_masks = with_masks and model.mask_head is not None
 
-    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def outputs(self) -> list[str]:
+        """Names of what `forward` gives."""
+        if not self.with_masks:
+            return list(OUTPUTS)
+        return [*OUTPUTS, MASKS] + [MASK_IOUS] * (self.model.mask_head.iou_head is not None)
+
+    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
         """Detects in one batch.
 
         Args:
@@ -96,9 +125,9 @@ class DetectionGraph(nn.Module):
             sizes: ``(B, 2)`` int64, height and width of each image without its padding.
 
         Returns:
-            boxes, scores and labels as in `Detections`.
+            the `outputs`, as in `Detections`.
         """
-        model = self.model
+        model, own_sizes = self.model, sizes
         padded = tuple(images.shape[2:])
         geometry = Geometry.of([padded], padded, sizes.device, sizes)
         pixels = images.to(model.pixel_mean.dtype)
@@ -110,11 +139,44 @@ class DetectionGraph(nn.Module):
         if not model.padding.masked:
             sizes = torch.zeros_like(sizes) + torch.tensor(padded, device=sizes.device)
             geometry = Geometry.of([padded], padded, sizes.device, sizes)
-        logits, boxes = model.decode(model.encode(ImageBatch(pixels, [padded], geometry)))
+        memory = model.encode(ImageBatch(pixels, [padded], geometry))
+        logits, boxes = model.decode(memory)
         pairs = choose_pairs(logits, boxes, self.number)
         extent = geometry.factors[:, None]
         absolute = (cxcywh_to_xyxy(pairs.boxes) * extent).clamp(min=0)
-        return torch.minimum(absolute, extent), pairs.scores, pairs.labels
+        absolute = torch.minimum(absolute, extent)
+        found = absolute, pairs.scores, pairs.labels
+        if not self.with_masks:
+            return found
+        # A model that takes its padding for a part of the image detects there, too; a mask is that
+        # of the part of a box that is left in the end.
+        limits = own_sizes.flip(1).repeat(1, 2)[:, None].to(absolute.dtype)  # (B, 1, 4)
+        return found + self._masks(memory, torch.minimum(absolute, limits), pairs.labels)
+
+    def _masks(self, memory: EncoderMemory, boxes: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """Masks, and their IoUs if the head predicts these."""
+        head, (batch, number) = self.model.mask_head, labels.shape
+        images = torch.arange(batch, device=labels.device)[:, None].expand(batch, number)
+        boxes = boxes.flatten(0, 1)
+        regions = Regions(boxes, labels.flatten(), images.flatten(), head.levels(boxes))
+        maps = memory.maps()
+        found = head.predict(
+            _pool_every_level(head, maps, regions), head.semantic_maps(maps), regions
+        )
+        outputs = [refine(found.logits).sigmoid()]
+        if head.iou_head is not None:
+            outputs.append(values_at(head.iou_head(found), regions.labels))
+        return tuple(output.unflatten(0, (batch, number)) for output in outputs)
+
+
+def _pool_every_level(head: RefineMaskHead, maps: Sequence[Tensor], regions: Regions) -> Tensor:
+    """`RefineMaskHead.pool` without a choice that depends on the boxes: a graph has none."""
+    pooled = None
+    for level, (map_, stride) in enumerate(zip(maps, head.strides, strict=False)):
+        here = pool_level(map_, regions.images, regions.boxes, head.sizes[0], stride)
+        chosen = (regions.levels == level)[:, None, None, None]
+        pooled = here if pooled is None else torch.where(chosen, here, pooled)
+    return pooled
 
 
 def num_pairs(model: CoDETR) -> int:
@@ -147,6 +209,7 @@ class Description:
         min_side: smallest height and width of an input in pixels, where they are free.
         custom_operator: whether the file needs this package to be loaded.
         soft_nms: what follows the graph; None: nothing does.
+        masks: names of the outputs behind those of every file; a file without masks has none.
         value_range: the values that become 0 and 255, of images with more than 8 bits per channel;
             None: the range of their type.
         format_version: of these keys and of the inputs and outputs.
@@ -161,6 +224,7 @@ class Description:
     custom_operator: bool = False
     soft_nms: SoftNMS | None = None
     value_range: tuple[float, float] | None = None
+    masks: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
@@ -201,8 +265,8 @@ class Description:
                 f"{FORMAT_VERSION}: export the model again."
             )
         try:
-            # Files that were written before there was a range have none.
-            complete = {"value_range": "null", **text}
+            # Files that were written before there were a range and masks have none.
+            complete = {"value_range": "null", "masks": "[]", **text}
             values = {field.name: json.loads(complete[field.name]) for field in fields(cls)}
         except (KeyError, ValueError) as error:
             raise ExportError(
@@ -210,6 +274,7 @@ class Description:
             ) from error
         if values["image_size"] is not None:
             values["image_size"] = tuple(values["image_size"])
+        values["masks"] = tuple(values["masks"])
         if values["value_range"] is not None:
             values["value_range"] = tuple(values["value_range"])
         if values["soft_nms"] is not None:

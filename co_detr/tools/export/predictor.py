@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,8 +13,7 @@ import detectron2.data.transforms as T
 import numpy as np
 import torch
 import torch.nn.functional as F
-from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -24,13 +23,15 @@ from co_detr.errors import ConfigError, ExportError
 from co_detr.modeling import CoDETR
 from co_detr.modeling.geometry import ImageBatch
 from co_detr.modeling.losses import cxcywh_to_xyxy
-from co_detr.modeling.postprocess import SoftNMSPostprocessor, choose_pairs
+from co_detr.modeling.postprocess import SoftNMSPostprocessor, choose_pairs, in_output_resolution
+from co_detr.structures import EncoderMemory
 from co_detr.tools.export.exporting import OnnxModel, TorchModel
 from co_detr.tools.export.graph import Description, Detections, num_pairs
 from co_detr.tools.predict.predictor import Sample, make_sample
 
 SCORE_TOLERANCE = 1e-3
 BOX_TOLERANCE = 0.5  # pixels of the network input
+MASK_TOLERANCE = 0.02  # of probabilities in a box on average, and of the IoU of a mask
 _APART = 1e9  # cost of a pair of two classes, or of a NaN
 Result = TypeVar("Result")
 
@@ -90,7 +91,13 @@ class ExportedPredictor:
         found = self.run(sample).instances(0, size)
         if self._soft_nms is not None:
             found = self._soft_nms.thin_out(found)
-        found = detector_postprocess(found, *sample.rgb.shape[:2])
+        if found.has("mask_ious"):
+            found.mask_scores = found.scores * found.mask_ious
+            found.remove("mask_ious")
+        height, width = sample.rgb.shape[:2]
+        found = in_output_resolution(
+            found, {"image": sample.image, "height": height, "width": width}
+        )
         return found[found.scores >= self.score_threshold]
 
     def names(self, instances: Instances) -> list[str]:
@@ -151,6 +158,7 @@ class Difference:
             of the lowest one: noise decides which of them are among the best.
         lost: other detections without a partner.
         score, box: largest differences of all pairs, of scores and of box sides in pixels.
+        mask: the same of masks: of the mean of their probabilities, and of their IoUs.
     """
 
     compared: int
@@ -158,6 +166,7 @@ class Difference:
     lost: int
     score: float
     box: float
+    mask: float = 0.0
 
     @property
     def is_small(self) -> bool:
@@ -166,6 +175,7 @@ class Difference:
             and self.lost == 0
             and self.score <= SCORE_TOLERANCE
             and self.box <= BOX_TOLERANCE
+            and self.mask <= MASK_TOLERANCE
         )
 
 
@@ -189,8 +199,10 @@ def check_image(
     difference of the file.
     """
     sample = predictor.prepare(image)
-    size = predictor.description.padded(*sample.image.shape[-2:])
-    expected, model_seconds = _timed(lambda: _detect(model, image_format, sample, size))
+    description = predictor.description
+    size = description.padded(*sample.image.shape[-2:])
+    masks = bool(description.masks)
+    expected, model_seconds = _timed(lambda: _detect(model, image_format, sample, size, masks))
     found, file_seconds = _timed(lambda: predictor.run(sample))
     return Check(difference(expected, found), size, model_seconds, file_seconds)
 
@@ -202,7 +214,7 @@ def _timed(call: Callable[[], Result]) -> tuple[Result, float]:
 
 @torch.no_grad()
 def _detect(
-    model: CoDETR, image_format: str, sample: Sample, padded: tuple[int, int]
+    model: CoDETR, image_format: str, sample: Sample, padded: tuple[int, int], with_masks: bool
 ) -> Detections:
     pixels = in_format(sample.image.permute(1, 2, 0).numpy(), image_format)
     image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
@@ -214,7 +226,18 @@ def _detect(
     pairs = choose_pairs(logits, boxes, num_pairs(model))
     factor = memory.geometry.factors[0]
     absolute = torch.minimum((cxcywh_to_xyxy(pairs.boxes) * factor).clamp(min=0), factor)
-    return Detections(absolute, pairs.scores, pairs.labels)
+    found = Detections(absolute, pairs.scores, pairs.labels)
+    return _masked(model, memory, found, sample) if with_masks else found
+
+
+def _masked(model: CoDETR, memory: EncoderMemory, found: Detections, sample: Sample) -> Detections:
+    """Detections of one image with the masks of the model."""
+    instances = found.instances(0, tuple(sample.image.shape[-2:]))
+    instances.pred_boxes = Boxes(found.boxes[0].clone())
+    instances.pred_boxes.clip(instances.image_size)
+    (masked,) = model.mask_head.detect(memory, [instances])
+    ious = (masked.mask_scores / masked.scores)[None] if masked.has("mask_scores") else None
+    return replace(found, masks=masked.pred_masks.tensor[None], mask_ious=ious)
 
 
 def difference(expected: Detections, found: Detections) -> Difference:
@@ -242,10 +265,17 @@ def difference(expected: Detections, found: Detections) -> Difference:
     paired = ~(apart | swapped)
     alone = torch.cat([near_cut[0][rows[~paired]], near_cut[1][columns[~paired]]])
     rows, columns = rows[paired], columns[paired]
+    mask = 0.0
+    if expected.masks is not None and len(rows):
+        gaps = [(expected.masks[0, rows] - found.masks[0, columns]).abs().mean((1, 2))]
+        if expected.mask_ious is not None:
+            gaps.append((expected.mask_ious[0, rows] - found.mask_ious[0, columns]).abs())
+        mask = float(torch.cat(gaps).max())
     return Difference(
         compared=len(rows),
         at_cut=int(alone.sum()),
         lost=int((~alone).sum()) + abs(len(scores[0]) - len(scores[1])),
         score=float(score_gap[rows, columns].max()) if len(rows) else 0.0,
         box=float(box_gap[rows, columns].max()) if len(rows) else 0.0,
+        mask=mask,
     )
