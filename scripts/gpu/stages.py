@@ -52,7 +52,7 @@ def gpu_stages(out: Path, data: str | None) -> list[Stage]:
     return [
         Stage(
             "environment",
-            ["bash", "-c", f"nvidia-smi && {PYTHON} -m co_detr.collect_env"],
+            ["bash", "-c", f"nvidia-smi && {PYTHON} -m co_detr.tools.collect_env"],
             limit=60,
             figures=_environment,
         ),
@@ -61,7 +61,7 @@ def gpu_stages(out: Path, data: str | None) -> list[Stage]:
             [
                 *("bash", "-ec"),
                 f"{PYTHON} setup.py build_ext --inplace; {PYTHON} -c '{_HAS_CUDA}'; "
-                f"{PYTHON} -m co_detr.collect_env",
+                f"{PYTHON} -m co_detr.tools.collect_env",
             ],
             limit=180,
             group=1,
@@ -158,7 +158,7 @@ def rehearsal_stages(out: Path, data: str | None) -> list[Stage]:
     training = [f"--data={data}"] if data else []
     emulated = {"TEST_DEVICE": "emulated", "OMP_NUM_THREADS": "1"}
     return [
-        Stage("environment", [PYTHON, "-m", "co_detr.collect_env"], 60, figures=_environment),
+        Stage("environment", [PYTHON, "-m", "co_detr.tools.collect_env"], 60, figures=_environment),
         Stage("build", [PYTHON, "setup.py", "--version"], 60, 1, note="the arguments alone"),
         Stage(
             "tests-gpu",
@@ -285,7 +285,7 @@ def _printed_figures(output: str) -> Figures:
 
 
 def _environment(output: str) -> Figures:
-    """From what `co_detr.collect_env` prints."""
+    """From what `co_detr.tools.collect_env` prints."""
     names = {"torch": "torch", "GPU": "CUDA devices", "kernel": "MSDeformAttn, CUDA kernel"}
     found = {
         name: re.search(rf"^{printed}  +(.*?)( from .*)?$", output, re.MULTILINE)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.config import instantiate
 
-from co_detr.checkpoint.classes import match_classes, remap_classes
+from co_detr.checkpoint.loading import match_classes, remap_classes
 from co_detr.checkpoint.official import restore_official
 from co_detr.checkpoint.saving import Checkpointer
 from co_detr.engine.config import load_config

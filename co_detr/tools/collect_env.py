@@ -1,4 +1,4 @@
-"""Prints what a bug report needs: ``python -m co_detr.collect_env``.
+"""Prints what a bug report needs: ``python -m co_detr.tools.collect_env``.
 
 Every MSDeformAttn backend is tried, forward and backward, against the fp64 reference.
 """

@@ -1,10 +1,10 @@
-"""``python -m co_detr.collect_env`` checks the backends by running them."""
+"""``python -m co_detr.tools.collect_env`` checks the backends by running them."""
 
 import torch
 
-from co_detr import collect_env
 from co_detr.layers import ms_deform_attn_reference
 from co_detr.layers.deformable_attention import KERNEL_DEVICES
+from co_detr.tools import collect_env
 
 
 def test_report_names_everything():
