@@ -23,7 +23,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw
-from scipy.ndimage import binary_erosion
+from scipy.ndimage import minimum_filter
 
 from co_detr.data.coco_file import (
     display_names,
@@ -168,7 +168,8 @@ def paint_masks(
         color = np.array(_bytes_of(colors[box.class_name]), np.float32)
         soft = (1 - _MASK_OPACITY) * region[pixels] + _MASK_OPACITY * color
         region[pixels] = soft.round().astype(np.uint8)
-        region[pixels & ~binary_erosion(pixels, iterations=width)] = color
+        inside = minimum_filter(pixels, size=2 * width + 1, mode="constant", cval=0)
+        region[pixels & ~inside] = color
     return painted
 
 
