@@ -151,7 +151,7 @@ def test_the_mask_head_is_counted_where_it_runs():
     bitmaps = batch[0]["instances"].gt_masks.tensor
     assert bitmaps.shape == (3, HEIGHT, WIDTH) and bitmaps.flatten(1).any(1).all()
     head = part(analyze(model.eval(), batch), "mask head")
-    assert head.parameters == sum(each.numel() for each in model.mask_head.parameters())
+    assert head.parameters == sum(weight.numel() for weight in model.mask_head.parameters())
     # The first convolutions are over the whole map, those of regions over their cells.
     assert head.flops > 9 * C * C * (2 * TOKENS_OF_FINEST + 4 * 14 * 14)
     assert head.activations > 0

@@ -109,7 +109,7 @@ def test_a_run_with_everything(make, tmp_path):
 def test_dry_runs_learn_masks(tmp_path, monkeypatch, name):
     """Otherwise they would promise too little memory."""
     masks = "mask_head" if name.endswith("instance") else "roi"
-    overrides = [each for each in TINY if "mask_head" not in each or masks == "mask_head"]
+    overrides = [line for line in TINY if "mask_head" not in line or masks == "mask_head"]
     cfg = shrink(load_config(config_path(name), overrides))
     cfg.dataloader.train.mapper.augmentations.max_size = 80
     seen = []

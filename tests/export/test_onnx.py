@@ -31,7 +31,7 @@ def test_any_image_size(onnx_file, trained, photos):
         assert_same(detections, expected)
         assert detections.pred_masks.image_size == detections.image_size
         assert len(detections.pred_masks.rles()) == len(detections)
-        areas = [float(each.pred_masks.tensor.float().mean()) for each in (detections, expected)]
+        areas = [float(found.pred_masks.tensor.float().mean()) for found in (detections, expected)]
         assert areas[0] == pytest.approx(areas[1], rel=1e-3)
     found = exported(photos)
     assert [sample.image_size for sample in found] == [(60, 80), (71, 50), (97, 97), (100, 200)]
