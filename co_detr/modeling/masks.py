@@ -94,7 +94,8 @@ class RefineMaskHead(nn.Module):
         iou_head: predicts how good a mask is; None: there are no mask scores.
         width: of the features of steps 1 and 2, which each stage halves; None: C.
         num_instance_convs, num_semantic_convs: 3x3 convolutions of steps 1 and 2.
-        chunk_size: boxes whose masks are predicted at a time in eval mode, which bounds memory.
+        chunk_size: boxes whose masks are predicted at a time in eval mode, which bounds memory;
+            a CPU is fastest with few, whose features fit its cache.
     """
 
     class_layers = {f"logits.{stage}": ClassRows() for stage in range(3)}
@@ -114,7 +115,7 @@ class RefineMaskHead(nn.Module):
         lambda_2: float = 2.0,
         num_instance_convs: int = 1,
         num_semantic_convs: int = 2,
-        chunk_size: int = 100,
+        chunk_size: int = 32,
     ):
         super().__init__()
         self.num_classes = num_classes

@@ -16,6 +16,7 @@ mask_head = L(RefineMaskHead)(
     num_decoder_layers="${..decoder.num_layers}",
     lambda_2=2.0,
     width=None,  # that of the encoder
+    chunk_size=32,
     sampler=L(RegionSampler)(
         num_proposals="${...postprocessor.max_detections}",
         max_positives=128,

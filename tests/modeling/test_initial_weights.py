@@ -18,7 +18,7 @@ from tests.paths import config_path
 def models():
     """Full-size transformers and heads by config; the backbone is loaded in any case."""
     made = {}
-    for name in ("co_detr_r50", "co_dino_r50", "co_dab_detr_r50"):
+    for name in ("co_detr_r50", "co_dino_r50_instance", "co_dab_detr_r50"):
         cfg = load_config(config_path(name))
         torch.manual_seed(0)
         made[name] = instantiate(cfg.model)
@@ -34,6 +34,16 @@ def xavier(weight: torch.Tensor) -> float:
 def default(weight: torch.Tensor) -> float:
     """Standard deviation of what `nn.Linear` and `nn.Conv2d` draw by themselves."""
     return math.sqrt(1 / (3 * weight[0].numel()))
+
+
+def kaiming(weight: torch.Tensor) -> float:
+    """Standard deviation of Kaiming's normal distribution by the fan out."""
+    return math.sqrt(2 / weight[:, 0].numel())
+
+
+def caffe2_xavier(weight: torch.Tensor) -> float:
+    """Standard deviation of what Caffe2 calls Xavier's uniform distribution."""
+    return math.sqrt(1 / weight.shape[1])
 
 
 # Module, names of its weights (found by their end), and the standard deviation that they have.
@@ -62,9 +72,14 @@ ROWS = [
     ("co_detr_r50", "auxiliary", "box_predictor.cls_score.weight", 0.01),
     ("co_detr_r50", "auxiliary", "box_predictor.bbox_pred.weight", 0.001),
     ("co_detr_r50", "auxiliary", "heads.atss.class_logits.weight", 0.01),
-    ("co_dino_r50", "decoder", "query_position.layers.0.weight", xavier),
-    ("co_dino_r50", "decoder", "query_position.layers.1.weight", xavier),
-    ("co_dino_r50", "queries", "label_embedding.weight", 1.0),
+    ("co_dino_r50_instance", "decoder", "query_position.layers.0.weight", xavier),
+    ("co_dino_r50_instance", "decoder", "query_position.layers.1.weight", xavier),
+    ("co_dino_r50_instance", "queries", "label_embedding.weight", 1.0),
+    ("co_dino_r50_instance", "mask_head", "semantic_convs.0.weight", kaiming),
+    ("co_dino_r50_instance", "mask_head", "stages.1.fusion.branches.2.weight", kaiming),
+    ("co_dino_r50_instance", "mask_head", "logits.0.weight", kaiming),
+    ("co_dino_r50_instance", "mask_head", "iou_head.fc.weight", caffe2_xavier),
+    ("co_dino_r50_instance", "mask_head", "iou_head.iou.weight", 0.01),
     ("co_dab_detr_r50", "decoder", "query_position.layers.0.weight", xavier),
 ]
 
@@ -94,7 +109,7 @@ def test_classes_start_at_one_percent(models):
 def test_positions_tell_queries_apart_from_the_start(models):
     """With PyTorch's own weights, what differs between boxes would be 0.6 long beside content
     queries of 16."""
-    positions = copy.deepcopy(models["co_dino_r50"].decoder.query_position).to(DEVICE)
+    positions = copy.deepcopy(models["co_dino_r50_instance"].decoder.query_position).to(DEVICE)
     boxes = torch.rand(1, 2000, 4, generator=torch.Generator().manual_seed(0))
     boxes[..., 2:] = 0.05 + 0.3 * boxes[..., 2:]
     with torch.no_grad():
