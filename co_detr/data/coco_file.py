@@ -18,7 +18,14 @@ from numbers import Real
 from typing import Any
 from urllib.parse import unquote
 
-from co_detr.data.masks import check_mask, extent_of, run_lengths
+from co_detr.data.masks import (
+    NO_PIXEL,
+    NOWHERE,
+    OUTSIDE,
+    check_mask,
+    extent_of,
+    run_lengths,
+)
 from co_detr.errors import DataError
 
 Entry = dict[str, Any]
@@ -243,10 +250,14 @@ def encoded_mask(segmentation: Any, height: int, width: int) -> dict[str, Any] |
 
     Returns:
         what `pycocotools.mask` takes; None if the segmentation is missing, or is no mask of an
-        image of this size.
+        image of this size. A mask outside of its image, or without area, is one without pixels.
     """
-    usable = check_mask(segmentation, height, width).usable
-    return None if usable is None else run_lengths(usable, height, width)
+    checked = check_mask(segmentation, height, width)
+    if checked.usable is not None:
+        return run_lengths(checked.usable, height, width)
+    if checked.flaws and {flaw for flaw, _ in checked.flaws} <= {OUTSIDE, NO_PIXEL}:
+        return run_lengths(NOWHERE, height, width)
+    return None
 
 
 def enclosing_box(segmentation: Any) -> list[float] | None:

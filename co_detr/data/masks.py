@@ -310,10 +310,15 @@ class MaskChecker:
             )
 
 
+NOWHERE: Segmentation = []  # a mask without pixels
+
+
 def run_lengths(usable: Segmentation, height: int, width: int) -> dict[str, Any]:
     """COCO's compressed form of a mask of `check_mask`, as pycocotools takes it."""
     if isinstance(usable, dict):
         return usable
+    if not usable:
+        return mask_utils.encode(np.zeros((height, width), np.uint8, order="F"))
     return mask_utils.merge(mask_utils.frPyObjects(usable, height, width))
 
 
