@@ -42,12 +42,12 @@ def cpu_model() -> str:
     return platform.processor() or "unknown"
 
 
-def commit() -> str | None:
-    """The commit of this checkout, with "+changes" when files differ from it."""
+def commit(root: Path = ROOT) -> str | None:
+    """The commit of a checkout, with "+changes" when files differ from it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ("git", *arguments), cwd=ROOT, capture_output=True, text=True, check=True
+            ("git", *arguments), cwd=root, capture_output=True, text=True, check=True
         ).stdout.strip()
 
     try:

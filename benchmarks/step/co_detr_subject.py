@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from benchmarks.step.case import NUM_CLASSES, Case, synthetic_images
 from benchmarks.step.contestants import Contestant
 from co_detr.engine.config import load_config
-from co_detr.engine.setup import build_model
 from co_detr.structures import EncoderMemory, Predictions, QuerySet
 
 
@@ -24,9 +22,10 @@ class CoDETRSubject:
     def __init__(self, contestant: Contestant, case: Case):
         overrides = [f"model.num_classes={NUM_CLASSES}", f"train.device={case.device}"]
         overrides += contestant.overrides
-        self.cfg = load_config(os.path.join(contestant.root, contestant.config), overrides)
+        self.cfg = load_config(str(contestant.config_file()), overrides)
         torch.manual_seed(0)
-        self.model = build_model(self.cfg)
+        # Not by helpers of the package: it may be that of another commit, which lacks them.
+        self.model = instantiate(self.cfg.model).to(case.device)
         if contestant.sequential:
             self.model.decoder = SequentialDecoder(self.model.decoder)
         self.batch = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from benchmarks.common.environment import ROOT
+from benchmarks.common.environment import ROOT, commit
 
 FAMILY = "configs/co_deformable_detr"
 
@@ -35,6 +35,20 @@ class Contestant:
     sequential: bool = False
     wide: bool = False
     root: str = str(ROOT)
+
+    def config_file(self) -> Path:
+        """The config; where a checkout of another commit has it in another folder, by its name.
+
+        Raises:
+            FileNotFoundError: if that checkout has no such config.
+        """
+        path = Path(self.root, self.config)
+        if path.is_file():
+            return path
+        elsewhere = sorted(Path(self.root, "configs").rglob(path.name))
+        if len(elsewhere) != 1:
+            raise FileNotFoundError(f"{self.root} has no config {path.name}, or several")
+        return elsewhere[0]
 
 
 BUILT_IN = {
@@ -86,7 +100,7 @@ def from_other_checkout(contestant: Contestant, root: Path) -> Contestant:
     return replace(
         contestant,
         name=f"{contestant.name}@{root.name}",
-        about=f"{contestant.name} of {root.name}",
+        about=f"{contestant.name} of {root.name}, commit {commit(root)}",
         root=str(root),
     )
 

@@ -54,7 +54,7 @@ class Record:
         return statistics.median(getattr(step, name) for step in self.steps)
 
     def timing(self, part: str = "seconds") -> Timing:
-        """Of the whole step, or of its ``forward``, ``backward`` or ``optimizer`` part."""
+        """Of the step, or its ``forward``, ``backward``, ``optimizer`` or ``cpu_seconds``."""
         return Timing([[getattr(step, part) for step in turn] for turn in self.turns])
 
 

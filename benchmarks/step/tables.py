@@ -34,7 +34,8 @@ def measurements_table(records: list[Record], case: Case) -> str:
 def ratios_table(records: list[Record]) -> str:
     """How the contestants compare; empty when there is nothing to compare.
 
-    Time ratios are medians over rounds of the ratio within a round.
+    Times and processor's times: medians over rounds of the ratio within a round. Least times: of
+    the fastest steps. The processor's time says most where others use the machine.
     """
     by_key = {record.key: record for record in records}
     rows = []
@@ -43,12 +44,15 @@ def ratios_table(records: list[Record]) -> str:
         rows.append(
             [
                 "{} ({}) / {} ({})".format(*other, *base),
-                f"{ratio(theirs.timing(), mine.timing()):.2f}",
+                f"{ratio(theirs.timing(), mine.timing()):.3f}",
+                f"{min(theirs.timing().calls) / min(mine.timing().calls):.3f}",
+                f"{ratio(theirs.timing('cpu_seconds'), mine.timing('cpu_seconds')):.3f}",
                 f"{theirs.peak / mine.peak:.2f}",
                 f"{theirs.growth / mine.growth:.2f}" if mine.growth > 0 else "-",
             ]
         )
-    return markdown_table(["ratio", "time", "peak", "above the model"], rows) if rows else ""
+    headers = ["ratio", "time", "least time", "CPU time", "peak", "above the model"]
+    return markdown_table(headers, rows) if rows else ""
 
 
 def _pairs(records: dict[tuple[str, str], Record]) -> list[tuple[tuple, tuple]]:

@@ -147,9 +147,6 @@ def subject_class(contestant: Contestant) -> Callable[[Contestant, Case], Subjec
 
         return TransformersSubject
     sys.path.insert(0, contestant.root)
-    from co_detr.process_setup import silence_dependencies
-
-    silence_dependencies()
     from benchmarks.step.co_detr_subject import CoDETRSubject
 
     return CoDETRSubject
