@@ -19,9 +19,13 @@ from tqdm import tqdm
 from co_detr.data.coco import require_choice
 from co_detr.data.coco_file import locate_files, read_coco
 from co_detr.data.images import ImageError, ImageReader, Pixels
-from co_detr.data.preflight_annotations import PreflightReport, SplitReport, check_annotations
+from co_detr.data.preflight_annotations import (
+    PreflightReport,
+    SplitReport,
+    check_annotations,
+    check_masks,
+)
 from co_detr.data.preflight_boxes import Limits, check_boxes, count_objects
-from co_detr.data.preflight_masks import check_masks
 from co_detr.errors import ConfigError
 
 # Of an image with more than 8 bits, so many values are looked at, evenly spread.
