@@ -1,6 +1,6 @@
 """Peak memory and time of a classification loss with a large vocabulary.
 
-    python benchmarks/classification_loss.py [--classes 1203] [--side 1280] [--json FILE]
+    python -m benchmarks.classification_loss [--classes 1203] [--side 1280] [--json FILE]
 
 One image of ``side`` x ``side`` pixels gives a dense head a row of logits for every cell of levels
 of strides 4 to 128. Contestants, each in a process of its own, forward and backward:
@@ -27,8 +27,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from fvcore.nn import sigmoid_focal_loss
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import environment, markdown_table, write_json
 from co_detr.modeling.losses import FocalLoss

@@ -1,6 +1,6 @@
 """Milliseconds per image of every detector of a model: decoder, heads, merged, cascade.
 
-    python benchmarks/detectors.py --config-file configs/small/co_detr_small.py [--size 192x256]
+    python -m benchmarks.detectors --config-file configs/small/co_detr_small.py [--size 192x256]
         [--threads 1] [--json FILE] [KEY=VALUE ...]
 
 One image at a time through `Predictor`'s path (network input in, detections in output resolution
@@ -10,14 +10,11 @@ each round, so that a slow minute of the machine hits all of them.
 """
 
 import argparse
-import sys
 from functools import partial
 from pathlib import Path
 
 import torch
 from detectron2.config import instantiate
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import environment, format_ms, interleave, markdown_table, write_json
 from co_detr.checkpoint.saving import Checkpointer

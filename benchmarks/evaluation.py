@@ -1,6 +1,6 @@
 """Time of an evaluation of COCO's size: this project's evaluator against pycocotools.
 
-    python benchmarks/evaluation.py [--images 5000] [--classes 80] [--detections 100]
+    python -m benchmarks.evaluation [--images 5000] [--classes 80] [--detections 100]
 
 Ground truth and detections are made up: as many as COCO's val set and a DETR have, with objects of
 all sizes, crowd regions, and detections near and far from objects. Both get the same ones; the
@@ -16,15 +16,12 @@ import copy
 import io
 import json
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from detectron2.data import MetadataCatalog
 from pycocotools.coco import COCO

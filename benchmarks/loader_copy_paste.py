@@ -1,6 +1,6 @@
 """Images a second that one core loads for training, with and without copy-paste, side by side.
 
-    python benchmarks/loader_copy_paste.py [--size 1024] [--rounds 5] [--output F.json]
+    python -m benchmarks.loader_copy_paste [--size 1024] [--rounds 5] [--output F.json]
 
 Large-scale jitter on made-up data of COCO's kind: photographs of 640x480 as JPEG with as many
 objects as COCO has on average, with polygons. Contestants take turns, each loading the same
@@ -17,18 +17,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
-from common import environment, markdown_table, write_json
 from PIL import Image
 
+from benchmarks.common import environment, markdown_table, write_json
 from co_detr.data.coco import load_coco
 from co_detr.data.copy_paste import CopyPaste
 from co_detr.data.loader import CheckedDatasetMapper, build_train_loader, lsj_train_augmentation

@@ -1,6 +1,6 @@
 """What masks cost: one model with and without its mask head, inference and a training step.
 
-    python benchmarks/masks.py [--config-file configs/co_dino/co_dino_r50_instance.py]
+    python -m benchmarks.masks [--config-file configs/co_dino/co_dino_r50_instance.py]
         [--size 800x1216] [--detections 100] [--threads 1] [--json FILE] [KEY=VALUE ...]
 
 Random weights detect nothing, so the boxes whose masks are predicted are drawn: their sides are
@@ -9,7 +9,6 @@ the image, as an evaluation does. Contestants take turns in a new random order e
 """
 
 import argparse
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +17,6 @@ from detectron2.config import instantiate
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import environment, format_ms, interleave, markdown_table, ratio, write_json
 from benchmarks.step.memory import MemoryMeter

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Times multi-scale deformable attention: ours and every other implementation that is installed.
 
-    python benchmarks/ms_deform_attn.py --quick             20 seconds on two CPU cores
-    python benchmarks/ms_deform_attn.py --threads 1 2 --native --output results.json
-    python benchmarks/ms_deform_attn.py --device cuda --output results.json
+    python -m benchmarks.ms_deform_attn --quick             20 seconds on two CPU cores
+    python -m benchmarks.ms_deform_attn --threads 1 2 --native --output results.json
+    python -m benchmarks.ms_deform_attn --device cuda --output results.json
 
 One process and one set of tensors per case; contestants have their turns in a new random order each
 round. Before that each has to agree with an fp64 reference, in the output and in all gradients.
@@ -14,8 +14,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Time and peak memory of training steps and of inference, whole models, random weights.
 
-    python benchmarks/train_step.py                        everything that is installed
-    python benchmarks/train_step.py --quick                small images, to see that it works
-    python benchmarks/train_step.py --mode train --contestants k0 k2
-    python benchmarks/train_step.py --add "wide configs/co_detr_r50.py model.encoder.num_points=8"
+    python -m benchmarks.train_step                        everything that is installed
+    python -m benchmarks.train_step --quick                small images, to see that it works
+    python -m benchmarks.train_step --mode train --contestants k0 k2
+    python -m benchmarks.train_step --add "wide configs/co_detr_r50.py model.encoder.num_points=8"
 
 Every contestant lives in a process of its own, so that peak memory is its own; the processes have
 their turns one after the other in a new random order each round, so that times can be compared.
@@ -19,8 +19,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 

@@ -140,13 +140,23 @@ def tune_allocator() -> bool:
     return module.keep_freed_memory()
 
 
+def import_package(root: str) -> None:
+    """Makes ``co_detr`` the package of the checkout at ``root``, whichever is on Python's path."""
+    folder = Path(root, "co_detr")
+    spec = spec_from_file_location(
+        "co_detr", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    sys.modules["co_detr"] = package = module_from_spec(spec)
+    spec.loader.exec_module(package)
+
+
 def subject_class(contestant: Contestant) -> Callable[[Contestant, Case], Subject]:
     """Imports what the contestant needs, and nothing else."""
     if contestant.kind == "transformers":
         from benchmarks.peers.transformers_subject import TransformersSubject
 
         return TransformersSubject
-    sys.path.insert(0, contestant.root)
+    import_package(contestant.root)
     from benchmarks.step.co_detr_subject import CoDETRSubject
 
     return CoDETRSubject

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs every CUDA kernel of MSDeformAttn on small problems, for compute-sanitizer to look at.
 
-    compute-sanitizer --tool memcheck python scripts/gpu/kernel_cases.py --device cuda
+    compute-sanitizer --tool memcheck python -m scripts.gpu.kernel_cases --device cuda
 
 Inputs are made on the host and results compared there, so that little else runs on the device.
 """
@@ -11,9 +11,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 

@@ -89,7 +89,7 @@ def gpu_stages(out: Path, data: str | None) -> list[Stage]:
         ),
         Stage(
             "waits",
-            [PYTHON, "scripts/gpu/step_report.py", "waits", "--device", "cuda"],
+            [PYTHON, "-m", "scripts.gpu.step_report", "waits", "--device", "cuda"],
             limit=60,
             group=2,
         ),
@@ -107,7 +107,7 @@ def gpu_stages(out: Path, data: str | None) -> list[Stage]:
                 else [
                     *(sanitizer, "--tool", tool, "--report-api-errors", "no"),
                     *("--error-exitcode", "9", "--print-limit", "20"),
-                    *(PYTHON, "scripts/gpu/kernel_cases.py", "--device", "cuda"),
+                    *(PYTHON, "-m", "scripts.gpu.kernel_cases", "--device", "cuda"),
                 ],
                 limit=150,
                 group=2,
@@ -120,7 +120,8 @@ def gpu_stages(out: Path, data: str | None) -> list[Stage]:
         Stage(
             "operator",
             [
-                *(PYTHON, "benchmarks/ms_deform_attn.py", "--device", "cuda", "--spreads", "2px"),
+                *(PYTHON, "-m", "benchmarks.ms_deform_attn", "--device", "cuda"),
+                *("--spreads", "2px"),
                 *("--rounds", "5", "--seconds", "0.06", "--output", str(out / _OPERATOR)),
                 *("--contestants", *_CONTESTANTS),
             ],
@@ -131,7 +132,7 @@ def gpu_stages(out: Path, data: str | None) -> list[Stage]:
         Stage(
             "step",
             [
-                *(PYTHON, "benchmarks/train_step.py", "--device", "cuda", "--together"),
+                *(PYTHON, "-m", "benchmarks.train_step", "--device", "cuda", "--together"),
                 *("--contestants", "k0", "k1", "k2", "--precisions", "tf32", "bf16"),
                 *("--rounds", "3", "--steps", "4", "--warm-up", "2", "--with-optimizer"),
                 *("--threads", "8", "--output", str(out / _STEP)),
@@ -143,7 +144,7 @@ def gpu_stages(out: Path, data: str | None) -> list[Stage]:
         Stage(
             "profile",
             [
-                *(PYTHON, "scripts/gpu/step_report.py", "profile", "--device", "cuda"),
+                *(PYTHON, "-m", "scripts.gpu.step_report", "profile", "--device", "cuda"),
                 *("--output", str(out / "profile.txt")),
             ],
             limit=45,
@@ -180,7 +181,7 @@ def rehearsal_stages(out: Path, data: str | None) -> list[Stage]:
         ),
         Stage(
             "waits",
-            [PYTHON, "scripts/gpu/step_report.py", "waits", "--device", "cpu", "--tiny"],
+            [PYTHON, "-m", "scripts.gpu.step_report", "waits", "--device", "cpu", "--tiny"],
             limit=120,
             group=4,
         ),
@@ -195,7 +196,7 @@ def rehearsal_stages(out: Path, data: str | None) -> list[Stage]:
         ),
         Stage(
             "memcheck",
-            [PYTHON, "scripts/gpu/kernel_cases.py", "--device", "cpu"],
+            [PYTHON, "-m", "scripts.gpu.kernel_cases", "--device", "cpu"],
             limit=120,
             group=6,
             note="its program, on the CPU",
@@ -204,7 +205,8 @@ def rehearsal_stages(out: Path, data: str | None) -> list[Stage]:
         Stage(
             "operator",
             [
-                *(PYTHON, "benchmarks/ms_deform_attn.py", "--spreads", "2px", "--dtypes", "fp32"),
+                *(PYTHON, "-m", "benchmarks.ms_deform_attn"),
+                *("--spreads", "2px", "--dtypes", "fp32"),
                 *("--cases", one_case, "--rounds", "1", "--seconds", "0.01"),
                 *("--contestants", *_CONTESTANTS, "--output", str(out / _OPERATOR)),
             ],
@@ -215,7 +217,7 @@ def rehearsal_stages(out: Path, data: str | None) -> list[Stage]:
         Stage(
             "step",
             [
-                *(PYTHON, "benchmarks/train_step.py", "--together", "--quick"),
+                *(PYTHON, "-m", "benchmarks.train_step", "--together", "--quick"),
                 *("--contestants", "k0", "k2", "--mode", "train", "--precisions", "tf32"),
                 *("--warm-up", "0", "--with-optimizer", "--allocator", "default"),
                 *("--output", str(out / _STEP)),
@@ -227,7 +229,7 @@ def rehearsal_stages(out: Path, data: str | None) -> list[Stage]:
         Stage(
             "profile",
             [
-                *(PYTHON, "scripts/gpu/step_report.py", "profile", "--device", "cpu", "--tiny"),
+                *(PYTHON, "-m", "scripts.gpu.step_report", "profile", "--device", "cpu", "--tiny"),
                 *("--output", str(out / "profile.txt")),
             ],
             limit=120,

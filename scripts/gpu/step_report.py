@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Looks into one training step of Co-DETR (K = 2, 800x1333, batch 2): waits, or time by kernel.
 
-python scripts/gpu/step_report.py waits      where the host waits for the device, line by line
-python scripts/gpu/step_report.py profile    the operators and kernels that take most time
+python -m scripts.gpu.step_report waits      where the host waits for the device, line by line
+python -m scripts.gpu.step_report profile    the operators and kernels that take most time
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 

@@ -1,7 +1,7 @@
 """Applies the mutations one by one in a copy of the repository: do the tests notice them?
 
-    python tests/mutations/run.py                       all lists
-    python tests/mutations/run.py --only NAME [NAME ...] --jobs 2 --json result.json
+    python -m tests.mutations.run                       all lists
+    python -m tests.mutations.run --only NAME [NAME ...] --jobs 2 --json result.json
 
 The tests are first run unmutated and have to pass. A mutation is *caught* when a test fails or runs
 into the time limit, and *survives* when all pass; anything else (it does not compile, its text is
@@ -27,8 +27,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests import mutations
 from tests.mutations import Mutation
