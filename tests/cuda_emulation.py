@@ -65,9 +65,9 @@ def _with_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, list | tuple):
-        return type(value)([_with_tensors(each, change) for each in value])
+        return type(value)([_with_tensors(inner, change) for inner in value])
     if isinstance(value, dict):
-        return {key: _with_tensors(each, change) for key, each in value.items()}
+        return {key: _with_tensors(inner, change) for key, inner in value.items()}
     return value
 
 

@@ -233,6 +233,7 @@ def test_heads_find_the_same_when_they_count(name, monkeypatch):
             assert counts.heads[head].normalizers.tolist() == [
                 sum(map(len, classes)),
                 sum(positives),
+                0,  # of them with a mask
             ]
 
 

@@ -256,7 +256,7 @@ def test_micro_batches_weigh_masks_by_their_images_with_objects(monkeypatch):
     batch = batch_with_masks(sizes=[(96, 128)] * 3, num_gts=(2, 0, 3))
     counts = StepCounts([2, 0, 3], {})
     with EventStorage():
-        alone = [float(model.train()(each)[LOSSES[0]]) for each in split(batch, 1)]
+        alone = [float(model.train()(part)[LOSSES[0]]) for part in split(batch, 1)]
         found = accumulate(model, split(batch, 1), exact_counts=False)
     assert counts.share(1) != 0.5
     assert found[LOSSES[0]] == pytest.approx(sum(alone) / 2, rel=0.05)

@@ -214,6 +214,6 @@ class Case:
                 self.image_sizes, self.own["gt_boxes_xyxy"], self.own["gt_labels"], strict=True
             )
         ]
-        for each, masks in zip(truth, self.own.get("gt_masks", ()), strict=False):
-            each.gt_masks = BitMasks(masks.bool())
+        for instances, masks in zip(truth, self.own.get("gt_masks", ()), strict=False):
+            instances.gt_masks = BitMasks(masks.bool())
         return truth

@@ -64,13 +64,13 @@ def completed(own: dict[str, Any]) -> dict[str, Any]:
     train = own["train"]
     num_classes = own["meta"]["num_classes"]
     draws = list(train["randperms"])
-    of_rpn = [_drawn(*each) for each in _rpn_pools(train)]
-    rpn_draws = [draws.pop(0) for each in of_rpn if each]
-    of_masks = [_drawn(*each) for each in sampling_pools(own, "mask")]
-    mask_draws = [draws.pop(0) for each in of_masks if each]
+    of_rpn = [_drawn(*pool) for pool in _rpn_pools(train)]
+    rpn_draws = [draws.pop(0) for is_drawn in of_rpn if is_drawn]
+    of_masks = [_drawn(*pool) for pool in sampling_pools(own, "mask")]
+    mask_draws = [draws.pop(0) for is_drawn in of_masks if is_drawn]
     rpn = {**train["rpn"], "targets": _rpn_targets(train, list(rpn_draws))}
     roi = {**train["roi"], "targets": _roi_targets(train["roi"], num_classes)}
-    aux = [{**each, "attn_masks": None} for each in train["aux"]]
+    aux = [{**entry, "attn_masks": None} for entry in train["aux"]]
     added = {
         "rpn": rpn,
         "roi": roi,
@@ -80,7 +80,7 @@ def completed(own: dict[str, Any]) -> dict[str, Any]:
         "mask_randperms": [
             draw
             for draw, number in zip(
-                mask_draws, [i for i, each in enumerate(of_masks) if each], strict=True
+                mask_draws, [i for i, is_drawn in enumerate(of_masks) if is_drawn], strict=True
             )
             if number % 2 == 0
         ],
@@ -91,9 +91,9 @@ def completed(own: dict[str, Any]) -> dict[str, Any]:
 
 def _as_others(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _as_others(each) for key, each in value.items()}
+        return {key: _as_others(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_as_others(each) for each in value]
+        return [_as_others(inner) for inner in value]
     if not isinstance(value, Tensor):
         return value
     types = {torch.float16: torch.float32, torch.int32: torch.int64}
@@ -149,8 +149,8 @@ def _rpn_targets(train: dict[str, Any], draws: list[Tensor]) -> dict[str, Any]:
             totals[index] += max(number, 1)
         labels.append(label)
         weights.append(weight)
-    per_cell = len(labels[0]) // sum(each[0, 0].numel() for each in train["encoder_levels"])
-    counts = [per_cell * each[0, 0].numel() for each in train["encoder_levels"]]
+    per_cell = len(labels[0]) // sum(level[0, 0].numel() for level in train["encoder_levels"])
+    counts = [per_cell * level[0, 0].numel() for level in train["encoder_levels"]]
     return {
         "labels": list(torch.stack(labels).split(counts, dim=1)),
         "label_weights": list(torch.stack(weights).split(counts, dim=1)),

@@ -164,16 +164,16 @@ def _check_losses(report: Report, name: str, run: TrainingRun) -> None:
         last = masks.outputs["logits.3"].squeeze(1)
         report.close(f"{name}.stage3_logits_before_upsample", last, tol.MASK_LOGIT)
         report.close(f"{name}.stage3_logits_full", logits[3][full], tol.MASK_LOGIT)
-    means = [each.mean((1, 2)) for each in logits] if len(full) else []
+    means = [stage.mean((1, 2)) for stage in logits] if len(full) else []
     report.close(f"{name}.stage_logits_mean", means, tol.MASK_LOGIT)
 
     truth = run.case.ground_truth()
-    gt_masks = [each.gt_masks for each in truth]
+    gt_masks = [instances.gt_masks for instances in truth]
     targets = mask_targets(masks.samples, gt_masks, run.case.image_sizes, SIZES)
-    report.exact(f"{name}.stage_targets", [each.to(torch.uint8) for each in targets.masks[:2]])
+    report.exact(f"{name}.stage_targets", [mask.to(torch.uint8) for mask in targets.masks[:2]])
     for stage in (2, 3):
         report.exact(f"{name}.stage{stage}_target_rle", run_lengths(targets.masks[stage]))
-    areas = [each.sum((1, 2)) for each in targets.masks] if len(full) else []
+    areas = [mask.sum((1, 2)) for mask in targets.masks] if len(full) else []
     report.exact(f"{name}.stage_targets_area", areas)
 
     criterion, scale = head.criterion, head.loss_weight
@@ -181,8 +181,8 @@ def _check_losses(report: Report, name: str, run: TrainingRun) -> None:
     report.close(f"{name}.loss_weight", criterion.loss_weight * scale, rtol=1e-9)
     if report.has(f"{name}.stage_loss_unweighted"):
         stages = criterion.stages(logits, targets.masks)
-        loss = sum(w * each for w, each in zip(criterion.stage_weights, stages, strict=True))
-        found = [float(each) for each in stages]
+        loss = sum(w * stage for w, stage in zip(criterion.stage_weights, stages, strict=True))
+        found = [float(stage) for stage in stages]
         report.close(f"{name}.stage_loss_unweighted", found, rtol=tol.MASK_LOSS)
         report.close(f"{name}.sum_stage_weighted", loss, rtol=tol.MASK_LOSS)
         regions = criterion.regions(logits, targets.masks)
@@ -231,7 +231,7 @@ def _check_gradients(report: Report, prefix: str, run: TrainingRun) -> None:
     name, masks = f"{prefix}.mask.grads_mask_only", run.masks
     report.given(f"{name}.note", "a remark")
     maps = replace(run.output.memory, tokens=masks.token_gradients).maps()
-    norms = [each.norm().item() for each in maps]
+    norms = [level_map.norm().item() for level_map in maps]
     _close_norms(report, f"{name}.encoder_levels_norm", [*norms, None])
     entries = run.entries["mask"]["grads_mask_only"]
     for level, expected in enumerate(entries.get("encoder_levels", ())):
@@ -256,7 +256,7 @@ def _check_gradients(report: Report, prefix: str, run: TrainingRun) -> None:
     tokens, coarsest = masks.head_gradients
     # The dump took the gradient of the mask losses first, and so has it twice.
     maps = replace(run.output.memory, tokens=tokens + masks.token_gradients).maps()
-    norms = [each.norm().item() for each in (*maps, coarsest)]
+    norms = [level_map.norm().item() for level_map in (*maps, coarsest)]
     name = f"{prefix}.grad_encoder_levels_norm"
     _close_norms(report, name, norms, "that of the mask losses counts twice in the dump")
 
@@ -264,12 +264,12 @@ def _check_gradients(report: Report, prefix: str, run: TrainingRun) -> None:
 def _close_norms(report: Report, name: str, ours: list[float | None], note: str = "") -> None:
     """A list of numbers, which is one entry; None where nothing flows."""
     expected = report.entries.get(name, ours)
-    same = [each is None for each in expected] == [each is None for each in ours]
+    same = [value is None for value in expected] == [value is None for value in ours]
     worst = max(
         (
-            abs(own - each) / (each or tol.ZERO_LOSS)
-            for own, each in zip(ours, expected, strict=False)
-            if own is not None and each is not None
+            abs(own - value) / (value or tol.ZERO_LOSS)
+            for own, value in zip(ours, expected, strict=False)
+            if own is not None and value is not None
         ),
         default=0.0,
     )
@@ -287,7 +287,7 @@ def _official_gradient(run: TrainingRun, key: str) -> Tensor:
 def run_lengths(masks: Tensor) -> list[str]:
     """COCO's compressed strings of ``(N, H, W)`` bool."""
     columns = np.asfortranarray(masks.numpy().astype(np.uint8).transpose(1, 2, 0))
-    return [each["counts"].decode() for each in mask_utils.encode(columns)] if len(masks) else []
+    return [code["counts"].decode() for code in mask_utils.encode(columns)] if len(masks) else []
 
 
 @torch.no_grad()
@@ -314,7 +314,7 @@ def _check_image(
     if report.has(f"{name}.encoder_levels"):
         report.close(f"{name}.encoder_levels", maps, tol.MAP)
 
-    original = tuple(int(each) for each in entries["ori_shape_hw"])
+    original = tuple(int(side) for side in entries["ori_shape_hw"])
     sample = {"image": pixels[0], "height": original[0], "width": original[1]}
     final = in_output_resolution(found, sample)
     order = _order(report, name, final)
@@ -352,9 +352,9 @@ def _order(report: Report, name: str, found: Instances) -> Tensor:
 def _check_refinement(report: Report, name: str, predicted) -> None:
     raw = predicted.logits
     refined = [raw[0], raw[1], refine(raw[:3]), refine(raw)]
-    means = [each.mean((1, 2)) for each in raw]
+    means = [stage.mean((1, 2)) for stage in raw]
     report.close(f"{name}.stage_logits_raw_mean", means, tol.MASK_LOGIT)
-    means = [each.mean((1, 2)) for each in refined]
+    means = [stage.mean((1, 2)) for stage in refined]
     report.close(f"{name}.stage_logits_refined_mean", means, tol.MASK_LOGIT)
     changed = [int((own != before).sum()) for own, before in zip(refined, raw, strict=True)]
     report.exact(f"{name}.refined_changed_pixels", changed)
@@ -378,7 +378,7 @@ def _check_refinement(report: Report, name: str, predicted) -> None:
 def _check_pasted(report: Report, name: str, final: Instances, entries: dict) -> None:
     """Every mask in the image, to the pixel."""
     report.exact(f"{name}.mask_size_hw", list(final.image_size))
-    size = [int(each) for each in entries["mask_size_hw"]]
+    size = [int(side) for side in entries["mask_size_hw"]]
     ours = final.pred_masks.tensor
     wrong = 0
     for own, counts in zip(ours, entries["mask_rle_counts"], strict=True):

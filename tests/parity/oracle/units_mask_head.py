@@ -178,7 +178,7 @@ def refine_mask_head(unit: Unit) -> None:
     images = rois[:, 0].long()
     regions = Regions(rois[:, 1:], labels, images, torch.zeros_like(images))
     found = head([semantic], regions)
-    targets = [each.bool() for each in unit["targets"]]
+    targets = [target.bool() for target in unit["targets"]]
     stages = head.criterion.stages(found.logits, targets)
     loss = head.criterion(found.logits, targets)
     loss.backward()
@@ -188,15 +188,15 @@ def refine_mask_head(unit: Unit) -> None:
         unit.close("hidden.stage_features", features, rtol=EXACT)
         unit.close("hidden.instance_after_convs", kept["instance_convs"], rtol=EXACT)
         unit.close("hidden.semantic_after_convs", kept["semantic_convs"], rtol=EXACT)
-    unit.close("stage_loss_unweighted", [float(each) for each in stages], rtol=EXACT)
+    unit.close("stage_loss_unweighted", [float(stage) for stage in stages], rtol=EXACT)
     unit.close("loss_mask", loss, rtol=EXACT)
     unit.close("grad_instance", instance.grad, rtol=GRADIENT)
     unit.close("grad_semantic", semantic.grad, rtol=GRADIENT)
     _gradients(unit, "grads", head, unit.expected("grads"), prefix, prefix)
 
     semantic.grad = None
-    nothing = head([semantic], Regions(*(each[:0] for each in vars(regions).values())))
-    loss = head.criterion(nothing.logits, [each[:0] for each in targets])
+    nothing = head([semantic], Regions(*(value[:0] for value in vars(regions).values())))
+    loss = head.criterion(nothing.logits, [target[:0] for target in targets])
     loss.backward()
     unit.close("empty.loss_mask", loss)
     unit.exact("empty.shapes", [[len(e), 1, *e.shape[1:]] for e in nothing.logits])
@@ -212,21 +212,21 @@ def bar_cross_entropy(unit: Unit) -> None:
     )
     for number, case in enumerate(unit["cases"]):
         name = f"cases[{number}]"
-        logits = [_input(each) for each in case["stage_logits"]]
-        targets = [each.bool() for each in case["targets"]]
+        logits = [_input(stage) for stage in case["stage_logits"]]
+        targets = [target.bool() for target in case["targets"]]
         loss = criterion(logits, targets)
         loss.backward()
         unit.close(f"{name}.loss", loss, rtol=EXACT)
-        stages = [float(each) for each in criterion.stages(logits, targets)]
+        stages = [float(stage) for stage in criterion.stages(logits, targets)]
         unit.close(f"{name}.stage_loss_unweighted", stages, rtol=EXACT)
         regions, previous = criterion.regions(logits, targets), criterion.previous(logits)
         for stage in (2, 3):
             unit.exact(f"{name}.region.stage{stage}", regions[stage])
             unit.exact(f"{name}.prev_pred.stage{stage}", previous[stage - 2])
-        norms = [each.grad.norm().item() for each in logits]
+        norms = [stage.grad.norm().item() for stage in logits]
         unit.close(f"{name}.grad_norms", norms, rtol=GRADIENT, atol=1e-9)
         if "grads_first3" in case:
-            gradients = [each.grad for each in logits[:3]]
+            gradients = [stage.grad for stage in logits[:3]]
             unit.close(f"{name}.grads_first3", gradients, rtol=GRADIENT, atol=1e-9)
 
 
@@ -260,7 +260,7 @@ def mask_targets(unit: Unit) -> None:
 
 def _drawn(polygons: list, bitmaps: Tensor, size: tuple[int, int]) -> Tensor:
     """The bitmaps of polygons, with those of objects that have none as they are given."""
-    rows = [number for number, each in enumerate(polygons) if each]
+    rows = [number for number, polygon in enumerate(polygons) if polygon]
     drawn = bitmaps_of(PolygonMasks([[_flat(p) for p in polygons[n]] for n in rows]), size)
     result = bitmaps.clone()
     result[rows] = drawn
@@ -329,7 +329,7 @@ def paste(unit: Unit) -> None:
     boxes, (height, width) = unit["boxes"][:, :4], unit["image_hw"]
     masks = DetectedMasks(probabilities, boxes, (height, width))
     unit.exact("masks", masks.tensor.to(torch.uint8))
-    unit.exact("masks_rle", [each["counts"] for each in masks.rles()])
+    unit.exact("masks_rle", [rle["counts"] for rle in masks.rles()])
     small = tuple(unit["small_image_hw"])
     scaled = DetectedMasks(probabilities, boxes / unit["scale_factor"], small)
     unit.exact("masks_small", scaled.tensor.to(torch.uint8))
@@ -348,7 +348,7 @@ def _over_the_image(probabilities: Tensor, boxes: Tensor, height: int, width: in
         )
         for box in boxes
     ]
-    grid = torch.stack([torch.stack(each, dim=-1) for each in grids])
+    grid = torch.stack([torch.stack(axes, dim=-1) for axes in grids])
     return F.grid_sample(probabilities[:, None], grid, align_corners=False)[:, 0]
 
 
