@@ -10,9 +10,10 @@ from PIL import Image
 
 from co_detr.checkpoint.saving import Checkpointer
 from co_detr.engine.config import apply_overrides, load_config
-from tests.export.tiny_export import CLASSES, SIZE, Trained
+from tests.export.tiny_export import Trained
 from tests.modeling.builders import NUM_CLASSES, randomize, shrink
 from tests.paths import config_path
+from tests.prediction.trained_run import CLASSES, SIZE
 
 
 @pytest.fixture(scope="session")

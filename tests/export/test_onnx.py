@@ -13,8 +13,8 @@ from PIL import Image
 
 from co_detr.tools.export import ExportedPredictor
 from tests.export.agreement import assert_same
-from tests.export.tiny_export import CLASSES
 from tests.modeling.builders import decoder_detections
+from tests.prediction.trained_run import CLASSES
 
 pytest.importorskip("onnxscript")
 ort = pytest.importorskip("onnxruntime")

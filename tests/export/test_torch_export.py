@@ -11,7 +11,7 @@ from co_detr.layers.deformable_attention import HAS_EXTENSION
 from co_detr.tools.export import ExportedPredictor
 from co_detr.tools.export.predictor import check_image
 from tests.export.agreement import assert_same
-from tests.export.tiny_export import CLASSES
+from tests.prediction.trained_run import CLASSES
 
 FIXED = (96, 128)
 

@@ -7,12 +7,6 @@ from co_detr.checkpoint.detector import load_detector
 from co_detr.tools.export import ExportSettings, export_detector
 from co_detr.tools.predict.predictor import Predictor
 
-CLASSES = ["red cell", "white cell", "platelet", "dust", "bubble"]
-SIZE = [
-    "dataloader.test.mapper.augmentations.short_edge=96",
-    "dataloader.test.mapper.augmentations.max_size=160",
-]
-
 
 @dataclass(frozen=True)
 class Trained:
