@@ -302,16 +302,16 @@ class MaskStage(nn.Module):
     def __init__(self, semantic_dim: int, width: int, out_width: int, doubles: bool = True):
         super().__init__()
         self.doubles = doubles
-        self.semantic_conv = plain_conv(semantic_dim, width, activation=F.relu)
-        self.fuse_conv = plain_conv(2 * width + 1, width, activation=F.relu)
+        self.semantic_conv = plain_conv(semantic_dim, width, activation=torch.relu_)
+        self.fuse_conv = plain_conv(2 * width + 1, width, activation=torch.relu_)
         self.fusion = MultiBranchFusion(width)
-        self.out_conv = plain_conv(width, out_width - 1, activation=F.relu)
+        self.out_conv = plain_conv(width, out_width - 1, activation=torch.relu_)
 
     def forward(self, instance: Tensor, semantic: Tensor, logits: Tensor) -> Tensor:
         """``(N, C, S, S)``, ``(N, C, S, S)`` pooled, ``(N, 1, S, S)`` -> ``(N, out, S', S')``."""
         probability = logits.sigmoid().to(instance.dtype)
         fused = self.fuse_conv(torch.cat([instance, semantic, probability], dim=1))
-        fused = F.relu(self.fusion(fused))
+        fused = torch.relu_(self.fusion(fused))
         joined = torch.cat([self.out_conv(fused), probability], dim=1)
         if not self.doubles:
             return joined
@@ -327,7 +327,7 @@ class MultiBranchFusion(nn.Module):
     def __init__(self, width: int, dilations: Sequence[int] = (1, 3, 5)):
         super().__init__()
         self.branches = nn.ModuleList(
-            plain_conv(width, width, 3, dilation, activation=F.relu) for dilation in dilations
+            plain_conv(width, width, 3, dilation, activation=torch.relu_) for dilation in dilations
         )
         self.merge_conv = plain_conv(width, width)
 
@@ -411,7 +411,7 @@ def normed_conv(channels: int, out_channels: int, stride: int = 1) -> Conv2d:
         padding=1,
         bias=False,
         norm=ChannelNorm(out_channels, eps=EPS),
-        activation=F.relu,
+        activation=torch.relu_,
     )
     c2_msra_fill(conv)
     return conv
