@@ -148,7 +148,8 @@ class RefineMaskHead(nn.Module):
     def semantic_maps(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Of each stage ``(B, C', H, W)``: what it pools its semantic features from."""
         semantic = self.semantic_convs(maps[0])
-        return [stage.semantic_conv(semantic) for stage in self.stages]
+        # RoIAlign would copy maps that are not, again for every chunk of boxes.
+        return [stage.semantic_conv(semantic).contiguous() for stage in self.stages]
 
     def predict(
         self, pooled: Tensor, semantic: Sequence[Tensor], regions: Regions
@@ -259,7 +260,7 @@ class RefineMaskHead(nn.Module):
             ``(N, 112, 112)``, the mask is where it is at least 0.5) and, with an ``iou_head``,
             ``mask_scores`` ``(N,)``: the score times the predicted IoU of the mask.
         """
-        maps = memory.maps()
+        maps = [map_.contiguous() for map_ in memory.maps()[: len(self.strides)]]
         semantic = self.semantic_maps(maps)
         boxes = torch.cat([instances.pred_boxes.tensor for instances in detections])
         numbers = [len(instances) for instances in detections]
