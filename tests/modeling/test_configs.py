@@ -1,5 +1,7 @@
 """Every experiment of configs/ builds; one of every family trains a step and detects."""
 
+from functools import cache
+
 import pytest
 import torch
 from detectron2.config import LazyCall, instantiate
@@ -64,6 +66,13 @@ def load(name, *overrides):
     return load_config(config_path(name), overrides)
 
 
+@cache
+def full_size(name):
+    """The model of a config, for three classes, to be looked at only: shapes without memory."""
+    with torch.device("meta"):
+        return instantiate(load(name, "model.num_classes=3").model)
+
+
 def heads_of(model):
     return [] if model.auxiliary is None else list(model.auxiliary.heads)
 
@@ -76,9 +85,7 @@ def test_there_are_experiments():
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_full_size_model(name):
-    cfg = load(name)
-    with torch.device("meta"):  # shapes without memory or time
-        model = instantiate(cfg.model)
+    model = full_size(name)
     assert heads_of(model) == HEADS.get(name, ["roi", "atss"])
     levels = model.backbone.output_shape()
     assert len(levels) == model.encoder.num_levels
@@ -247,9 +254,7 @@ def test_heads_can_be_switched_off_from_the_command_line():
 
 @pytest.mark.parametrize("name", MEMBERS)
 def test_number_of_classes_reaches_every_part(name):
-    cfg = load(name, "model.num_classes=3")
-    with torch.device("meta"):
-        model = instantiate(cfg.model)
+    model = full_size(name)
     counted = [module for module in model.modules() if hasattr(module, "num_classes")]
     # A backbone's own number is that of a classifier.
     counted = [module for module in counted if module not in set(model.backbone.modules())]
@@ -262,7 +267,9 @@ def test_number_of_classes_reaches_every_part(name):
         assert model.auxiliary.heads.atss.class_logits.out_channels == 3
     if "roi" in heads_of(model):
         predictor = model.auxiliary.heads.roi.roi_heads.box_predictor
-        agnostic = cfg.model.auxiliary.roi.roi_heads.box_predictor.get("cls_agnostic_bbox_reg")
+        agnostic = load(name).model.auxiliary.roi.roi_heads.box_predictor.get(
+            "cls_agnostic_bbox_reg"
+        )
         assert predictor.cls_score.out_features == 4
         assert predictor.bbox_pred.out_features == (4 if agnostic else 12)
 
