@@ -348,6 +348,7 @@ class _Read:
         return self.reader.read_rgb(self.path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_settings_reach_loading_workers(tmp_path, monkeypatch, method):
     if method not in multiprocessing.get_all_start_methods():

@@ -138,6 +138,7 @@ def test_train_net_and_grids_refuse_it_too(folder, train_net):
     assert not (folder / "ran").exists() and not (ROOT / "ran").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", DISTINCT, ids=lambda path: path.stem)
 def test_every_config_can_be_written_and_read_again(path, tmp_path):
     cfg = load_config(str(path))

@@ -267,6 +267,7 @@ def test_a_new_run_in_the_folder_begins_its_curves(tiny_cfg, tmp_path):
     assert [scalar.step for scalar in reader.Scalars("total_loss")] == [0, 1]
 
 
+@pytest.mark.slow
 def test_a_training_of_version_0_1_goes_on(tiny_data, tmp_path):
     """Query sources had numbers there, also in the names that the optimizer's state keeps."""
 

@@ -160,6 +160,7 @@ def _fail_in(monkeypatch, owner, name, call, error, after=False):
     monkeypatch.setattr(owner, name, failing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name", "call", "after"),
     [

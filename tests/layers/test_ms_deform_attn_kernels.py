@@ -76,6 +76,7 @@ def test_gradcheck_and_gradgradcheck(device):
     assert torch.autograd.gradgradcheck(function, tensors, nondet_tol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck(device):
     case = CASES["one vector"]

@@ -272,6 +272,7 @@ def test_batch_statistics_learn_once_in_a_step():
     assert norm.num_batches_tracked == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(NAME == "emulated", reason="its autocast changes nothing")
 @pytest.mark.parametrize("name", [K2, K6])
 def test_half_precision(name, monkeypatch):

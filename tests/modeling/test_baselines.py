@@ -56,6 +56,7 @@ def output_of(model, batch):
     return model.forward_training(images, [sample["instances"] for sample in batch])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BASELINES)
 def test_full_size_model(name):
     cfg = load_config(config_path(name))

@@ -83,6 +83,7 @@ def test_there_are_experiments():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_full_size_model(name):
     model = full_size(name)
@@ -117,6 +118,7 @@ def wrapper(detector):
     return detector
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mount",
     [

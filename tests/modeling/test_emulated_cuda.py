@@ -67,6 +67,7 @@ def losses_of(model, masks=False):
         return model(with_masks(make_batch()) if masks else make_batch())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [

@@ -156,6 +156,7 @@ def two_digit_images():
     return batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_images_are_learned(kind, two_digit_images):
     model = build(kind, "model.encoder.dropout=0.0")
