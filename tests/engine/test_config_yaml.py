@@ -104,6 +104,7 @@ def test_targets_and_references_that_no_config_needs_are_refused(folder, node):
         load_config("config.yaml")
 
 
+@pytest.mark.slow
 def test_a_refused_target_leaves_python_as_it_was(folder):
     """A training after it, which imports setuptools through PyTorch, failed in the same process."""
     script = """
@@ -126,6 +127,7 @@ def _quickstart_text():
     return path.read_text().replace("!!python/", "tag-")
 
 
+@pytest.mark.slow
 def test_train_net_and_grids_refuse_it_too(folder, train_net):
     text = 'data: !!python/object/apply:os.system ["touch ran"]\n'
     (folder / "config.yaml").write_text(text)

@@ -60,6 +60,7 @@ def test_class_count(three_classes, tmp_path, drop, extra, eval_only, count):
     assert cfg.dataloader.train.dataset.num_classes == count
 
 
+@pytest.mark.slow
 def test_one_command_trains_and_evaluates_other_val_sets(train_net, three_classes, tmp_path):
     arguments = [*three_classes.overrides(tmp_path / "out"), "train.max_iter=2"]
     result = train_net(*arguments)

@@ -56,6 +56,7 @@ def make(tiny_data, tmp_path):
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.cpu_only("RoIAlign would be compiled to repeat its bits")
 def test_a_run_with_everything(make, tmp_path):
     torch.manual_seed(0)

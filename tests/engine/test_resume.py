@@ -83,6 +83,7 @@ class InterruptingMapper:
         return self.mapper(record)
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_only_evaluates(tiny_cfg, tmp_path):
     first = run_training(tiny_cfg("train.max_iter=3"), resume=False)
     before = (tmp_path / "out" / "model_final.pth").read_bytes()

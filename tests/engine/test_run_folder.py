@@ -46,6 +46,7 @@ def press_ctrl_c_in_the_second_step():
     TinyDetector._losses = press
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("earlier", ["of today", "without identity"])
 def test_a_run_is_not_continued_as_another_one(train_process, tmp_path, earlier):
     first = train_process(SHORT)
@@ -148,6 +149,7 @@ def test_a_damaged_identity(tiny_cfg, tmp_path):
         run_training(tiny_cfg(), resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [[], ["--resume"]])
 def test_two_runs_at_once(train_process, tmp_path, again):
     first = train_process("train.max_iter=100000", "train.checkpointer.period=2")

@@ -231,6 +231,7 @@ def _train_long(train_process, *arguments):
     return process
 
 
+@pytest.mark.slow
 def test_signals_of_a_whole_job_reach_the_loading_workers_too(train_process):
     process = _train_long(train_process, "dataloader.train.num_workers=2")
     with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
@@ -346,6 +347,7 @@ def _damage(path, how):
         path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["missing", "cut off", "empty", "one bit"])
 def test_a_damaged_checkpoint_is_passed_over(tiny_cfg, tmp_path, whole, caplog, how):
     torch.manual_seed(0)
@@ -417,6 +419,7 @@ def allow_small_files_only():
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
 
+@pytest.mark.slow
 def test_no_room_for_a_checkpoint(train_process, tiny_cfg, tmp_path):
     first = train_process("train.max_iter=3", "model.channels=100")
     assert first.wait() == 0, first.output

@@ -18,6 +18,7 @@ from tests.engine.test_distributed import COMMON, read_run
 pytestmark = pytest.mark.cpu_only("two processes: NCCL wants a card for each, see tests/gpu")
 
 
+@pytest.mark.slow
 def test_a_signal_at_one_of_them_stops_both(two, tmp_path):
     ranks = two("train.max_iter=100000", "train.checkpointer.period=100000")
     assert ranks[0].wait_until(lambda: "iter 2/" in ranks[0].output)

@@ -141,6 +141,7 @@ def test_operators_reject_more_pixels_than_32_bits_count(pixels, shapes):
         torch.ops.co_detr.ms_deform_attn(value, shapes, locations, locations[..., 0])
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph():
     case = CASES["usual"]
     tensors = case.tensors(torch.float32)

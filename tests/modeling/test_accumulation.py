@@ -105,6 +105,7 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size"),
     [*((name, 1) for name in (K0, K2, CO_DINO, MASKS, HYBRID, DENSE)), (K6, 2), (CO_DINO, 2)],

@@ -168,6 +168,7 @@ def family(name):
     )
 
 
+@pytest.mark.slow
 def test_every_family_has_a_member():
     families = {name: family(name) for name in EXPERIMENTS}
     covered = [families[name] for name in MEMBERS]
@@ -254,6 +255,7 @@ def test_heads_can_be_switched_off_from_the_command_line():
         assert all(key.startswith("matching.") for key in train_step(model, make_batch()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEMBERS)
 def test_number_of_classes_reaches_every_part(name):
     model = full_size(name)

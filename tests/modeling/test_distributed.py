@@ -17,6 +17,7 @@ def two_processes(tmp_path_factory):
     return torch.load(output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", NUM_GTS)
 @pytest.mark.parametrize("heads", [0, 1, 6])
 def test_two_gloo_processes_equal_one(two_processes, heads, case):

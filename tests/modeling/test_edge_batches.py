@@ -34,6 +34,7 @@ def test_ordinary_batch(heads):
     assert prefixes == {*groups, *("atss", "roi")[:heads]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("num_gts", [(3, 2), (0, 0), (0, 3), (60, 1)])
 def test_six_heads(num_gts, half):

@@ -36,6 +36,7 @@ def test_encoder_checkpointing_changes_no_bit(heads, monkeypatch):
     assert len(calls) == len(plain.encoder.layers)  # nothing to save without gradients
 
 
+@pytest.mark.slow
 @pytest.mark.cpu_only("tests/gpu compiles for a card; a mode of the tests would be traced, too")
 def test_compiled_layers_are_one_graph_each():
     plain, compiled = tiny_model(1), tiny_model(1)

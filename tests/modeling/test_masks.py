@@ -234,6 +234,7 @@ def test_masks_fit_boxes_that_reached_into_the_padding():
     torch.testing.assert_close(again.pred_masks.tensor, found.pred_masks.probabilities)
 
 
+@pytest.mark.slow
 @NO_AUTOCAST
 def test_bfloat16_trains_and_detects():
     model = build()
@@ -250,6 +251,7 @@ def test_bfloat16_trains_and_detects():
     assert found.pred_masks.probabilities.isfinite().all()
 
 
+@pytest.mark.slow
 def test_micro_batches_weigh_masks_by_their_images_with_objects(monkeypatch):
     model = build_in_float64(CO_DINO, dtype=torch.float32)
     without_chance(model, monkeypatch)

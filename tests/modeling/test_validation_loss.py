@@ -17,6 +17,7 @@ from tests.modeling.test_resume import losses_of
 from tests.paths import config_path
 
 
+@pytest.mark.slow
 @pytest.mark.cpu_only("RoIAlign would be compiled to repeat its bits; tests/gpu asks for them")
 def test_the_training_does_not_notice_it(rectangles, tmp_path):
     recipe = ["train.max_iter=3", "train.log_period=1", "train.eval_period=1"]

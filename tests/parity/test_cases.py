@@ -76,6 +76,7 @@ def test_shipped_case_agrees_with_the_reference(path: Path):
     assert_agrees(path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPLETE_FILES, reason="the complete golden set is not at hand")
 @pytest.mark.parametrize("path", COMPLETE_FILES, ids=lambda path: path.name)
 def test_complete_case_agrees_with_the_reference(path: Path):
@@ -105,6 +106,7 @@ def put(holder: dict | list, key: str | int, place: tuple | int, value: float) -
     holder[key][place] = value
 
 
+@pytest.mark.slow
 def test_each_wrong_entry_is_noticed_and_no_other(changed):
     def change(case: dict) -> None:
         evaluation, training = case["eval"], case["train"]
@@ -133,6 +135,7 @@ def test_each_wrong_entry_is_noticed_and_no_other(changed):
     }
 
 
+@pytest.mark.slow
 def test_a_wrong_weight_is_noticed(changed):
     def change(case: dict) -> None:
         name = "query_head.transformer.decoder.layers.1.ffns.0.layers.1.weight"
@@ -153,6 +156,7 @@ def test_nan_of_ours_is_noticed(changed):
     assert statuses(report)["known"] == 2
 
 
+@pytest.mark.slow
 def test_nan_of_the_reference_needs_a_reason(changed):
     def change(case: dict) -> None:
         case["train"]["losses"]["loss_cls_aux0"] = torch.nan
@@ -174,6 +178,7 @@ def test_unexpected_draws_are_noticed(changed):
     assert failures(changed(BASE, change)) == draws
 
 
+@pytest.mark.slow
 def test_what_stops_a_part_fails_its_entries_and_no_others(changed):
     def change(case: dict) -> None:
         case["train"]["roi"]["sampling"][0]["pos_inds"] += 10_000
@@ -194,6 +199,7 @@ def test_a_missing_base_case_is_named(changed):
     assert any("case_elsewhere.pt" in line.note for line in report.failures)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPLETE_FILES, reason="the complete golden set is not at hand")
 def test_each_wrong_entry_of_co_dino_is_noticed_and_no_other(changed):
     def change(case: dict) -> None:
@@ -221,6 +227,7 @@ def test_each_wrong_entry_of_co_dino_is_noticed_and_no_other(changed):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPLETE_FILES, reason="the complete golden set is not at hand")
 def test_other_noise_is_noticed(changed):
     def change(case: dict) -> None:
