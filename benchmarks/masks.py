@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from detectron2.config import instantiate
-from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
@@ -62,7 +62,10 @@ def make_batch(size: tuple[int, int], num_objects: int, num_classes: int) -> lis
     circle = torch.stack([angles.cos(), angles.sin()], dim=1)
     low, high = truth.gt_boxes.tensor[:, None].split(2, dim=2)
     outlines = (low + high) / 2 + (high - low) / 2 * circle
-    truth.gt_masks = PolygonMasks([[outline.flatten().double().numpy()] for outline in outlines])
+    polygons = [[outline.flatten().double().numpy()] for outline in outlines]
+    truth.gt_masks = BitMasks.from_polygon_masks(
+        PolygonMasks(polygons), *size
+    )  # as data are loaded
     return [{"image": image, "instances": truth}]
 
 

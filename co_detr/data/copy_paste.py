@@ -99,12 +99,12 @@ def paste(
     pad_value: float = 114.0,
     *,
     most_moved: float = 10.0,
-    most_hidden: int = 300,
+    enough_left: int = 300,
 ) -> Scene:
     """Puts objects over a scene.
 
     Boxes of the scene are drawn anew around what is left of the masks. An object of the scene stays
-    if no side of its box has moved by more than `most_moved` pixels, or if more than `most_hidden`
+    if no side of its box has moved by more than `most_moved` pixels, or if more than `enough_left`
     pixels of it are left. One of which nothing is left goes in any case; the reference keeps it
     with an empty box where that lies near the upper left corner of the image.
 
@@ -138,7 +138,7 @@ def paste(
     boxes = masks.boxes().tensor
     moved = (boxes - scene.instances.gt_boxes.tensor).abs().amax(dim=1)
     left = torch.tensor(list(map(np.count_nonzero, masks.bitmaps)), dtype=torch.int64)
-    stays = (left > 0) & ((moved <= most_moved) | (left > most_hidden))
+    stays = (left > 0) & ((moved <= most_moved) | (left > enough_left))
     instances = Instances(
         size,
         gt_boxes=Boxes(torch.cat([boxes[stays], objects.gt_boxes.tensor])),

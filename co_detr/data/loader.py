@@ -255,8 +255,8 @@ def lsj_train_augmentation(
 
     The result fits in the square but does not fill it; the model pads it (`BatchPadding`).
     `RandomCrop` and not `FixedSizeCrop`, which would draw one number for both directions.
-    Source: Ghiasi et al., "Simple Copy-Paste", CVPR 2021; the reference's LSJ configs, as they
-    recommend it for data without masks (that is, without pasting objects of other images).
+    Source: Ghiasi et al., "Simple Copy-Paste", CVPR 2021; the reference's LSJ configs.
+    Objects of other images are pasted by `CopyPaste`, where the data have masks.
 
     Args:
         size: side of the square in pixels.
@@ -438,7 +438,11 @@ def build_train_loader(
     if copy_paste is not None and not any(
         "segmentation" in annotation for record in dataset for annotation in record["annotations"]
     ):
-        copy_paste = None  # of which loading the data has told
+        logger.warning(
+            "dataloader.train.copy_paste pastes nothing: no object of the data set has a mask that "
+            "is read (dataloader.train.dataset.with_masks)."
+        )
+        copy_paste = None
     groups = [int(record["width"] > record["height"]) for record in dataset]
     plan = BatchPlan(
         len(dataset),

@@ -364,7 +364,7 @@ def build_selection(
             "checkpoint."
         )
     if of_masks:
-        val = usable_dataset(read_coco(cfg.data.val, keep=True), with_masks=True)
+        val = usable_dataset(read_coco(cfg.data.val), with_masks=True)
         problem = missing_masks(cfg.data.val, val)
         if problem is not None:
             raise ConfigError(f"train.best_metric={metric}: {problem}")

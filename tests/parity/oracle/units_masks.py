@@ -83,7 +83,7 @@ def copy_paste(unit: Unit) -> None:
     size = tuple(unit["image_hw"])
     rule = {
         "most_moved": unit["bbox_occluded_thr"],
-        "most_hidden": unit["mask_occluded_thr"],
+        "enough_left": unit["mask_occluded_thr"],
     }
     most = {"at_most_3": 3}
     limit = unit["max_num_pasted"]

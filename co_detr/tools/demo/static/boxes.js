@@ -1,10 +1,10 @@
-// The boxes and masks on the picture, their list and their counts. All boxes are made once for an image; the
-// slider only hides and shows them.
+// The boxes and masks on the picture, their list and their counts. All boxes are made once for an
+// image; the slider only hides and shows them.
+
+import { outline } from "./masks.js";
 
 // Pixels of the width of the picture for each label; with more boxes, only the one pointed at has one.
 const PER_LABEL = 20;
-
-import { outline } from "./masks.js";
 
 export class BoxView {
   // classes: [{ name, color, text }], category id 1 first.
