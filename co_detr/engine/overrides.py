@@ -26,7 +26,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from co_detr.errors import ConfigError, first_line
-from co_detr.moved import present_key
+from co_detr.moved import DROPPED_KEYS, present_key
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,9 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> None:
         key, separator, raw = override.partition("=")
         if not separator or not key or key[0] in "+~":
             raise ConfigError(f"override {override!r} is not of the form key=value.")
+        if key in DROPPED_KEYS:
+            logger.warning("%s is no key any more, as nothing needs it: leave it out.", key)
+            continue
         key = _present_key(cfg, key)
         parent, last = _parent_of(cfg, key)
         old = _resolved(cfg, key)

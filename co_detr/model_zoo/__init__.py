@@ -246,8 +246,8 @@ def choose_config(state: Mapping[str, Tensor], official: bool) -> Choice:
         )
     problems: dict[str, list[str]] = {}
     # A plain DETR takes its part of any such file, and a model without masks that of one with them:
-    # right only if nothing else fits. A config for
-    # another number of classes is right only if none has the file's.
+    # right only if nothing else fits. A config for another number of classes is right only if none
+    # has the file's.
     rank: dict[str, tuple[bool, bool]] = {}
     for name in ZOO:
         problems[name], partial = _problems(state, _of_the_zoo(name, len(bias)), official)

@@ -10,7 +10,7 @@ from detectron2.structures import BitMasks, Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from co_detr.errors import ConfigError
-from co_detr.modeling.auxiliary.branch import AuxiliaryBranch, HybridAssignmentHeads
+from co_detr.modeling.auxiliary.branch import AuxiliaryBranch, HybridAssignmentHeads, reads_masks_of
 from co_detr.modeling.detectors import (
     DECODER,
     TOP_K,
@@ -156,7 +156,7 @@ class CoDETR(nn.Module):
         if self.mask_head is not None:
             return True
         heads = {} if self.auxiliary is None else self.auxiliary.heads
-        return self.evaluate_with in heads and heads[self.evaluate_with].reads_masks
+        return self.evaluate_with in heads and reads_masks_of(heads[self.evaluate_with])
 
     def forward(
         self, batched_inputs: list[dict], counts: StepCounts | None = None
@@ -185,7 +185,8 @@ class CoDETR(nn.Module):
             one_pass = InferencePass(self, images)
             found = one_pass.detections(self.evaluate_with or DECODER)
             if self.mask_head is not None:
-                # In what images pad themselves with nothing is left of a detection in the end.
+                # A model that takes its padding for a part of the image detects there, too; a mask
+                # is that of the part of a box that is left in the end.
                 sizes = [tuple(entry["image"].shape[-2:]) for entry in batched_inputs]
                 found = one_pass.with_masks(found, sizes)
             detections = {"instances": found}
@@ -422,15 +423,15 @@ def _check_mask_head(model: nn.Module) -> None:
             "model.mask_head=null, too."
         )
     given = [shape.stride for shape in model.backbone.output_shape().values()]
-    if model.mask_head.strides != given:
-        raise ConfigError(
-            f"model.mask_head.strides={model.mask_head.strides}, but the encoder's maps have the "
-            f"strides {given}: give it these."
-        )
     if len(given) == 1:
         raise ConfigError(
             f"model.mask_head needs maps of several strides, but this encoder has one, of stride "
             f"{given[0]}: take a model with a deformable encoder."
+        )
+    if model.mask_head.strides != given:
+        raise ConfigError(
+            f"model.mask_head.strides={model.mask_head.strides}, but the encoder's maps have the "
+            f"strides {given}: give it these."
         )
 
 

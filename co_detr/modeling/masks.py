@@ -213,8 +213,8 @@ class RefineMaskHead(nn.Module):
                 without masks teaches nothing.
             counts: of all micro-batches of the step, to whose losses those of this one are then a
                 contribution. Means over regions are not counted in advance: each image with
-                objects is taken to have as many regions as any other, which is so where
-                `RegionSampler.max_positives` is reached.
+                objects, also one without masks, is taken to have as many regions as any other,
+                which is so where all have masks and `RegionSampler.max_positives` is reached.
 
         Returns:
             ``loss_mask``, and ``loss_mask_iou`` with an ``iou_head``; 0 without any region.
@@ -325,10 +325,10 @@ class MultiBranchFusion(nn.Module):
     Source: RefineMask section 3.3; ``MultiBranchFusionAvg`` of the reference.
     """
 
-    def __init__(self, width: int, dilations: Sequence[int] = (1, 3, 5)):
+    def __init__(self, width: int):
         super().__init__()
         self.branches = nn.ModuleList(
-            plain_conv(width, width, 3, dilation, activation=torch.relu_) for dilation in dilations
+            plain_conv(width, width, 3, dilation, activation=torch.relu_) for dilation in (1, 3, 5)
         )
         self.merge_conv = plain_conv(width, width)
 
@@ -369,7 +369,8 @@ class MaskIoUHead(nn.Module):
         self.num_classes = num_classes
         self.loss_weight = loss_weight
         self.convs = nn.Sequential(
-            normed_conv(embed_dim + 1, conv_dim), normed_conv(conv_dim, conv_dim, stride=2)
+            layer_normed_conv(embed_dim + 1, conv_dim),
+            layer_normed_conv(conv_dim, conv_dim, stride=2),
         )
         side = RefineMaskHead.sizes[0] // 2
         self.fc = nn.Linear(conv_dim * side**2, fc_dim)
@@ -399,10 +400,10 @@ class MaskIoUHead(nn.Module):
 
 def _tower(channels: int, width: int, number: int) -> nn.Sequential:
     inputs = [channels] + [width] * (number - 1)
-    return nn.Sequential(*(normed_conv(channels, width) for channels in inputs))
+    return nn.Sequential(*(layer_normed_conv(channels, width) for channels in inputs))
 
 
-def normed_conv(channels: int, out_channels: int, stride: int = 1) -> Conv2d:
+def layer_normed_conv(channels: int, out_channels: int, stride: int = 1) -> Conv2d:
     """3x3 convolution, LayerNorm over channels, ReLU."""
     conv = Conv2d(
         channels,

@@ -149,7 +149,17 @@ def test_every_config_can_be_written_and_read_again(path, tmp_path):
     assert config_content(again) == config_content(cfg)
 
 
-@pytest.mark.parametrize("name", ["co_dino_vit_l_o365_12ep", "co_detr_r50_mask_rcnn", "quickstart"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "co_dino_vit_l_o365_12ep",
+        "co_detr_r50_mask_rcnn",
+        "quickstart",
+        "co_dino_r50_lsj_12ep",
+        "co_dino_r50_instance",
+        "co_dab_detr_r50",
+    ],
+)
 def test_what_detectron2_writes_is_read(name, tmp_path):
     """As earlier versions did."""
     cfg = load_config(config_path(name))

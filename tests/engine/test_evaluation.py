@@ -13,28 +13,20 @@ from torch import nn
 from co_detr.data.coco import align_classes, class_names, load_coco
 from co_detr.engine.train import build_evaluation, run_evaluation_only, run_training
 from co_detr.errors import CheckpointError, ConfigError, DataError
+from tests.engine.tiny_detector import GroundTruthDetector
 
 
-class Oracle(nn.Module):
-    """Returns the ground truth; the val mapper drops it, so it reads the file."""
+class Oracle(GroundTruthDetector):
+    """Returns the ground truth."""
 
-    def __init__(self, num_classes, annotation_file):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        with open(annotation_file) as file:
-            self.annotations = json.load(file)["annotations"]
-
-    def forward(self, batched_inputs):
-        return [self._detect(sample) for sample in batched_inputs]
-
-    def _detect(self, sample):
-        mine = [a for a in self.annotations if a["image_id"] == sample["image_id"]]
+    def detect(self, sample):
+        mine = self.annotations_of(sample)
         result = Instances((sample["height"], sample["width"]))
         boxes = torch.tensor([a["bbox"] for a in mine], dtype=torch.float32).reshape(-1, 4)
         result.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1))
         result.scores = torch.ones(len(mine))
         result.pred_classes = torch.tensor([[3, 7].index(a["category_id"]) for a in mine])
-        return {"instances": result}
+        return result
 
 
 @pytest.fixture
@@ -166,9 +158,8 @@ def test_limits_that_are_none(oracle_cfg, limit):
 class Blind(Oracle):
     """Finds nothing at all."""
 
-    def _detect(self, sample):
-        result = super()._detect(sample)
-        return {"instances": result["instances"][:0]}
+    def detect(self, sample):
+        return super().detect(sample)[:0]
 
 
 def test_no_detection_is_an_ap_of_zero(oracle_cfg, tmp_path):
@@ -304,9 +295,9 @@ class OneClass(nn.Module):
 class ShiftedOracle(Oracle):
     """Two pixels beside the ground truth: right at IoU 0.5 and wrong at 0.95."""
 
-    def _detect(self, sample):
-        result = super()._detect(sample)
-        result["instances"].pred_boxes.tensor[:, ::2] += 2
+    def detect(self, sample):
+        result = super().detect(sample)
+        result.pred_boxes.tensor[:, ::2] += 2
         return result
 
 

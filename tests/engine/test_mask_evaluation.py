@@ -7,37 +7,25 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import nn
 
 from co_detr.engine.evaluation import missing_masks, result_entries, usable_dataset
 from co_detr.engine.train import run_evaluation_only, run_training
 from co_detr.errors import ConfigError
 from tests.engine.masked import instances_of, write_masks
+from tests.engine.tiny_detector import GroundTruthDetector
 
 MASKED = "model._target_=tests.engine.masked.MaskedDetector"
 SIZES = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
 NAMES = [*SIZES, "AP-cell", "AP-plate"]
 
 
-class BoxShaped(nn.Module):
+class BoxShaped(GroundTruthDetector):
     """Returns the ground truth with masks that fill the boxes."""
 
-    def __init__(self, num_classes, annotation_file):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        with open(annotation_file) as file:
-            self.annotations = json.load(file)["annotations"]
-
-    def forward(self, batched_inputs):
-        return [{"instances": self.detect(sample)} for sample in batched_inputs]
-
     def detect(self, sample):
-        mine = [
-            annotation
-            for annotation in self.annotations
-            if annotation["image_id"] == sample["image_id"]
-        ]
-        return instances_of(mine, (sample["height"], sample["width"]), [3, 7])
+        return instances_of(
+            self.annotations_of(sample), (sample["height"], sample["width"]), [3, 7]
+        )
 
 
 class Misjudged(BoxShaped):

@@ -95,6 +95,13 @@ def test_an_old_key_on_the_command_line_sets_the_new_one(caplog):
     assert warnings_of(caplog) == [f"{OLD_KEY} is called {NEW_KEY} now: set that one."]
 
 
+def test_a_key_that_nothing_needs_any_more_does_nothing_on_the_command_line(caplog):
+    key = "dataloader.train.mapper.use_instance_mask"
+    cfg = load_config(config_path("co_detr_r50_mask_rcnn"), [f"{key}=true"])
+    assert "use_instance_mask" not in cfg.dataloader.train.mapper
+    assert warnings_of(caplog) == [f"{key} is no key any more, as nothing needs it: leave it out."]
+
+
 def test_an_old_key_and_an_old_class_in_a_config_in_python(tmp_path, caplog):
     """The value of the old key counts: who set it knew no other."""
     vars(auxiliary).pop("CentreSamplingAssigner", None)  # there after its first import

@@ -1,5 +1,6 @@
 """A detector of a few hundred parameters: tests of the engine need no real one."""
 
+import json
 import os
 import signal
 
@@ -125,3 +126,28 @@ class DyingDetector(TinyDetector):
         if self.passes == 3 and comm.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return super()._losses(logits, boxes, batched_inputs)
+
+
+class GroundTruthDetector(nn.Module):
+    """Base of detectors that know the ground truth, which the val mapper drops: they read the
+    file."""
+
+    def __init__(self, num_classes, annotation_file):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        with open(annotation_file) as file:
+            self.annotations = json.load(file)["annotations"]
+
+    def forward(self, batched_inputs):
+        return [{"instances": self.detect(sample)} for sample in batched_inputs]
+
+    def annotations_of(self, sample):
+        return [
+            annotation
+            for annotation in self.annotations
+            if annotation["image_id"] == sample["image_id"]
+        ]
+
+    def detect(self, sample):
+        """Detections of one image in output resolution."""
+        raise NotImplementedError

@@ -12,14 +12,10 @@ from co_detr.tools.export.predictor import check_image
 from co_detr.tools.predict.predictor import Predictor
 from tests.gpu.steps import build, step
 from tests.modeling.builders import tiny_config
+from tests.prediction.trained_run import CLASSES, SIZE
 
 pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")
-CLASSES = ["red cell", "white cell", "platelet", "dust", "bubble"]
-SIZE = [
-    "dataloader.test.mapper.augmentations.short_edge=96",
-    "dataloader.test.mapper.augmentations.max_size=160",
-]
 
 
 @pytest.mark.parametrize(

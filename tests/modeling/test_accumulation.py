@@ -233,8 +233,7 @@ def test_heads_find_the_same_when_they_count(name, monkeypatch):
         if head == "roi":
             assert counts.heads[head].normalizers.tolist() == [
                 sum(map(len, classes)),
-                sum(positives),
-                0,  # of them with a mask
+                0,  # positive ones with a mask
             ]
 
 

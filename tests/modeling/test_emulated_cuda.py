@@ -46,10 +46,6 @@ FAMILIES = [
 NO_TYPES_OF_THEIR_OWN = {
     "co_detr_r50",
     "co_dino_swin_l_12ep",
-    "baselines/group_detr_r50",
-    "baselines/h_deformable_detr_r50",
-    "baselines/atss_on_encoder_r50",
-    "baselines/faster_rcnn_on_encoder_r50",
 }
 
 

@@ -44,6 +44,7 @@ def test_a_head_detects_in_output_resolution(name):
 def test_the_decoder_does_not_run():
     model = build("model.evaluate_with=atss")
     model.decoder.forward = None
+    assert not model.predicts_masks
     assert len(detect(model, make_batch())) == 2
 
 

@@ -248,8 +248,8 @@ MUTATIONS = (
     _mutation(
         "masks-are-means-over-all-samples",
         "modeling/auxiliary/faster_rcnn.py",
-        "torch.stack([sampled, positive.sum(), masked])",
-        "torch.stack([sampled, positive.sum(), sampled])",
+        "torch.stack([sampled, masked])",
+        "torch.stack([sampled, sampled])",
         "accumulation",
     ),
     # Detectors beside the decoder

@@ -102,13 +102,13 @@ class HybridAssignmentHeads(nn.Module):
 
     @property
     def reads_masks(self) -> bool:
-        """Whether the ground truth needs ``gt_masks``."""
-        return any(_reads_masks(head) for head in self.heads.values())
+        """Whether ``gt_masks`` are read, where the ground truth has them."""
+        return any(reads_masks_of(head) for head in self.heads.values())
 
     def ignore_masks(self) -> None:
         """Lets heads that learn masks do without them, for data that have none."""
         for head in self.heads.values():
-            if _reads_masks(head):
+            if reads_masks_of(head):
                 head.ignore_masks()
 
     def count_without_memory(
@@ -191,7 +191,8 @@ def _counts_features(head: nn.Module) -> bool:
     return hasattr(head, "count") and not _counts_without_features(head)
 
 
-def _reads_masks(head: nn.Module) -> bool:
+def reads_masks_of(head: nn.Module) -> bool:
+    """Whether a head learns masks, and predicts them; heads that cannot need not say so."""
     return getattr(head, "reads_masks", False)
 
 

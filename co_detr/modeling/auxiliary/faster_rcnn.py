@@ -61,18 +61,11 @@ class SharedBitMasks(BitMasks):
     def tensor(self) -> Tensor:
         return self.bitmaps[self.rows]
 
-    @property
-    def device(self) -> torch.device:
-        return self.bitmaps.device
-
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, item: int | slice | Tensor) -> SharedBitMasks:
         return SharedBitMasks(self.bitmaps, self.rows[item].reshape(-1))
-
-    def to(self, *args, **kwargs) -> SharedBitMasks:
-        return SharedBitMasks(self.bitmaps.to(*args, **kwargs), self.rows.to(*args, **kwargs))
 
     def crop_and_resize(self, boxes: Tensor, mask_size: int) -> Tensor:
         """As that of `BitMasks`: ``(n, mask_size, mask_size)`` bool for boxes ``(n, 4)``."""
@@ -147,7 +140,7 @@ class FasterRCNNHead(nn.Module):
             two heads of one kind do not overwrite each other's.
 
     Attributes:
-        reads_masks: whether the ground truth needs ``gt_masks``.
+        reads_masks: whether ``gt_masks`` are read, where the ground truth has them.
     """
 
     def __init__(self, *, rpn: RPN, roi_heads: CollaborativeROIHeads, name: str = "roi"):
@@ -205,7 +198,7 @@ class FasterRCNNHead(nn.Module):
     def count(
         self, images: ImageList, features: dict[str, Tensor], gt_instances: list[Instances]
     ) -> HeadCounts:
-        """What Detectron2 makes means over in this batch: sampled proposals, and positive ones."""
+        """What Detectron2 makes means over in this batch, see `_normalizers`."""
         gt_instances = self._with_shared_masks(gt_instances)
         with get_event_storage().name_scope(self.name):
             proposals, _ = self.rpn(images, features, gt_instances)
@@ -214,12 +207,12 @@ class FasterRCNNHead(nn.Module):
         return HeadCounts(self._normalizers(samples), positives.tolist())
 
     def _normalizers(self, samples: list[Instances]) -> Tensor:
-        """``(3,)`` int64: sampled proposals, positive ones, those of them that have a mask."""
+        """``(2,)`` int64: sampled proposals, positive ones that have a mask."""
         positive = torch.stack([self._is_positive(sample).sum() for sample in samples])
         with_masks = [int(sample.has("gt_masks")) for sample in samples]
         masked = sum(number * has for number, has in zip(positive, with_masks, strict=True))
         sampled = positive.new_full((), sum(map(len, samples)))
-        return torch.stack([sampled, positive.sum(), masked])
+        return torch.stack([sampled, masked])
 
     def _with_shared_masks(self, gt_instances: list[Instances]) -> list[Instances]:
         """Copies whose masks are not copied for each proposal; none if this head reads none."""
@@ -243,7 +236,7 @@ class FasterRCNNHead(nn.Module):
         The RPN's are means over images, whose number it multiplies by a constant.
         """
         images = len(samples) / len(totals.positives)
-        sampled, _, masked = zip(self._normalizers(samples), totals.normalizers, strict=True)
+        sampled, masked = zip(self._normalizers(samples), totals.normalizers, strict=True)
         of_loss = {"loss_cls": sampled, "loss_box_reg": sampled, "loss_mask": masked}
         weighted = {}
         for name, value in losses.items():

@@ -57,7 +57,7 @@ def check_mask_training(report: Report, prefix: str, run: TrainingRun) -> None:
 
 
 def _check_proposals(report: Report, name: str, run: TrainingRun) -> None:
-    """The best pairs of all queries, denoising ones in front, whatever they overlap."""
+    """The best pairs of all queries, denoising ones as well, whatever they overlap."""
     head, geometry = run.model.mask_head, run.output.memory.geometry
     predictions = run.model._proposals(run.output.groups, run.output.predictions)
     boxes, scores = head.sampler.propose(predictions, geometry)

@@ -33,7 +33,7 @@ from co_detr.modeling.masks import (
     MultiBranchFusion,
     RefineMaskHead,
     Regions,
-    normed_conv,
+    layer_normed_conv,
     pool_level,
 )
 from co_detr.modeling.postprocess import DetectedMasks, _sampled_at
@@ -103,7 +103,7 @@ def ln2d(unit: Unit) -> None:
     names["norm_layer.bias"] = "norm.bias"
     weights = {names[key]: value.double() for key, value in block["state_dict"].items()}
     out, channels = weights["weight"].shape[:2]
-    conv = normed_conv(channels, out).double()
+    conv = layer_normed_conv(channels, out).double()
     conv.load_state_dict(weights)
     unit.close("conv_block.output", conv(block["input"].double()), rtol=EXACT)
     unit.close("conv_block.eps", conv.norm.eps)
