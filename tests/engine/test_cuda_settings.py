@@ -1,5 +1,6 @@
 """Switches for speed and repeatability reach PyTorch, and nothing else in the process."""
 
+import logging
 import os
 
 import pytest
@@ -7,7 +8,13 @@ import torch
 from omegaconf import OmegaConf
 
 import co_detr
-from co_detr.engine.setup import configure_torch, cuda_settings, pin_for
+from co_detr.engine.setup import (
+    configure_torch,
+    cuda_settings,
+    pin_for,
+    setup_run,
+    warn_of_emulation,
+)
 from co_detr.engine.train import run_training
 
 pytestmark = pytest.mark.cpu_only("PyTorch's switches, which need no device")
@@ -100,3 +107,30 @@ def test_the_predictor_runs_with_the_settings_of_its_config(monkeypatch):
     before = _state()
     predictor._detect([])
     assert seen == [(True, True, True)] and _state() == before
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_type_that_the_cpu_has_to_emulate_is_told(monkeypatch, caplog, dtype):
+    name = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}[dtype]
+    monkeypatch.setattr(logging.getLogger("co_detr"), "propagate", True)  # off after a run
+
+    def warnings(supported, device="cpu"):
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda: supported, raising=False)
+        caplog.clear()
+        warn_of_emulation(device, dtype, "leave it out")
+        return [record.getMessage() for record in caplog.records]
+
+    [warning] = warnings(False)
+    assert f"no instructions for {dtype}" in warning and warning.endswith("leave it out.")
+    assert not warnings(True) and not warnings(False, "cuda")
+
+
+def test_a_run_looks_at_its_precision(tiny_cfg, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "co_detr.engine.setup.warn_of_emulation", lambda *given: asked.append(given)
+    )
+    setup_run(tiny_cfg())
+    assert not asked
+    setup_run(tiny_cfg("train.amp.enabled=true"))
+    assert asked == [("cpu", "bfloat16", "train.amp.enabled=false")]

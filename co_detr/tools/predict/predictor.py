@@ -17,7 +17,7 @@ from torch import Tensor
 from co_detr.checkpoint.detector import Config, load_detector
 from co_detr.data.images import ImageReader, ImageSource, name_of
 from co_detr.data.loader import as_tensor, augment, in_format
-from co_detr.engine.setup import cuda_settings
+from co_detr.engine.setup import cuda_settings, warn_of_emulation
 from co_detr.errors import ConfigError
 
 Key = TypeVar("Key")
@@ -107,6 +107,8 @@ class Predictor:
             raise ConfigError(f'amp is {amp!r}: choose "bfloat16" or "float16", or leave it out.')
         self.amp = None if amp is None else getattr(torch, amp)
         self.device = choose_device(device)
+        if amp is not None:
+            warn_of_emulation(self.device, amp, "leave amp out")
         self.score_threshold = score_threshold
         self.mask_threshold = mask_threshold
         self.batch_size = batch_size
