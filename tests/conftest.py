@@ -15,7 +15,8 @@ from tests.paths import ROOT
 # Whose tests get the marker `tools`: what they test stands around the core, as co_detr/tools and
 # the programs in tools/ and scripts/ do. ``pytest -m "not tools"`` tests the core.
 TOOLS = (
-    *("ablation", "analysis", "conversion", "export", "mutations", "prediction", "quickstart"),
+    *("ablation", "analysis", "coco_files", "conversion", "export", "mutations", "prediction"),
+    "quickstart",
     *("checkpoint/test_convert_tool.py", "engine/test_complexity.py"),
     *("engine/test_inspect_data.py", "parity/test_report.py", "test_help.py"),
 )

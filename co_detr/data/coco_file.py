@@ -70,6 +70,7 @@ class CocoFile:
         images, annotations, categories: its lists. Ids are whole numbers or text as far as they
             can be; every annotation with a box of four numbers has an `area` and an `iscrowd`.
         corrected: what was read otherwise than it is written, with the cases of each.
+        others: what else is in the file, such as `info` and `licenses`, as it is.
     """
 
     path: str
@@ -77,6 +78,7 @@ class CocoFile:
     annotations: list[Entry]
     categories: list[Entry]
     corrected: dict[Correction, list[str]] = field(default_factory=dict)
+    others: dict[str, Any] = field(default_factory=dict)
 
 
 # Files that were read with `keep`, until they are read again.
@@ -199,7 +201,8 @@ def _corrected(path: str, content: Any) -> CocoFile:
     for annotation in lists["annotations"]:
         for correction, was in _correct_annotation(annotation):
             corrected.setdefault(correction, []).append(f"id {annotation.get('id')!r}, {was}")
-    return CocoFile(path, **lists, corrected=corrected)
+    others = {key: value for key, value in content.items() if key not in lists}
+    return CocoFile(path, **lists, corrected=corrected, others=others)
 
 
 def _entries(path: str, content: Any, key: str) -> list[Entry]:
