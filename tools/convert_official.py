@@ -26,6 +26,7 @@ silence_dependencies()
 import torch
 from torch import Tensor
 
+from co_detr.checkpoint.fetching import local_file
 from co_detr.checkpoint.loading import ignored_lines
 from co_detr.checkpoint.official import (
     Conversion,
@@ -43,7 +44,7 @@ from co_detr.checkpoint.reading import (
 )
 from co_detr.engine.config import load_config
 from co_detr.errors import CheckpointError, exit_code
-from co_detr.model_zoo import choose_config, config_file, empty_model, existing_checkpoint
+from co_detr.model_zoo import choose_config, config_file, empty_model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +58,7 @@ def convert(options: argparse.Namespace) -> None:
     Raises:
         CheckpointError: if the file cannot be read, or does not fit the config.
     """
-    existing_checkpoint(options.input)
+    options.input = local_file(options.input)
     if os.path.exists(options.output) and os.path.samefile(options.input, options.output):
         raise CheckpointError(f"{options.output} would replace its own input: name another file.")
     content = read_checkpoint(options.input, options.unsafe)

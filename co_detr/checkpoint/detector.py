@@ -14,6 +14,7 @@ from detectron2.config import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
+from co_detr.checkpoint.fetching import local_file
 from co_detr.checkpoint.loading import load_weights
 from co_detr.checkpoint.official import is_official
 from co_detr.checkpoint.reading import (
@@ -28,7 +29,6 @@ from co_detr.errors import CheckpointError
 from co_detr.model_zoo import (
     CLASS_BIAS,
     config_file,
-    existing_checkpoint,
     resolve_checkpoint,
 )
 from co_detr.model_zoo.table import ZOO
@@ -143,7 +143,7 @@ def _is_name(path: str) -> bool:
 
 def _checkpoint_file(config: Config, checkpoint: str | os.PathLike[str] | None) -> str:
     if checkpoint is not None:
-        return existing_checkpoint(checkpoint)
+        return local_file(checkpoint)
     name = None if isinstance(config, DictConfig) else Path(config).stem
     if name not in ZOO:
         raise CheckpointError(

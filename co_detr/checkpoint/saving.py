@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from co_detr.checkpoint.fetching import local_file
 from co_detr.checkpoint.loading import Mismatch, load_weights
 from co_detr.checkpoint.reading import (
     AVERAGED,
@@ -170,7 +170,8 @@ class Checkpointer:
         """Loads a file.
 
         Args:
-            path: a file or a URL known to Detectron2; "" leaves the model as it is.
+            path: a file, an address or a name of the model zoo (see `local_file`); "" leaves the
+                model as it is.
             checkpointables: which parts beside the model to load, where the file has them; None:
                 all.
             resuming: whether the training goes on, for which the file must have them all.
@@ -185,7 +186,10 @@ class Checkpointer:
             logger.info("No checkpoint is given: the weights stay as they were initialized.")
             return {}
         logger.info("Loading %s", path)
-        content = read_checkpoint(_local(path), self.unsafe)
+        remedy = (
+            'set train.init_checkpoint to an existing file, or to "" to start from random weights'
+        )
+        content = read_checkpoint(local_file(path, remedy), self.unsafe)
         if self.weights is not None:
             content = choose_weights(content, self.weights, path)
         # An average of the weights may begin in the course of a training.
@@ -213,22 +217,6 @@ class Checkpointer:
                 self.checkpointables[key].load_state_dict(saved)
         content.pop("model", None)
         return content | {"class_names": stored_class_names(content)}
-
-
-def _local(path: str) -> str:
-    """The file of a path or URL."""
-    if "://" not in path and not os.path.isfile(path):
-        raise CheckpointError(
-            f"checkpoint {path} does not exist: set train.init_checkpoint to an existing file, "
-            'or to "" to start from random weights.'
-        )
-    try:
-        return PathManager.get_local_path(path)
-    except OSError as error:
-        raise CheckpointError(
-            f"checkpoint {path} cannot be fetched ({error}): fetch it by other means and set "
-            'train.init_checkpoint to the file, or to "" to start from random weights.'
-        ) from error
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ cfg = model_zoo.get_config("co_detr_r50")
 model = model_zoo.get("co_detr_r50", trained=True)
 
 The configs lie beside the package's sources or inside of an installed package; weights are a given
-path, or in a folder, in torch's cache, or on the network. `choose_config` finds the name that a
+path, or in a folder, or on the network. `choose_config` finds the name that a
 state dict belongs to.
 """
 
@@ -17,7 +17,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 from detectron2.config import instantiate
@@ -25,6 +24,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 import co_detr
+from co_detr.checkpoint.fetching import fetch, local_file
 from co_detr.checkpoint.official import misfits, rename_official
 from co_detr.checkpoint.official_table import NO_AUXILIARY, NO_MASKS
 from co_detr.checkpoint.reading import with_present_names
@@ -138,45 +138,29 @@ def get_checkpoint_url(name: str) -> str:
     return entry.url
 
 
-def existing_checkpoint(path: str | os.PathLike[str]) -> str:
-    """The path of a file that is there.
-
-    Raises:
-        CheckpointError: if there is no such file.
-    """
-    if not os.path.isfile(path):
-        raise CheckpointError(f"checkpoint {path} does not exist: name an existing file.")
-    return os.fspath(path)
-
-
 def resolve_checkpoint(name: str, path: str | os.PathLike[str] | None = None) -> str:
     """A local file with the weights of a model, fetched if need be.
 
-    Looks at ``path``, or if there is none at $CO_DETR_CHECKPOINTS/<file name>, then in torch's
-    cache, then at the address in the table. What is fetched has to have the checksum of the table.
+    That is ``path``, or if there is none $CO_DETR_CHECKPOINTS/<file name>, or what the address in
+    the table leads to (see `co_detr.checkpoint.fetching`).
 
     Raises:
         ConfigError: if there is no such model.
         CheckpointError: if the file is nowhere; says which file to put where.
     """
     if path is not None:
-        return existing_checkpoint(path)
+        return local_file(path)
     entry = _released(name)
     folder = os.environ.get(FOLDER_VARIABLE)
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / f"co_detr_{entry.checkpoint}"
-    for candidate in ([Path(folder) / entry.checkpoint] if folder else []) + [cached]:
-        if candidate.is_file():
-            return str(candidate)
-    if entry.url is None:
-        raise _absent(entry, "is not here and cannot be fetched by a program")
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(entry.url, str(cached), hash_prefix=entry.sha256)
-    except RuntimeError as error:  # another checksum
-        raise _absent(entry, f"at {entry.url} is another file than it was ({error})") from error
-    except (URLError, OSError) as error:
-        raise _absent(entry, f"cannot be fetched from {entry.url} ({error})") from error
-    return str(cached)
+    if folder and (Path(folder) / entry.checkpoint).is_file():
+        return str(Path(folder) / entry.checkpoint)
+    if entry.url is not None:
+        return fetch(entry.url, entry.sha256)
+    where = folder if folder else f"a folder and set {FOLDER_VARIABLE} to that folder"
+    raise CheckpointError(
+        f"checkpoint {entry.checkpoint} of {entry.name} is not here and cannot be fetched by a "
+        f"program: fetch it from {entry.page} and put it into {where}."
+    )
 
 
 def _released(name: str) -> ZooEntry:
@@ -187,15 +171,6 @@ def _released(name: str) -> ZooEntry:
             f"no weights were released for {name}: train it, or name a file of yours."
         )
     return entry
-
-
-def _absent(entry: ZooEntry, what: str) -> CheckpointError:
-    folder = os.environ.get(FOLDER_VARIABLE)
-    where = folder if folder else f"a folder and set {FOLDER_VARIABLE} to that folder"
-    return CheckpointError(
-        f"checkpoint {entry.checkpoint} of {entry.name} {what}: fetch it from {entry.page} and put "
-        f"it into {where}."
-    )
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ CO_DINO_FOLDER = (
     "https://drive.google.com/drive/folders/1nAXOkzqrEgz-YnXxIEs4d5j9li_kmrnv?usp=sharing"
 )
 VIT_PAGE = "https://huggingface.co/zongzhuofan"
+VIT_URL = "hf://zongzhuofan/co-detr-vit-large-{}/pytorch_model.pth"
 
 TEST_ONLY = "official config is for testing only"
 UNRELEASED = f"{TEST_ONLY}, no weights"
@@ -38,8 +39,8 @@ class ZooEntry:
         note: how the config differs from the official one, or what that one leaves open.
         checkpoint: file name of the released weights; None: none released.
         page: where a person can fetch that file.
-        url: where a program can fetch it; None: only by hand.
-        sha256: of the file, in hexadecimal; goes with ``url``.
+        url: where a program can fetch it (see `co_detr.checkpoint.fetching`); None: only by hand.
+        sha256: of the file, in hexadecimal; None: not known, or told by the hub.
     """
 
     name: str
@@ -55,8 +56,8 @@ class ZooEntry:
     sha256: str | None = None
 
     def __post_init__(self) -> None:
-        if (self.url is None) != (self.sha256 is None):
-            raise ValueError(f"{self.name}: a url needs a sha256, and a sha256 a url")
+        if self.sha256 is not None and self.url is None:
+            raise ValueError(f"{self.name}: a sha256 needs a url")
         if (self.checkpoint is None) != (self.page is None):
             raise ValueError(f"{self.name}: a checkpoint needs a page, and a page a checkpoint")
 
@@ -85,6 +86,8 @@ def _co_dino(
     parameters: str = "",
     note: str = "",
     page: str = CO_DINO_FOLDER,
+    url: str | None = None,
+    sha256: str | None = None,
 ) -> ZooEntry:
     return ZooEntry(
         name,
@@ -97,6 +100,8 @@ def _co_dino(
         # Weights come with every result, under the name of the config.
         checkpoint=None if ap is None else f"{PurePosixPath(official).stem}.pth",
         page=None if ap is None else page,
+        url=url,
+        sha256=sha256,
     )
 
 
@@ -197,6 +202,8 @@ RELEASED = (
         parameters=VIT_BACKBONE,
         note="trained without the average of weights; batch size is not official",
         page=VIT_PAGE,
+        url=VIT_URL.format("coco"),
+        sha256="733d2ccde180a55151a68a6cab7c9f42b117d24d38d6197b37caf3189243256c",
     ),
     _co_dino(
         "co_dino_vit_l_o365_instance_12ep",
@@ -206,6 +213,7 @@ RELEASED = (
         parameters=VIT_BACKBONE,
         note="mask AP 56.6; trained without the average of weights; batch size is not official",
         page=VIT_PAGE,
+        url=VIT_URL.format("coco-instance"),
     ),
     _co_dino(
         "co_dino_r50_lvis_12ep",
@@ -248,6 +256,7 @@ RELEASED = (
         parameters=VIT_BACKBONE,
         note=TEST_ONLY,
         page=VIT_PAGE,
+        url=VIT_URL.format("lvis"),
     ),
     _co_dino(
         "co_dino_vit_l_o365_lsj_lvis_instance_16ep",
@@ -258,6 +267,7 @@ RELEASED = (
         parameters=VIT_BACKBONE,
         note=f"mask AP 60.7; {TEST_ONLY}",
         page=VIT_PAGE,
+        url=VIT_URL.format("lvis-instance"),
     ),
     ZooEntry(
         "co_dino_swin_l_objects365",
