@@ -15,11 +15,11 @@ from co_detr.modeling.detectors import (
     DECODER,
     TOP_K,
     InferencePass,
-    boxes_only,
     check_detectors,
     detector_names,
     require_detector,
 )
+from co_detr.modeling.fusion import boxes_only
 from co_detr.modeling.geometry import BatchPadding, ImageBatch
 from co_detr.modeling.losses import (
     Assignment,

@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import torch
-from detectron2.layers import batched_nms
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from co_detr.errors import ConfigError
+from co_detr.modeling.fusion import NmsFusion, boxes_only, full_precision
 from co_detr.modeling.geometry import Geometry, ImageBatch
 from co_detr.modeling.postprocess import TopKPostprocessor, absolute_boxes, require_finite
 from co_detr.structures import EncoderMemory, HeadDetections, QuerySet
@@ -68,11 +67,8 @@ class MergedDetector:
 
     def merge(self, lists: Sequence[Instances]) -> Instances:
         """What is left of the lists of one image, best first."""
-        every = Instances.cat([_without_empty(boxes_only(found)) for found in lists])
-        kept = batched_nms(
-            every.pred_boxes.tensor, every.scores, every.pred_classes, self.nms_threshold
-        )
-        return every[kept[: max(len(found) for found in lists)]]
+        longest = max(len(found) for found in lists)
+        return NmsFusion(self.nms_threshold).fuse(lists)[:longest]
 
 
 @dataclass(frozen=True)
@@ -124,9 +120,9 @@ class CascadeDetector:
         """
         require_finite(boxes)
         decoded = absolute_boxes(boxes, factor, found.image_size).tensor
-        probability = _full_precision(logits).sigmoid()
+        probability = full_precision(logits).sigmoid()
         agreed = probability.gather(1, found.pred_classes[:, None]).squeeze(1)
-        scores = _full_precision(found.scores)
+        scores = full_precision(found.scores)
         result = Instances(
             found.image_size,
             pred_boxes=Boxes(found.pred_boxes.tensor.lerp(decoded, self.box_share)),
@@ -136,26 +132,6 @@ class CascadeDetector:
         # A box that the head itself would lose in the end does not come back.
         result = result[found.pred_boxes.nonempty()]
         return result[result.scores.argsort(descending=True, stable=True)]
-
-
-def boxes_only(found: Instances) -> Instances:
-    """A copy of detections without their masks, scores in float32 at least."""
-    return Instances(
-        found.image_size,
-        pred_boxes=found.pred_boxes.clone(),
-        scores=_full_precision(found.scores),
-        pred_classes=found.pred_classes,
-    )
-
-
-def _without_empty(found: Instances) -> Instances:
-    """Without boxes that clipping to the image left nothing of, which count as no detections."""
-    return found[found.pred_boxes.nonempty()]
-
-
-def _full_precision(values: Tensor) -> Tensor:
-    """In float32 at least: heads may run in half precision."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 class InferencePass:

@@ -283,9 +283,9 @@ MUTATIONS = (
     ),
     _mutation(
         "empty-boxes-push-others-out",
-        "modeling/detectors.py",
-        "[_without_empty(boxes_only(found)) for found in lists]",
-        "[boxes_only(found) for found in lists]",
+        "modeling/fusion.py",
+        "return found[found.pred_boxes.nonempty()]",
+        "return found",
         "detectors",
     ),
     # Post-processing and weights
