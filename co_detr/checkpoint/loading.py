@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ from co_detr.checkpoint.reading import (
 )
 from co_detr.errors import CheckpointError
 from co_detr.modeling import CoDETR
+from co_detr.modeling.backbones.timm import TimmBackbone, pixel_mean, pixel_std
 from co_detr.modeling.queries.sources import training_module_names
 from co_detr.structures import ClassRows
 
@@ -119,6 +121,38 @@ def load_weights(
         )
     model.load_state_dict({key: state[key] for key in state if key not in wrong}, strict=False)
     return report
+
+
+def timm_content(model: nn.Module, address: str) -> dict[str, Any]:
+    """Weights of timm for the backbone of a model, in the form of a file with a backbone alone.
+
+    Args:
+        model: with a `TimmBackbone`.
+        address: see `TimmBackbone.timm_weights`.
+
+    Raises:
+        CheckpointError: if the backbone is none of timm, the weights cannot be had, or the model
+            normalizes images otherwise than these weights were trained with.
+    """
+    path = _backbone_path(model) if hasattr(model, "backbone") else ""
+    backbone = model.get_submodule(path)
+    if not isinstance(backbone, TimmBackbone):
+        raise CheckpointError(
+            f"{address} is for a backbone of timm, but that of the model is a "
+            f"{type(backbone).__name__}: name a file in train.init_checkpoint."
+        )
+    weights = backbone.timm_weights(address)
+    channels = model.pixel_mean.numel()
+    for key, wanted in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
+        ours, theirs = getattr(model, key).flatten(), wanted(backbone.name, channels)
+        if not torch.allclose(ours.cpu(), torch.tensor(theirs), atol=0.1):
+            raise CheckpointError(
+                f"the weights {address} were trained on images that were normalized with the "
+                f"{key} {[round(value, 3) for value in theirs]} (of 0 to 255, red first), but "
+                f"model.{key} is {[round(value, 3) for value in ours.tolist()]}: leave model.{key} "
+                "as configs/models/backbones.py sets it for timm, or set it to these values."
+            )
+    return {"model": {f"{path}.{key}": value for key, value in weights.items()}}
 
 
 @dataclass
@@ -236,7 +270,9 @@ def _backbone_state(
     backbone = model.get_submodule(path)
     own = backbone.state_dict()
     state = {
-        key.removeprefix(f"{path}."): value for key, value in state.items() if not _is_left_out(key)
+        key.removeprefix(f"{path}."): value
+        for key, value in state.items()
+        if key.removeprefix(f"{path}.") in own or not _is_left_out(key)
     }
     if content.get("matching_heuristics", False):
         from_caffe2 = content.get("__author__") == "Caffe2"

@@ -22,7 +22,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from co_detr.checkpoint.fetching import local_file
-from co_detr.checkpoint.loading import Mismatch, load_weights
+from co_detr.checkpoint.loading import Mismatch, load_weights, timm_content
 from co_detr.checkpoint.reading import (
     AVERAGED,
     Weights,
@@ -34,6 +34,7 @@ from co_detr.checkpoint.reading import (
 from co_detr.engine.launch import raise_jointly
 from co_detr.errors import CheckpointError, ConfigError
 from co_detr.files import time_stamp, write_error_of, written_whole
+from co_detr.modeling.backbones.timm import ADDRESS
 
 logger = logging.getLogger(__name__)
 
@@ -170,8 +171,8 @@ class Checkpointer:
         """Loads a file.
 
         Args:
-            path: a file, an address or a name of the model zoo (see `local_file`); "" leaves the
-                model as it is.
+            path: a file, an address or a name of the model zoo (see `local_file`), or
+                ``timm://NAME`` for the backbone alone; "" leaves the model as it is.
             checkpointables: which parts beside the model to load, where the file has them; None:
                 all.
             resuming: whether the training goes on, for which the file must have them all.
@@ -189,7 +190,10 @@ class Checkpointer:
         remedy = (
             'set train.init_checkpoint to an existing file, or to "" to start from random weights'
         )
-        content = read_checkpoint(local_file(path, remedy), self.unsafe)
+        if path.startswith(ADDRESS):
+            content = timm_content(self.model, path)
+        else:
+            content = read_checkpoint(local_file(path, remedy), self.unsafe)
         if self.weights is not None:
             content = choose_weights(content, self.weights, path)
         # An average of the weights may begin in the course of a training.

@@ -5,8 +5,14 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling.backbone import BasicStem
 
 from co_detr.modeling import ChannelMapper
-from co_detr.modeling.backbones import SwinTransformer, VisionTransformer, ViTPyramid
+from co_detr.modeling.backbones import (
+    SwinTransformer,
+    TimmBackbone,
+    VisionTransformer,
+    ViTPyramid,
+)
 from co_detr.modeling.backbones.resnet import ResNet
+from co_detr.modeling.backbones.timm import ADDRESS, pixel_mean, pixel_std
 
 # torchvision's variant of ResNet-50 (stride in the 3x3 convolution, RGB); stem and res2 frozen.
 resnet50 = L(ResNet)(
@@ -99,3 +105,49 @@ mapped_vit_l_lsj = _mapped_vit_l(
     drop_path_rate=0.3,
     square_size=1536,
 )
+
+# Of the package timm; use_timm puts one of them into a model.
+mapped_timm = L(ChannelMapper)(
+    bottom_up=L(TimmBackbone)(
+        name="convnext_tiny.fb_in22k_ft_in1k",
+        in_channels=3,
+        out_indices=None,
+        drop_path_rate=0.0,
+        freeze_batch_norm=True,
+        size_divisibility=None,
+        activation_checkpointing=False,
+        model_options={},
+    ),
+    in_features=["c3", "c4", "c5"],
+    out_channels="${..encoder.embed_dim}",
+    num_extra_levels=1,
+)
+
+# Plain transformers with patches of 16 pixels; levels of strides 4 to 64.
+pyramid_on_timm = L(ViTPyramid)(
+    bottom_up=L(TimmBackbone)(
+        name="vit_small_patch16_dinov3.lvd1689m",
+        in_channels=3,
+        out_indices=None,
+        drop_path_rate=0.0,
+        freeze_batch_norm=True,
+        size_divisibility=32,
+        activation_checkpointing=True,
+        model_options={},
+    ),
+    out_channels="${..encoder.embed_dim}",
+)
+
+
+def use_timm(model, train, backbone):
+    """Puts a backbone of timm into a model, with the normalization and the weights of its name.
+
+    Both follow `model.backbone.bottom_up.name`, also when that is changed on the command line.
+    """
+    model.backbone = backbone
+    of_backbone = dict(
+        name="${..backbone.bottom_up.name}", in_channels="${..backbone.bottom_up.in_channels}"
+    )
+    model.pixel_mean = L(pixel_mean)(**of_backbone)
+    model.pixel_std = L(pixel_std)(**of_backbone)
+    train.init_checkpoint = f"{ADDRESS}${{model.backbone.bottom_up.name}}"

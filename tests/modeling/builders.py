@@ -16,7 +16,7 @@ from torch import Tensor
 from co_detr.engine.config import apply_overrides, load_config
 from co_detr.modeling import CoDETR
 from co_detr.modeling.auxiliary import DenseHead, HybridAssignmentHeads
-from co_detr.modeling.backbones import SwinTransformer, VisionTransformer
+from co_detr.modeling.backbones import SwinTransformer, TimmBackbone, VisionTransformer
 from co_detr.modeling.backbones.resnet import resnet_stages
 from co_detr.modeling.detectors import DECODER, InferencePass
 from co_detr.modeling.geometry import Geometry, Levels
@@ -86,12 +86,14 @@ def _shrink_backbone(backbone: DictConfig) -> None:
         bottom_up.update(embed_dim=32, depth=3, num_heads=2, window_size=3, global_blocks=[1])
         bottom_up.update(pretrain_image_size=64, drop_path_rate=0.0)
         return  # the pyramid has the width of the vision transformer
+    if bottom_up._target_ is TimmBackbone:
+        bottom_up.update(name="test_convnext", drop_path_rate=0.0)
     if backbone.get("num_groups", 32) is not None:
         backbone.num_groups = 8
     if bottom_up._target_ is SwinTransformer:
         bottom_up.update(embed_dim=8, depths=[2, 2, 2, 2], num_heads=[1, 2, 4, 4], window_size=3)
         bottom_up.drop_path_rate = 0.0
-    else:
+    elif bottom_up._target_ is not TimmBackbone:
         bottom_up.stem.update(out_channels=16, norm="FrozenBN")
         bottom_up.stages = L(resnet_stages)(depth=18, stem_channels=16, res2_channels=16)
         bottom_up.freeze_at = 0

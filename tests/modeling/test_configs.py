@@ -53,6 +53,7 @@ MEMBERS = [
     "quickstart_k6",
     "quickstart_co_dino",
     "co_deformable_detr_swin_t_12ep",
+    "co_detr_convnext_t",
     "co_dino_r50",
     "co_dino_r50_9enc_lsj_12ep",
     "co_dino_swin_l_12ep",

@@ -2,6 +2,7 @@
 
 from co_detr.modeling.backbones.resnet import ChannelMapper, ResNet
 from co_detr.modeling.backbones.swin import SwinTransformer
+from co_detr.modeling.backbones.timm import TimmBackbone
 from co_detr.modeling.backbones.vit import LayerDecay, VisionTransformer, ViTPyramid
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "LayerDecay",
     "ResNet",
     "SwinTransformer",
+    "TimmBackbone",
     "ViTPyramid",
     "VisionTransformer",
 ]

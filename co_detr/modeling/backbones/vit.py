@@ -400,12 +400,15 @@ class LayerDecay:
     configs can be saved as YAML and changed from the command line.
 
     Block i of `num_layers` learns with `decay_rate ** (num_layers - i)` times the base rate, the
-    patch and position embeddings with `decay_rate ** (num_layers + 1)`, and all else (the
-    backbone's last norm, the pyramid, the transformer, the heads) with the base rate itself.
+    patch and position embeddings, and the tokens that timm's transformers have beside those of the
+    patches, with `decay_rate ** (num_layers + 1)`, and all else (the backbone's last norm, the
+    pyramid, the transformer, the heads) with the base rate itself.
     """
 
     decay_rate: float
     num_layers: int
 
     def __call__(self, name: str) -> float:
+        if name.startswith("backbone.") and name.endswith((".cls_token", ".reg_token")):
+            return self.decay_rate ** (self.num_layers + 1)
         return get_vit_lr_decay_rate(name, self.decay_rate, self.num_layers)
