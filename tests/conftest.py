@@ -17,7 +17,11 @@ from tests.paths import ROOT
 TOOLS = (
     *("ablation", "analysis", "coco_files", "conversion", "export", "mutations", "prediction"),
     "quickstart",
-    *("checkpoint/test_convert_tool.py", "engine/test_complexity.py"),
+    *(
+        "checkpoint/test_average_checkpoints.py",
+        "checkpoint/test_convert_tool.py",
+        "engine/test_complexity.py",
+    ),
     *("engine/test_inspect_data.py", "parity/test_report.py", "test_help.py"),
 )
 

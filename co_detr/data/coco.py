@@ -210,6 +210,17 @@ def dataset_name(annotation_file: str) -> str:
     return f"coco:{os.path.abspath(annotation_file)}"
 
 
+def register_classes(annotation_file: str) -> None:
+    """Makes the classes of a file known as `load_coco` does, without a look at its images.
+
+    For evaluators of detections that lie on the disk.
+
+    Raises:
+        DataError: if a category lacks an id or a name, or repeats an id.
+    """
+    _register_categories(read_coco(annotation_file), "", None, partial_classes=False)
+
+
 def class_names(annotation_file: str) -> list[str]:
     """The classes of a loaded file, in the order of their contiguous ids."""
     return list(MetadataCatalog.get(dataset_name(annotation_file)).thing_classes)

@@ -109,7 +109,7 @@ def read_coco(annotation_file: str, keep: bool = False) -> CocoFile:
             "COCO-format json files."
         )
     key = (os.path.abspath(annotation_file), status.st_mtime_ns, status.st_size)
-    content = _kept.pop(key, None) or _corrected(annotation_file, _parsed(annotation_file))
+    content = _kept.pop(key, None) or _corrected(annotation_file, read_json(annotation_file))
     if keep:
         _kept[key] = content
     return content
@@ -153,13 +153,18 @@ def is_box(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
 
 
-def _parsed(path: str) -> Any:
+def read_json(path: str) -> Any:
+    """The content of a json file in UTF-8, UTF-16 or UTF-32.
+
+    Raises:
+        DataError: if it cannot be read, or is no json.
+    """
     try:
         with open(path, "rb") as file:
             raw = file.read()
     except OSError as error:
         raise DataError(
-            f"annotation file {path} cannot be read ({error.strerror}): correct its permissions."
+            f"{path} cannot be read ({error.strerror}): correct the path or its permissions."
         ) from error
     if not raw.strip():
         raise DataError(f"{path} is empty: write it again or fetch it again.")

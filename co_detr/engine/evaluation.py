@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -164,6 +164,7 @@ class BoxEvaluator(DatasetEvaluator):
         self._detections: list[list[Entry]] = []
         self._with_masks = False
         self._masked: dict[str, list[Entry]] | None = None
+        self._images: Collection[int | str] | None = None  # None: all
 
     @property
     def labeled(self) -> bool:
@@ -183,6 +184,14 @@ class BoxEvaluator(DatasetEvaluator):
         other.reset()
         if self.output_dir:
             other.output_dir = os.path.join(self.output_dir, kind)
+        return other
+
+    def on_images(self, images: Collection[int | str]) -> BoxEvaluator:
+        """A copy that judges by these images of the file alone."""
+        other = copy.copy(self)
+        other.dataset = _of_images(self.dataset, images)
+        other._masked = None
+        other._images = images
         return other
 
     def reset(self) -> None:
@@ -244,7 +253,8 @@ class BoxEvaluator(DatasetEvaluator):
         if iou_type == BOXES:
             return self.dataset
         if self._masked is None:
-            self._masked = usable_dataset(read_coco(self.annotation_file), with_masks=True)
+            masked = usable_dataset(read_coco(self.annotation_file), with_masks=True)
+            self._masked = masked if self._images is None else _of_images(masked, self._images)
         return self._masked
 
     def _can_judge_masks(self) -> bool:
@@ -340,6 +350,16 @@ def usable_dataset(content: CocoFile, with_masks: bool = False) -> dict[str, lis
         "images": content.images,
         "annotations": annotations,
         "categories": content.categories,
+    }
+
+
+def _of_images(
+    dataset: Mapping[str, list[Entry]], images: Collection[int | str]
+) -> dict[str, list[Entry]]:
+    return {
+        **dataset,
+        "images": [image for image in dataset["images"] if image["id"] in images],
+        "annotations": [a for a in dataset["annotations"] if a["image_id"] in images],
     }
 
 

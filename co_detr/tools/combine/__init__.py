@@ -1,0 +1,1 @@
+"""tools/combine.py: detections of several models, or of folds, in one file."""
