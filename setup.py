@@ -176,6 +176,7 @@ setup(
     license="Apache-2.0",
     packages=[*find_packages(include=["co_detr", "co_detr.*"]), *config_packages()],
     package_dir=config_packages(),
+    entry_points={"console_scripts": ["co-detr = co_detr.command_line:main"]},
     package_data={
         "co_detr.tools.analyze": ["templates/*"],
         "co_detr.tools.demo": ["static/*", "templates/*"],

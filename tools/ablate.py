@@ -4,20 +4,13 @@
 from __future__ import annotations
 
 import sys
-
-from co_detr.process_setup import silence_dependencies
-
-silence_dependencies()
-
 from collections.abc import Sequence
 
-from co_detr.errors import exit_code
-from co_detr.tools.ablate.command_line import parse_arguments, run
+from co_detr.command_line import start
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_arguments(arguments)
-    return exit_code(lambda: run(options), options.debug)
+    return start("ablate", arguments)
 
 
 if __name__ == "__main__":

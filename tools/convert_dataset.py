@@ -1,24 +1,16 @@
-"""Makes COCO-format files, which training reads, from a YOLO or VOC folder.
-
-python tools/convert_dataset.py my_yolo_or_voc --output my_coco
-"""
+#!/usr/bin/env python3
+"""Makes COCO-format files, which training reads, from a YOLO or VOC folder."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-from co_detr.process_setup import silence_dependencies
-
-silence_dependencies()
-
-from co_detr.errors import exit_code
-from co_detr.tools.convert.command_line import parse_arguments, run
+from co_detr.command_line import start
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse_arguments(argv)
-    return exit_code(lambda: run(options))
+def main(arguments: Sequence[str] | None = None) -> int:
+    return start("convert", arguments)
 
 
 if __name__ == "__main__":

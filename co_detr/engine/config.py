@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import logging
+import math
 import os
 import re
 import site
@@ -214,6 +215,29 @@ def _check_batch(cfg: DictConfig) -> None:
                 f"dataloader.train.{key}={loader.get(key)} is not train.{name}={value}: set "
                 f"train.{name}={loader.get(key)} instead, which the loader follows."
             )
+
+
+def suggest_rate(cfg: DictConfig, path: str, overrides: Sequence[str]) -> None:
+    """Warns where the command line changes the batch of a recipe and keeps its learning rate.
+
+    Adam divides a gradient by its own size, so that the rate has to follow the noise of the batch,
+    which is its square root (Malladi et al., NeurIPS 2022); docs/machine.md has a measurement.
+
+    Args:
+        cfg: what the config file and the overrides make.
+        path: of the config file.
+    """
+    given = {override.lstrip("+").partition("=")[0] for override in overrides}
+    if "train.effective_batch_size" not in given or "optimizer.lr" in given:
+        return
+    batch, recipe = cfg.train.effective_batch_size, load_config(path)
+    usual, rate = recipe.train.effective_batch_size, recipe.optimizer.lr
+    if batch != usual:
+        logger.warning(
+            "optimizer.lr=%g belongs to %d images per step, not to train.effective_batch_size=%d: "
+            "optimizer.lr=%.2g is a good first choice (docs/machine.md has why).",
+            *(rate, usual, batch, rate * math.sqrt(batch / usual)),
+        )
 
 
 class _RefusedError(yaml.YAMLError):

@@ -19,7 +19,7 @@ from torch import nn
 from co_detr.checkpoint.reading import AVERAGED
 from co_detr.checkpoint.saving import RUN_ID, Checkpointer, RunIdentity, read_identity
 from co_detr.data.coco import align_classes, class_names
-from co_detr.engine.config import config_text, load_config
+from co_detr.engine.config import config_text, load_config, suggest_rate
 from co_detr.engine.data_check import adopt_class_count, align_with_checkpoint, check_data
 from co_detr.engine.evaluation import evaluate, log_best_detector
 from co_detr.engine.hooks import (
@@ -84,6 +84,7 @@ def main(cfg: DictConfig, args: argparse.Namespace) -> None:
     else:
         with exclusive(cfg.train.output_dir):
             check_data(cfg)
+            suggest_rate(cfg, args.config_file, args.opts)
             run_training(cfg, args.resume, log)
 
 

@@ -1,14 +1,16 @@
-"""Prints what a bug report needs: ``python -m co_detr.tools.collect_env``.
+"""Prints what a bug report needs: ``co-detr info``, or ``python -m co_detr.tools.collect_env``.
 
 Every MSDeformAttn backend is tried, forward and backward, against the fp64 reference.
 """
 
+import argparse
 import importlib.metadata
 import os
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -134,6 +136,16 @@ def collect() -> dict[str, str]:
     }
 
 
-if __name__ == "__main__":
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Arguments of ``co-detr info``: none."""
+    return argparse.ArgumentParser(description="What is installed and works.").parse_args(argv)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints everything."""
     for key, text in collect().items():
         print(f"{key:<26} {text}")
+
+
+if __name__ == "__main__":
+    run(parse_arguments())

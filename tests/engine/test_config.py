@@ -1,5 +1,6 @@
 """Overrides reach every part, and mistakes in them are explained."""
 
+import logging
 import typing
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from detectron2.config import LazyCall, instantiate
 from detectron2.solver import WarmupParamScheduler
 from omegaconf import OmegaConf
 
-from co_detr.engine.config import load_config, save_config
+from co_detr.engine.config import load_config, save_config, suggest_rate
 from co_detr.engine.optim import LearningRateFactor, StepSchedule, WarmUp
 from co_detr.engine.overrides import TEXT_OR_NULL, text_override
 from co_detr.engine.setup import build_model
@@ -299,3 +300,21 @@ def test_masks_are_read_where_something_learns_or_moves_them(
     train = load_config(config_path(name), overrides).dataloader.train
     assert train.dataset.with_masks is with_masks
     assert (train.copy_paste and train.copy_paste.keep_masks) is keep_masks
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rate"),
+    [
+        (["train.effective_batch_size=4"], "optimizer.lr=0.0001 is a good"),
+        (["train.effective_batch_size=64"], "optimizer.lr=0.0004 is a good"),
+        (["train.effective_batch_size=16"], None),
+        (["train.effective_batch_size=4", "optimizer.lr=3e-5"], None),
+        (["train.seed=1"], None),
+    ],
+)
+def test_a_rate_for_another_batch_is_suggested(monkeypatch, caplog, overrides, rate):
+    monkeypatch.setattr(logging.getLogger("co_detr"), "propagate", True)  # off after a run
+    path = config_path("co_detr_r50")
+    suggest_rate(load_config(path, overrides), path, overrides)
+    messages = [record.getMessage() for record in caplog.records]
+    assert not messages if rate is None else rate in messages[0] and len(messages) == 1

@@ -49,7 +49,6 @@ _AXES = ("heads", "positive_queries", "lambda_1", "lambda_2", "seeds")
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments of tools/ablate.py; overrides may stand before, between or behind flags."""
     parser = argparse.ArgumentParser(
-        prog="ablate.py",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

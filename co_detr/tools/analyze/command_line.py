@@ -91,7 +91,6 @@ def choose_measures(names: Sequence[str] | None) -> dict[str, Measure]:
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments of tools/analyze.py."""
     parser = argparse.ArgumentParser(
-        prog="analyze.py",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -41,7 +41,6 @@ Exit status: 0, or 2 after an error that is explained in one sentence.
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments of tools/convert_dataset.py."""
     parser = argparse.ArgumentParser(
-        prog="convert_dataset.py",
         description="Makes COCO-format files from a YOLO or VOC folder.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

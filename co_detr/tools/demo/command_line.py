@@ -31,7 +31,6 @@ The page needs no network and loads nothing from elsewhere. Ctrl+C stops it.
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments of demo.py."""
     parser = argparse.ArgumentParser(
-        prog="demo.py",
         description="Serves a web page: drop an image, see its boxes and masks, move the score "
         "slider.",
         epilog=EPILOG,

@@ -49,7 +49,6 @@ file differs from the model.
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments of tools/export.py."""
     parser = argparse.ArgumentParser(
-        prog="export.py",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,6 @@ exit status: 0; 1 if inputs could not be read (they are listed at the end, the o
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments of predict.py; options may stand before, between or behind the inputs."""
     parser = argparse.ArgumentParser(
-        prog="predict.py",
         description="Detects objects in images or videos; writes drawn pictures and one json, with "
         "masks where the model predicts them.",
         epilog=EPILOG,
@@ -112,6 +112,8 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UserError: if an argument is wrong or there is nothing to read.
     """
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("co_detr").setLevel(logging.INFO)  # says which weights are used
     from co_detr.data.images import image_suffixes
     from co_detr.tools.predict import files
     from co_detr.tools.predict.predictor import Predictor
