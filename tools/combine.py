@@ -6,17 +6,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from co_detr.process_setup import silence_dependencies
-
-silence_dependencies()
-
-from co_detr.errors import exit_code
-from co_detr.tools.combine.command_line import parse_arguments, run
+from co_detr.command_line import start
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse_arguments(argv)
-    return exit_code(lambda: run(options))
+def main(arguments: Sequence[str] | None = None) -> int:
+    return start("combine", arguments)
 
 
 if __name__ == "__main__":

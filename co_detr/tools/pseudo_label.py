@@ -50,7 +50,6 @@ Exit status: 0, or 2 after an error that is explained in one sentence.
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments of tools/pseudo_label.py."""
     parser = argparse.ArgumentParser(
-        prog="pseudo_label.py",
         description="Makes annotations of detections.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -45,7 +45,6 @@ Exit status: 0, or 2 after an error that is explained in one sentence.
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments of tools/split_dataset.py."""
     parser = argparse.ArgumentParser(
-        prog="split_dataset.py",
         description="Divides a COCO-format file into folds, or into train and val.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,18 +1,13 @@
 """tools/average_checkpoints.py: the mean of weights of one model, and refusals of others."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.checkpoint.official import ROOT
-
-specification = importlib.util.spec_from_file_location(
-    "average_checkpoints", ROOT / "tools" / "average_checkpoints.py"
-)
-tool = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(tool)
+from co_detr.errors import exit_code
+from co_detr.tools.average_checkpoints import parse_arguments
+from co_detr.tools.average_checkpoints import run as run_tool
 
 
 def weights(seed: int) -> dict[str, torch.Tensor]:
@@ -33,7 +28,8 @@ def average(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         for path, content in zip(paths, contents, strict=True):
             torch.save(content, path)
         output = tmp_path / "average.pth"
-        status = tool.main([*paths, "--output", str(output), *flags])
+        options = parse_arguments([*paths, "--output", str(output), *flags])
+        status = exit_code(lambda: run_tool(options))
         said = capsys.readouterr()
         return status, said.out + said.err, torch.load(output) if output.exists() else {}
 

@@ -220,3 +220,23 @@ def test_classes_are_evaluated_some_at_a_time(tmp_path, monkeypatch, pairs):
     evaluator = LvisBoxEvaluator(write(lvis_truth(), tmp_path))
     detections = made_up_detections(lvis_truth(), per_image=60)
     assert_same(evaluator.judge(detections), LVIS_NUMBERS[300])
+
+
+def test_a_part_of_the_images_is_judged_as_a_file_of_them(tmp_path):
+    truth = made_up_truth(images=20, classes=3)
+    add_masks(truth["annotations"])
+    chosen = {image["id"] for image in truth["images"][:7]}
+    part = {
+        **truth,
+        "images": truth["images"][:7],
+        "annotations": [a for a in truth["annotations"] if a["image_id"] in chosen],
+    }
+    detections = [
+        entry for entry in made_up_detections(truth, per_image=10) if entry["image_id"] in chosen
+    ]
+    masks = mask_results(detections, SIDE, SIDE)
+    whole = evaluator_of(write(truth, tmp_path), truth).on_images(chosen)
+    (tmp_path / "part").mkdir()
+    alone = evaluator_of(write(part, tmp_path / "part"), part)
+    assert_same(whole.judge(copy.deepcopy(detections)), alone.judge(detections))
+    assert_same(whole.judge(copy.deepcopy(masks), MASKS), alone.judge(masks, MASKS))

@@ -43,7 +43,6 @@ Exit status: 0, or 2 after an error that is explained in one sentence.
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments of tools/combine.py."""
     parser = argparse.ArgumentParser(
-        prog="combine.py",
         description="Combines detections of several models, or of folds, in one file.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -53,7 +52,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, required=True, metavar="FILE", help="in COCO's result format")
     add("--annotations", metavar="FILE", help="COCO json of the images, to judge and to choose by")
     add("--folds", action="store_true", help="no two files have an image in common: join them")
-    add("--rule", choices=RULES, default="wbf", help="how detections are fused (default: wbf)")
+    add("--rule", choices=RULES, default="soft-nms", help="of fusing (default: soft-nms)")
     add("--iou", type=float, default=0.55, help="overlap that the rule goes by (default: 0.55)")
     add("--weights", nargs="+", type=float, metavar="W", help="trust in each file (default: 1)")
     add("--temperatures", nargs="+", metavar="T", help="of each file's scores; or: fit")
