@@ -51,6 +51,7 @@ COMMANDS = {
     "export": Command("co_detr.tools.export.command_line", "ONNX or torch.export of a model"),
     "convert": Command("co_detr.tools.convert.command_line", "YOLO or VOC folder to COCO format"),
     "split": Command("co_detr.tools.split_dataset", "divide a data set into folds"),
+    "slice": Command("co_detr.tools.slice_dataset", "cut a data set into tiles"),
     "pseudo-label": Command("co_detr.tools.pseudo_label", "make annotations of detections"),
     "combine": Command("co_detr.tools.combine.command_line", "fuse detections of several models"),
     "average": Command("co_detr.tools.average_checkpoints", "average checkpoints of one run"),

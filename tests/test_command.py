@@ -16,6 +16,7 @@ SCRIPTS = {
     "tools/export.py": "export",
     "tools/convert_dataset.py": "convert",
     "tools/split_dataset.py": "split",
+    "tools/slice_dataset.py": "slice",
     "tools/pseudo_label.py": "pseudo-label",
     "tools/combine.py": "combine",
     "tools/average_checkpoints.py": "average",

@@ -96,6 +96,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     if isinstance(cfg.model.get("queries"), ListConfig):
         sources = OmegaConf.to_container(cfg.model.queries, resolve=False)
         cfg.model.queries = named_sources(sources)
+    cfg.dataloader.setdefault("tta", None)  # files of earlier versions do not know it
     apply_overrides(cfg, overrides)
     _settle_masks(cfg)
     _check_texts(cfg)

@@ -31,7 +31,7 @@ from co_detr.data.coco import BoxChecker, dataset_name
 from co_detr.data.coco_file import CocoFile, Entry, encoded_mask, read_coco
 from co_detr.errors import ConfigError
 from co_detr.files import written_whole
-from co_detr.modeling.detectors import DECODER, TOP_K
+from co_detr.modeling.detectors import DECODER, TOP_K, TTA_KIND
 
 logger = logging.getLogger(__name__)
 
@@ -106,11 +106,11 @@ def evaluate(
     )
     if not comm.is_main_process() or not evaluator.labeled:
         return {}
-    print_csv_format({name: value for name, value in results.items() if name not in kinds})
+    print_csv_format({name: results[name] for name in (BOXES, MASKS) if name in results})
     metrics = {name: float(value) for name, value in results.get(BOXES, {}).items()}
     # Those of single classes, AP-<class>, have a file.
     columns = [name for name in metrics if "-" not in name]
-    for kind in (MASKS, *kinds):
+    for kind in (MASKS, *kinds, *(f"{kind}/{MASKS}" for kind in kinds)):
         values = results.get(kind, {})
         metrics |= {f"{kind}/{name}": float(value) for name, value in values.items()}
     defined = {name: value for name, value in metrics.items() if math.isfinite(value)}
@@ -206,8 +206,8 @@ class BoxEvaluator(DatasetEvaluator):
             self._with_masks |= found.has("pred_masks")
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
-        """Metrics under "bbox", or the kind, and under "segm", in the main process; {} without
-        annotations."""
+        """Metrics under "bbox", or the kind, and under "segm", or "<kind>/segm", in the main
+        process; {} without annotations."""
         comm.synchronize()
         gathered = comm.gather((self._detections, self._with_masks), dst=0)
         if not comm.is_main_process():
@@ -233,7 +233,8 @@ class BoxEvaluator(DatasetEvaluator):
         with quiet if self.kind else contextlib.nullcontext():
             results = {self.kind or BOXES: self.judge(detections)}
             if any(with_masks for _, with_masks in gathered) and self._can_judge_masks():
-                results[MASKS] = self.judge(as_masks(detections), MASKS)
+                masks = f"{self.kind}/{MASKS}" if self.kind else MASKS
+                results[masks] = self.judge(as_masks(detections), MASKS)
             return results
 
     def judge(self, detections: list[Entry], iou_type: str = BOXES) -> dict[str, float]:
@@ -421,7 +422,7 @@ def best_detector(metrics: Metrics, kinds: Sequence[str]) -> str | None:
     found = {
         kind: metrics_of(metrics, kind)["AP"]
         for kind in (DECODER, *kinds)
-        if kind != TOP_K and "AP" in metrics_of(metrics, kind)
+        if kind not in (TOP_K, TTA_KIND) and "AP" in metrics_of(metrics, kind)
     }
     return max(found, key=found.__getitem__, default=None)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from detectron2.config import instantiate
+from detectron2.config import LazyCall, instantiate
 from detectron2.engine import hooks
 from detectron2.utils import comm
 from omegaconf import DictConfig
@@ -52,6 +52,7 @@ from co_detr.engine.setup import (
 from co_detr.engine.tracking import build_trackers, require_trackers
 from co_detr.engine.trainer import Trainer, build_trainer
 from co_detr.engine.validation import build_selection, load_validation_set
+from co_detr.engine.views import DetectorWithTTA, MapperWithViews, named_tta
 from co_detr.engine.writers import WriterHook, build_writers
 from co_detr.errors import CheckpointError, ConfigError, UserError
 from co_detr.files import remove_incomplete
@@ -233,6 +234,12 @@ def build_evaluation(cfg: DictConfig, folder: str | None = None) -> Callable[...
     Args:
         folder: for what it writes; None: `train.output_dir`.
     """
+    tta = named_tta(cfg.dataloader.get("tta"), "dataloader.tta")
+    if tta is not None:
+        cfg = copy.deepcopy(cfg)
+        cfg.dataloader.test.mapper = LazyCall(MapperWithViews)(
+            mapper=cfg.dataloader.test.mapper, tta="${dataloader.tta}"
+        )
     loader = pin_for(instantiate(cfg.dataloader.test), cfg.train.device)
     loader.worker_init_fn = outlive_signals
     node = copy.deepcopy(cfg.dataloader.evaluator)
@@ -242,6 +249,7 @@ def build_evaluation(cfg: DictConfig, folder: str | None = None) -> Callable[...
     evaluator = instantiate(node)
 
     def run_evaluation(model: nn.Module, **arguments: Any) -> dict[str, float]:
+        model = model if tta is None else DetectorWithTTA(model, tta)
         with explain_out_of_memory(cfg.train.device, "evaluation", lambda: evaluation_advice(cfg)):
             return evaluate(model, loader, evaluator, output_dir, **arguments)
 

@@ -33,9 +33,11 @@ if TYPE_CHECKING:
 DECODER, MERGED, CASCADE = "decoder", "merged", "cascade"
 # Beside detectors: what plain top-k makes of the decoder's predictions; see CoDETR.compare_top_k.
 TOP_K = "top_k"
+# And what test-time augmentation makes of the model's own; see co_detr/engine/views.py.
+TTA_KIND = "tta"
 # Results of an evaluation are kept by these names; "bbox" and "segm" are those of the boxes and the
 # masks of the model's own detections.
-_TAKEN = (DECODER, TOP_K, "bbox", "segm")
+_TAKEN = (DECODER, TOP_K, TTA_KIND, "bbox", "segm")
 _TWO_STAGES = "roi"  # the usual name of the head whose boxes are refined already
 
 

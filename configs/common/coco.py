@@ -74,6 +74,9 @@ dataloader = dict(
         ),
         num_workers=min(4, os.cpu_count() or 1),
     ),
+    # Evaluations also measure test-time augmentation, as tta/*: "flip", "multiscale", or
+    # L(co_detr.engine.views.TTA)(...). As slow as it has views.
+    tta=None,
     # The best detections of each class in an image that count; 100 in COCO. For images with more
     # objects raise it, model.queries.matching.num_queries and model.postprocessor.max_detections.
     evaluator=L(CocoBoxEvaluator)(

@@ -18,6 +18,8 @@ examples:
                        other.png --output drawn --score 0.5 --batch-size 8
   a video          python predict.py --config-file co_detr_r50 --checkpoint a.pth clip.mp4 \\
                        --output drawn --video
+  large images     python predict.py --config-file co_detr_r50 --checkpoint a.pth photos \\
+                       --output drawn --tiles 640 --overlap 0.2 --batch-size 8
 
 exit status: 0; 1 if inputs could not be read (they are listed at the end, the others are done);
 2 after an error that is explained in one sentence.
@@ -43,6 +45,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_mask_argument(parser)
     add("--batch-size", type=int, default=1, help="images of equal size at once (default: 1)")
     add("--video", action="store_true", help="the inputs are videos (needs OpenCV)")
+    add("--tta", choices=["flip", "multiscale"], help="test-time augmentation: 2 or 6 views each")
+    add("--tiles", type=int, metavar="N", help="cut images into tiles of N pixels, and see each")
+    add("--overlap", type=float, metavar="P", help="of tiles, a share of N (default: 0.2)")
     return parser.parse_intermixed_args(argv)
 
 
@@ -115,9 +120,12 @@ def run(options: argparse.Namespace) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("co_detr").setLevel(logging.INFO)  # says which weights are used
     from co_detr.data.images import image_suffixes
+    from co_detr.engine.views import Tiles
     from co_detr.tools.predict import files
     from co_detr.tools.predict.predictor import Predictor
 
+    if options.overlap is not None and options.tiles is None:
+        raise ConfigError("--overlap is of tiles: add --tiles N, their side in pixels.")
     if options.video:
         files.require_opencv()
     # First what fails fast, then the model.
@@ -128,6 +136,9 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"{inputs.files[0]} is a video: add --video.")
     if inputs.passed_over:
         print(inputs.remark(), file=sys.stderr)
+    tiles = options.tiles
+    if options.overlap is not None:
+        tiles = Tiles(options.tiles, options.overlap)
     predictor = Predictor(
         options.config_file,
         options.checkpoint,
@@ -140,6 +151,8 @@ def run(options: argparse.Namespace) -> int:
         max_image_pixels=options.max_image_pixels,
         mask_threshold=options.mask_threshold,
         amp=options.amp,
+        tta=options.tta,
+        tiles=tiles,
     )
     output = files.OutputFolder(folder, predictor.class_names)
     predict = files.predict_videos if options.video else files.predict_images

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import detectron2.data.transforms as T
 import numpy as np
@@ -18,7 +18,11 @@ from co_detr.checkpoint.detector import Config, load_detector
 from co_detr.data.images import ImageReader, ImageSource, name_of
 from co_detr.data.loader import as_tensor, augment, in_format
 from co_detr.engine.setup import cuda_settings, warn_of_emulation
+from co_detr.engine.views import TTA, SeenView, Tiles, ViewPlan, detect_views, named_tta, see
 from co_detr.errors import ConfigError
+
+if TYPE_CHECKING:
+    import supervision
 
 Key = TypeVar("Key")
 
@@ -33,10 +37,12 @@ class Sample:
     Attributes:
         rgb: ``(H, W, 3)`` uint8, the image itself.
         image: ``(3, h, w)`` network input: resized, in the color order of the model.
+        views: what the model sees instead, if it looks more than once.
     """
 
     rgb: np.ndarray
     image: Tensor
+    views: Sequence[SeenView] = ()
 
 
 class Predictor:
@@ -69,13 +75,18 @@ class Predictor:
             1; a lower one makes masks larger.
         amp: "bfloat16" or "float16": compute in mixed precision, which is faster on a GPU and
             changes detections a little; by default not.
+        tta: "flip", "multiscale" or a `TTA`: each image is seen several times, mirrored and at
+            other sizes, and the detections are fused; by default once (docs/accuracy.md).
+        tiles: side of overlapping tiles in pixels, or `Tiles`: the parts of a large image are seen
+            one by one, at the size of the evaluation each; by default the whole (docs/accuracy.md).
 
     Attributes:
         class_names: of the checkpoint, in the order of ``pred_classes``.
         reader: opens the images, with the range of values that the config states.
 
     Raises:
-        ConfigError: if there is no such config, key, detector, device or precision.
+        ConfigError: if there is no such config, key, detector, device, precision or test-time
+            augmentation, or tiles cannot be cut.
         CheckpointError: if the file is missing, unreadable, does not fit the config, or lacks the
             detector.
     """
@@ -96,6 +107,8 @@ class Predictor:
         max_image_pixels: int | None = None,
         mask_threshold: float = 0.5,
         amp: str | None = None,
+        tta: str | TTA | None = None,
+        tiles: int | Tiles | None = None,
     ) -> None:
         if not 0 <= score_threshold <= 1:
             raise ConfigError(f"the score threshold {score_threshold} must be from 0 to 1.")
@@ -105,6 +118,11 @@ class Predictor:
             raise ConfigError(f"the batch size {batch_size} must be at least 1.")
         if amp not in (None, "bfloat16", "float16"):
             raise ConfigError(f'amp is {amp!r}: choose "bfloat16" or "float16", or leave it out.')
+        if tta is not None and tiles is not None:
+            raise ConfigError("tta and tiles do not go together: leave one of them out.")
+        self._plan: ViewPlan | None = named_tta(tta, "tta")
+        if tiles is not None:
+            self._plan = tiles if isinstance(tiles, Tiles) else Tiles(tiles)
         self.amp = None if amp is None else getattr(torch, amp)
         self.device = choose_device(device)
         if amp is not None:
@@ -153,7 +171,34 @@ class Predictor:
 
     def prepare(self, image: ImageSource) -> Sample:
         """Reads and resizes an image as the evaluation's data mapper does; see `make_sample`."""
-        return make_sample(image, self.reader, self._resize, self.image_format)
+        sample = make_sample(image, self.reader, self._resize, self.image_format)
+        if self._plan is None:
+            return sample
+        pixels = in_format(sample.rgb, self.image_format)
+        return replace(sample, views=see(self._plan, pixels, self._resize, name_of(image)))
+
+    def to_supervision(self, found: Instances) -> supervision.Detections:
+        """Detections of one image for the package supervision, with names as ``class_name``.
+
+        Masks become bitmaps ``(N, H, W)``, with all their bytes.
+
+        Raises:
+            ConfigError: if the package is not installed.
+        """
+        try:
+            import supervision
+        except ImportError as error:
+            raise ConfigError(
+                f"the package supervision cannot be imported ({error}): install it with pip "
+                "install supervision."
+            ) from error
+        return supervision.Detections(
+            xyxy=found.pred_boxes.tensor.numpy(),
+            mask=np.asarray(found.pred_masks) if found.has("pred_masks") else None,
+            confidence=found.scores.numpy(),
+            class_id=found.pred_classes.numpy(),
+            data={"class_name": np.array(self.names(found), dtype=str)},
+        )
 
     def stream(
         self, samples: Iterable[tuple[Key, Sample]]
@@ -181,8 +226,11 @@ class Predictor:
         ]
         autocast = torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
         with cuda_settings(self._train, self.device), autocast:
-            outputs = self.model(inputs)
-        detections = [output["instances"].to("cpu") for output in outputs]
+            if self._plan is not None:
+                views = [sample.views for _, sample in batch]
+                detections = detect_views(self.model, self._plan, views, self.batch_size)
+            else:
+                detections = [output["instances"].to("cpu") for output in self.model(inputs)]
         for found in detections:
             if found.has("pred_masks"):
                 found.pred_masks.threshold = self.mask_threshold
