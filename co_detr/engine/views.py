@@ -178,7 +178,7 @@ class TTA:
 
 PRESETS = {
     "flip": TTA(),
-    "multiscale": TTA(scales=(0.75, 1.0, 1.25), smallest=(32.0, 0.0, 0.0)),
+    "multiscale": TTA(scales=(0.75, 1.0, 1.25), smallest=(64.0, 0.0, 0.0)),
 }
 
 
