@@ -214,13 +214,13 @@ def _shares(
     counts: dict[str, Counter[int]] = {name: Counter({0: len(i)}) for name, i in groups.items()}
     empty = set(group_of)
     for annotation in content.annotations:
+        image, category = annotation.get("image_id"), annotation.get("category_id")
+        if image not in group_of or category not in column:
+            raise DataError(
+                f"annotation {annotation.get('id')!r} of {content.path} has image_id {image!r} "
+                f"and category_id {category!r}, of which one is unknown: correct it."
+            )
         if is_object(annotation):
-            image, category = annotation.get("image_id"), annotation.get("category_id")
-            if image not in group_of or category not in column:
-                raise DataError(
-                    f"annotation {annotation.get('id')!r} of {content.path} has image_id {image!r} "
-                    f"and category_id {category!r}, of which one is unknown: correct it."
-                )
             counts[group_of[image]].update((2, column[category]))
             empty.discard(image)
     for image in empty:

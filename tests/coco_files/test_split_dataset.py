@@ -151,7 +151,7 @@ def twice(content: dict) -> None:
 
 
 def elsewhere(content: dict) -> None:
-    content["annotations"][0] |= {"image_id": 999, "iscrowd": 0}
+    content["annotations"][0] |= {"image_id": 999, "iscrowd": 1}
 
 
 @pytest.mark.parametrize(

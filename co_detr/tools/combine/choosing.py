@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 from co_detr.data.coco import register_classes
 from co_detr.data.coco_file import CocoFile, Entry, is_number, read_json, shortened
+from co_detr.data.preflight_annotations import PreflightReport, SplitReport, check_annotations
+from co_detr.data.preflight_boxes import check_boxes
 from co_detr.engine.evaluation import BOXES, MASKS, BoxEvaluator, as_masks, missing_masks
 from co_detr.engine.evaluators import CocoBoxEvaluator
 from co_detr.errors import ConfigError, DataError
@@ -37,6 +39,9 @@ class Judge:
     Args:
         tune: images that settings are chosen on; None: all of them are for both.
         max_detections: of each image and class that AP looks at.
+
+    Raises:
+        DataError: if the ground truth has an error that the preflight of a training reports.
     """
 
     def __init__(
@@ -46,6 +51,10 @@ class Judge:
         tune: frozenset[ImageId] | None,
         max_detections: int,
     ) -> None:
+        checked = SplitReport("val", truth.path, suspicion="warning")
+        images, annotations = check_annotations(checked, truth, unlabeled=True)
+        check_boxes(checked, annotations or [], images, "skip")
+        PreflightReport([checked]).raise_on_errors()
         every = frozenset(reference.images)
         self.reference = reference
         self.tune = every if tune is None else tune

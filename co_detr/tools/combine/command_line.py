@@ -93,6 +93,8 @@ def run(options: argparse.Namespace) -> None:
     judge = None
     if truth is not None and reference is not None:
         judge = Judge(truth, reference, _tune_images(options, truth), options.max_detections)
+        if not judge.is_labeled and (_choices(options) or options.leave_one_out):
+            raise DataError(f"{truth.path} has no annotations to choose or to judge by.")
     if options.temperatures == ["fit"]:
         settings = replace(settings, temperatures=fit_temperatures(sources, judge))
         shown = ", ".join(f"{value:.2f}" for value in settings.temperatures)
@@ -115,27 +117,34 @@ def run(options: argparse.Namespace) -> None:
         _report(sources, settings, merged, judge, options)
 
 
-def _check_options(options: argparse.Namespace) -> None:
-    choices = {
+def _choices(options: argparse.Namespace) -> list[str]:
+    """Flags by which settings are chosen by ground truth."""
+    flags = {
         "--sweep": options.sweep,
-        "--find-thresholds": options.find_thresholds is not None,
         "--temperatures fit": options.temperatures == ["fit"],
+        "--find-thresholds": options.find_thresholds is not None,
     }
-    needing = choices | {"--leave-one-out": options.leave_one_out, "--folds": options.folds}
-    needing["--tune-on"] = options.tune_on is not None
-    asked = [flag for flag, on in needing.items() if on]
+    return [flag for flag, on in flags.items() if on]
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    needing = {
+        "--leave-one-out": options.leave_one_out,
+        "--folds": options.folds,
+        "--tune-on": options.tune_on is not None,
+    }
+    asked = [*_choices(options), *(flag for flag, on in needing.items() if on)]
     if asked and options.annotations is None:
         raise ConfigError(f"{asked[0]} needs ground truth: add --annotations FILE.")
-    if options.tune_on is not None and not any(choices.values()):
-        raise ConfigError(f"--tune-on is for {', '.join(choices)}: add one, or leave it out.")
+    if options.tune_on is not None and not _choices(options):
+        raise ConfigError(
+            "--tune-on is for --sweep, --temperatures fit and --find-thresholds: add one, or leave "
+            "it out."
+        )
     if options.folds and (options.sweep or options.leave_one_out or options.weights):
         raise ConfigError("--folds joins files, it fuses nothing: leave rules and weights out.")
-    for flag, on, fewest in (
-        ("--sweep", options.sweep, 2),
-        ("--leave-one-out", options.leave_one_out, 3),
-    ):
-        if on and len(options.files) < fewest:
-            raise ConfigError(f"{flag} needs at least {fewest} files: add another.")
+    if (options.sweep or options.leave_one_out) and len(options.files) < 2:
+        raise ConfigError("--sweep and --leave-one-out need at least two files: add another.")
     if options.per_image is not None and options.per_image < 1:
         raise ConfigError(f"--per-image {options.per_image} must be at least 1.")
 
@@ -237,7 +246,7 @@ def _report(
         for number, source in enumerate(sources):
             others = [*sources[:number], *sources[number + 1 :]]
             lists[f"without {source.path}"] = combined(
-                others, settings.without(number), judge.report
+                others, settings.without(number), judge.report, fuse_one=True
             )
     metrics = {name: judge.metrics(entries, judge.report) for name, entries in lists.items()}
     columns = ["AP", "AP50", "AP75"]
@@ -248,12 +257,7 @@ def _report(
     ]
     print(f"On {len(judge.report)} images of {judge.reference.path}:")
     print(tabulate(rows, ("", *columns), tablefmt="github", disable_numparse=True))
-    chosen = {
-        "temperatures": options.temperatures == ["fit"],
-        "rule, IoU and weights": options.sweep,
-        "thresholds": options.find_thresholds is not None,
-    }
-    names = [name for name, on in chosen.items() if on]
+    names = _choices(options)
     if not names:
         print("No setting was chosen here. If you chose them by these numbers, they flatter.")
     elif judge.is_honest:

@@ -64,14 +64,22 @@ class Settings:
         return replace(self, weights=weights, temperatures=temperatures)
 
     def text(self, number: int) -> str:
-        if number == 1:
-            return "one source: nothing to fuse"
-        weights = " ".join(f"{weight:g}" for weight in self.weights)
-        return f"--rule {self.rule} --iou {self.iou:g} --weights {weights}"
+        """Flags that say the same, of so many files."""
+        weights, temperatures = (
+            " ".join(f"{value:g}" for value in values)
+            for values in (self.weights, self.temperatures)
+        )
+        rule = f"--rule {self.rule} --iou {self.iou:g} --weights {weights}"
+        parts = [rule if number > 1 else "one source: nothing to fuse"]
+        parts += [f"--temperatures {temperatures}"] * any(t != 1 for t in self.temperatures)
+        return " ".join(parts)
 
 
 def combined(
-    sources: Sequence[DetectionFile], settings: Settings, images: Collection[ImageId] | None = None
+    sources: Sequence[DetectionFile],
+    settings: Settings,
+    images: Collection[ImageId] | None = None,
+    fuse_one: bool = False,
 ) -> list[Entry]:
     """Detections of all files as one list, by image, the best first.
 
@@ -79,6 +87,7 @@ def combined(
 
     Args:
         images: to look at; None: all.
+        fuse_one: apply the rule to a single source, too, as a fair comparison wants it.
     """
     scaled = [
         [with_score(entry, scaled_score(entry["score"], temperature)) for entry in source.entries]
@@ -88,7 +97,7 @@ def combined(
     ]
     if images is not None:
         scaled = [[e for e in entries if e["image_id"] in images] for entries in scaled]
-    if len(sources) == 1:
+    if len(sources) == 1 and not fuse_one:
         return list(scaled[0])
     grouped = [by_image(entries) for entries in scaled]
     order = dict.fromkeys(image for found in grouped for image in found)
