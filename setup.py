@@ -198,7 +198,7 @@ setup(
         "pillow",
         "matplotlib",
     ],
-    extras_require={"timm": ["timm>=1.0"]},
+    extras_require={"timm": ["timm>=1.0"], "supervision": ["supervision>=0.31"]},
     ext_modules=[] if enabled("CO_DETR_NO_EXT") else [extension()],
     cmdclass={"build_ext": Build.with_options(use_ninja=True)},
     zip_safe=False,

@@ -99,6 +99,25 @@ def test_a_single_view_is_left_as_it_is():
         assert found.scores.equal(twice.scores)
 
 
+def test_what_is_known_is_not_computed_again():
+    views = see(TTA((1.0, 0.5)), picture(), AS_IT_IS, "it")
+    sizes = []
+
+    def model(batch):
+        sizes.extend(tuple(sample["image"].shape[1:]) for sample in batch)
+        return color_detector(batch)
+
+    plan = TTA((1.0, 0.5))
+    expected = detect_views(model, plan, [views])[0]
+    assert sizes == [SIZE, SIZE, (40, 60), (40, 60)]
+    sizes.clear()
+    known = color_detector([{"image": views[0].image, "height": 80, "width": 120}])
+    found = detect_views(model, plan, [views], plain=[known[0]["instances"]])[0]
+    assert sizes == [SIZE, (40, 60), (40, 60)]
+    assert found.scores.equal(expected.scores)
+    assert found.pred_boxes.tensor.equal(expected.pred_boxes.tensor)
+
+
 @pytest.mark.parametrize("fusion", [NmsFusion(), WeightedBoxesFusion()])
 def test_views_that_agree_become_one_list(fusion):
     sizes = []
