@@ -28,7 +28,6 @@ from co_detr.engine.overrides import text_override
 from co_detr.errors import CheckpointError
 from co_detr.model_zoo import (
     CLASS_BIAS,
-    config_file,
     resolve_checkpoint,
 )
 from co_detr.model_zoo.table import ZOO
@@ -130,15 +129,7 @@ def _read_config(config: Config, overrides: Sequence[str]) -> DictConfig:
         cfg = copy.deepcopy(config)
         apply_overrides(cfg, overrides)
         return cfg
-    path = os.fspath(config)
-    if _is_name(path):
-        path = str(config_file(path))
-    return load_config(path, overrides)
-
-
-def _is_name(path: str) -> bool:
-    """Whether it can only be the name of a model in the zoo."""
-    return not (os.path.isfile(path) or os.path.dirname(path) or path.endswith((".yaml", ".yml")))
+    return load_config(os.fspath(config), overrides)
 
 
 def _checkpoint_file(config: Config, checkpoint: str | os.PathLike[str] | None) -> str:

@@ -73,6 +73,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     A `.py` file is run. A `.yaml` file is read with restrictions (see `read_yaml_config`), but
     names what is called to build a run: use configs of people you trust only.
 
+    Args:
+        path: of a file, or the name of a model of the zoo, as ``co_detr_r50``.
+
     Returns:
         The nodes of `NODES`; other names that the file defines are dropped.
 
@@ -140,14 +143,18 @@ def config_files(folder: Path) -> dict[str, Path]:
 def _present_path(path: str) -> str:
     """A path to a file that exists.
 
-    In version 0.1, all configs stood in one folder: the path that one had there still leads to it,
-    with a warning.
+    A name without a folder is one of the model zoo. In version 0.1, all configs stood in one
+    folder: the path that one had there still leads to it, with a warning.
 
     Raises:
         ConfigError: if there is no such file.
     """
     if os.path.isfile(path):
         return path
+    if not os.path.dirname(path) and not os.path.splitext(path)[1]:
+        from co_detr.model_zoo import config_file  # which loads configs from here
+
+        return str(config_file(path))
     folder, name = os.path.split(path)
     found = None
     if all(os.path.isdir(os.path.join(folder, parts)) for parts in PARTS):

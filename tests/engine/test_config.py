@@ -318,3 +318,12 @@ def test_a_rate_for_another_batch_is_suggested(monkeypatch, caplog, overrides, r
     suggest_rate(load_config(path, overrides), path, overrides)
     messages = [record.getMessage() for record in caplog.records]
     assert not messages if rate is None else rate in messages[0] and len(messages) == 1
+
+
+def test_a_name_is_a_model_of_the_zoo(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("quickstart").model.num_classes == 10
+    with pytest.raises(ConfigError, match="did you mean co_detr_r50"):
+        load_config("co_detr_r5")
+    with pytest.raises(ConfigError, match="folder/co_detr_r50' does not exist"):
+        load_config("folder/co_detr_r50")
