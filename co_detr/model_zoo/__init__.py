@@ -16,6 +16,7 @@ import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -224,12 +225,14 @@ def choose_config(state: Mapping[str, Tensor], official: bool) -> Choice:
     # right only if nothing else fits. A config for another number of classes is right only if none
     # has the file's.
     rank: dict[str, tuple[bool, bool]] = {}
-    for name in ZOO:
+    for name, entry in ZOO.items():
+        if entry.package is not None and find_spec(entry.package) is None:
+            continue  # who made the file has it
         problems[name], partial = _problems(state, _of_the_zoo(name, len(bias)), official)
         rank[name] = (partial, get_config(name).model.num_classes != len(bias))
-    fitting = sorted((name for name in ZOO if not problems[name]), key=rank.__getitem__)
+    fitting = sorted((name for name in rank if not problems[name]), key=rank.__getitem__)
     if not fitting:
-        nearest = min(ZOO, key=lambda name: len(problems[name]))
+        nearest = min(rank, key=lambda name: len(problems[name]))
         raise CheckpointError(
             f"no config of the zoo fits this checkpoint; the nearest is {nearest} "
             f"({len(problems[nearest])} differences: {_first(problems[nearest])}): pass the right "

@@ -41,6 +41,7 @@ class ZooEntry:
         page: where a person can fetch that file.
         url: where a program can fetch it (see `co_detr.checkpoint.fetching`); None: only by hand.
         sha256: of the file, in hexadecimal; None: not known, or told by the hub.
+        package: that the model needs beside those of every installation.
     """
 
     name: str
@@ -54,6 +55,7 @@ class ZooEntry:
     page: str | None = None
     url: str | None = None
     sha256: str | None = None
+    package: str | None = None
 
     def __post_init__(self) -> None:
         if self.sha256 is not None and self.url is None:
@@ -283,6 +285,11 @@ RELEASED = (
 _OUR_OWN = (
     ZooEntry("co_detr_r50_atss", "Co-Deformable-DETR, ResNet-50, ATSS head alone, 12 epochs"),
     ZooEntry("co_detr_r50_k6", "Co-Deformable-DETR, ResNet-50, six auxiliary heads, 12 epochs"),
+    ZooEntry(
+        "co_detr_convnext_t",
+        "Co-Deformable-DETR, ConvNeXt-T of timm, 12 epochs",
+        package="timm",
+    ),
     ZooEntry("co_detr_r50_mask_rcnn", "Co-Deformable-DETR, ResNet-50, Mask R-CNN head, 12 epochs"),
     ZooEntry("co_detr_r50_instance", "Co-Deformable-DETR, ResNet-50, masks, 12 epochs"),
     ZooEntry("co_dino_r50_instance", "Co-DINO-Inst, ResNet-50, boxes and masks, 12 epochs"),
