@@ -31,6 +31,7 @@ from co_detr.tools.results import (
     by_image,
     corners,
     read_detections,
+    require_other_file,
 )
 from co_detr.tools.split_dataset import write_json
 
@@ -129,9 +130,10 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: if an argument or a file is wrong.
     """
-    reference = (
-        None if options.annotations is None else Reference.of(read_coco(options.annotations))
-    )
+    inputs = [*options.files, options.annotations, options.labels]
+    require_other_file(options.output, [path for path in inputs if path is not None])
+    evaluated = options.annotations
+    reference = None if evaluated is None else Reference.of(read_coco(evaluated))
     sources, reference = read_detections(options.files, reference)
     if reference is None:
         raise ConfigError(
@@ -265,7 +267,9 @@ def make_labels(
         candidates = []
         for path, entries in found.items():
             for entry in entries.get(key, ()):
-                candidates += _candidate(entry, path, image, reference, rules, checker, counts)
+                candidate = _candidate(entry, path, image, reference, rules, checker, counts)
+                if candidate is not None:
+                    candidates.append(candidate)
         image_id = images.ids[key]
         for candidate in _best(candidates, rules, own_of.get(image_id, ()), counts):
             made.append(_annotation(candidate, image_id, ids[candidate.name]))
@@ -363,21 +367,21 @@ def _candidate(
     rules: Rules,
     checker: BoxChecker,
     counts: Mapping[str, Counter[str]],
-) -> list[Candidate]:
+) -> Candidate | None:
     """The detection, if its class and score are of interest, with its box inside the image."""
     before = reference.classes[entry["category_id"]]
     name = before if rules.classes is None else rules.classes.get(before)
     if name is None:
-        return []
+        return None
     lowest = rules.thresholds.get(before, rules.score)
     is_label = entry["score"] >= lowest
     if not is_label and (rules.uncertain is None or entry["score"] < rules.uncertain):
         counts[name][_LOW] += 1
-        return []
+        return None
     box = checker.clip(entry, image)
     if box is None:
-        return []
-    return [Candidate(entry | {"bbox": box}, name, source, is_label)]
+        return None
+    return Candidate(entry | {"bbox": box}, name, source, is_label)
 
 
 def _best(

@@ -11,6 +11,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from co_detr.data.coco_file import (
     read_json,
     shortened,
 )
-from co_detr.errors import DataError
+from co_detr.errors import ConfigError, DataError
 
 ImageId = int | str
 _KEPT = ("bbox", "score", "segmentation", "mask_score")  # of an entry of predict.py
@@ -117,6 +118,13 @@ def read_detections(
                 "evaluation, or the predictions.json of predict.py."
             )
     return files, reference
+
+
+def require_other_file(output: Path, inputs: Sequence[str]) -> None:
+    """Raises a ConfigError if a result would replace a file that it is made of."""
+    for path in inputs:
+        if output.exists() and os.path.exists(path) and output.samefile(path):
+            raise ConfigError(f"{output} would replace its own input: choose another --output.")
 
 
 def _lists_images(content: Any) -> bool:

@@ -289,6 +289,13 @@ def test_files_that_are_wrong(tool: Tool, content: object, message: str) -> None
     assert not (tool.folder / "out.json").exists()
 
 
+def test_an_input_is_not_replaced(tool: Tool) -> None:
+    entries = found_by(tool.truth, 1, per_image=1)
+    path = tool.file("out.json", entries)
+    assert "would replace its own input" in tool(path)[1]
+    assert tool.result == entries
+
+
 def test_ground_truth_that_is_wrong(tool: Tool) -> None:
     a = tool.file("a.json", found_by(tool.truth, 1))
     damaged = tool.truth["annotations"][0]

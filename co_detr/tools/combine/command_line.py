@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 from co_detr.data.coco_file import CocoFile, Entry, read_coco, read_json, shortened
 from co_detr.engine.evaluation import MASKS
-from co_detr.engine.evaluators import COCO_LIMIT
+from co_detr.engine.evaluators import COCO_LIMIT, best_of_each_image
 from co_detr.errors import ConfigError, DataError
 from co_detr.tools.combine.choosing import (
     Judge,
@@ -22,7 +22,13 @@ from co_detr.tools.combine.choosing import (
     sweep,
 )
 from co_detr.tools.combine.fusing import BLENDING, RULES, Settings, combined
-from co_detr.tools.results import DetectionFile, ImageId, Reference, by_image, read_detections
+from co_detr.tools.results import (
+    DetectionFile,
+    ImageId,
+    Reference,
+    read_detections,
+    require_other_file,
+)
 from co_detr.tools.split_dataset import divide, group_images, write_json
 
 EPILOG = """
@@ -76,6 +82,7 @@ def run(options: argparse.Namespace) -> None:
         UserError: if an argument or a file is wrong.
     """
     _check_options(options)
+    require_other_file(options.output, options.files)
     truth = None if options.annotations is None else read_coco(options.annotations)
     reference = None if truth is None else Reference.of(truth)
     sources, reference = read_detections(options.files, reference)
@@ -109,8 +116,7 @@ def run(options: argparse.Namespace) -> None:
     elif options.thresholds is not None:
         merged = above(merged, read_thresholds(options.thresholds, reference), reference)
     if options.per_image is not None:
-        best = (sorted(found, key=lambda e: -e["score"]) for found in by_image(merged).values())
-        merged = [entry for found in best for entry in found[: options.per_image]]
+        merged = best_of_each_image(merged, options.per_image)
     write_json(merged, options.output)
     print(f"{len(merged)} detections in {options.output} ({settings.text(len(sources))})")
     if judge is not None and judge.is_labeled:
