@@ -227,6 +227,14 @@ def test_masks_stay_with_their_boxes(tool: Tool) -> None:
     a, b = (tool.file(f"{n}.json", entries) for n, entries in enumerate(lists))
     _, said = tool(a, b, "--rule", "nms", labeled=True)
     assert "segm/AP" in said
+    boxes = [{k: v for k, v in e.items() if k != "segmentation"} for e in tool.result]
+    expected = by_pycocotools(str(tool.truth_file), boxes)["AP"]
+    assert ap_of(said, "combined") == pytest.approx(expected, abs=0.005)
+    masks = [{k: v for k, v in e.items() if k != "bbox"} for e in tool.result]
+    masks = [e | {"score": e["mask_score"]} for e in masks]
+    expected = by_pycocotools(str(tool.truth_file), masks, "segm")["AP"]
+    row = next(line for line in said.splitlines() if line.startswith("| combined "))
+    assert float(row.split("|")[5]) == pytest.approx(expected, abs=0.005)
     assert len(tool.result) > 4
     assert all(entry in lists[0] + lists[1] for entry in tool.result)
     tool(a, b, "--rule", "nms", "--weights", "1", "2", "--per-image", "3")

@@ -74,7 +74,7 @@ class Judge:
         evaluator = self._of(images)
         chosen = [entry for entry in entries if entry["image_id"] in images]
         with contextlib.redirect_stdout(io.StringIO()):  # the COCO API prints
-            found = evaluator.judge([_box_of(entry) for entry in chosen])
+            found = evaluator.judge(chosen)
             if chosen and all("segmentation" in entry for entry in chosen):
                 masked = evaluator.ground_truth(MASKS)
                 if missing_masks(self.reference.path, masked) is None:
@@ -90,11 +90,6 @@ class Judge:
         if images not in self._parts:
             self._parts[images] = self._whole.on_images(images)
         return self._parts[images]
-
-
-def _box_of(entry: Entry) -> Entry:
-    """A detection for the evaluator, which takes the area of a mask if there is one."""
-    return {key: entry[key] for key in ("image_id", "category_id", "bbox", "score")}
 
 
 def sweep(sources: Sequence[DetectionFile], settings: Settings, judge: Judge) -> Settings:
