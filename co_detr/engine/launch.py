@@ -10,7 +10,9 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from types import FrameType
 from typing import TypeVar
 
@@ -25,6 +27,11 @@ from co_detr.errors import ConfigError, LostProcessError, UserError, WriteError,
 from co_detr.process_setup import SIGNALS
 
 Main = Callable[[DictConfig, argparse.Namespace], object]
+_OF_TRAINING = {
+    "goes_on": "continue with --resume",
+    "interrupted": "--resume continues from the last checkpoint",
+    "kept": "checkpoints",
+}
 _INTERRUPTED = 128 + signal.SIGINT  # as shells have it
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 # What is said where a peer is gone or does not answer.
@@ -46,81 +53,153 @@ _LOST_PEER = (
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a command does in each of its processes.
+
+    Attributes:
+        main: the work, which spawned processes import. A whole number that it returns is the exit
+            code of its process.
+        program: the command, for messages.
+        device: of the processes.
+        device_option: what sets it, for messages.
+        patience: how long a process waits for another one.
+        debug: let errors through, so that their tracebacks show.
+        goes_on: what to do after something from without has ended a process.
+        interrupted: what is said after Ctrl-C.
+        kept: what is not lost then, in the plural.
+        num_gpus, num_machines, machine_rank, dist_url: as of Detectron2's `launch`.
+    """
+
+    main: Callable[[], object]
+    program: str
+    device: str
+    device_option: str
+    patience: timedelta
+    debug: bool
+    goes_on: str
+    interrupted: str
+    kept: str
+    num_gpus: int = 1
+    num_machines: int = 1
+    machine_rank: int = 0
+    dist_url: str = "auto"
+
+
 def launch(main: Main, cfg: DictConfig, args: argparse.Namespace) -> int:
-    """Runs `main(cfg, args)` in every process that `args` or `torchrun` asks for.
+    """Runs `main(cfg, args)` of a training; see `launch_job`."""
+    return launch_job(
+        Job(
+            main=partial(main, cfg, args),
+            program="train_net.py",
+            device=cfg.train.device,
+            device_option="train.device=",
+            patience=timedelta(minutes=cfg.train.process_timeout_minutes),
+            debug=args.debug,
+            **_OF_TRAINING,
+            num_gpus=args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+        )
+    )
+
+
+def launch_job(job: Job) -> int:
+    """Runs a job in every process that it or `torchrun` asks for.
 
     Returns:
-        The exit code: 0, 2 after an error that was explained in one sentence, 130 after Ctrl-C.
+        The exit code: 0, 2 after an error that was explained in one sentence, 130 after Ctrl-C, or
+        what the job returns.
     """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        _check_devices(cfg, int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"]))
-        return _run_under_torchrun(main, cfg, args)
-    _check_devices(cfg, args.num_gpus * args.num_machines, args.num_gpus)
-    if args.num_gpus * args.num_machines == 1:
-        return guarded(main, cfg, args)
-    if args.num_machines > 1 and args.dist_url == "auto":
+    if under_torchrun():
+        _check_devices(job, int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+        return _run_under_torchrun(job)
+    _check_devices(job, job.num_gpus * job.num_machines, job.num_gpus)
+    if job.num_gpus * job.num_machines == 1:
+        return _guarded(job)
+    if job.num_machines > 1 and job.dist_url == "auto":
         raise ConfigError("--num-machines needs --dist-url tcp://ADDRESS_OF_MACHINE_0:PORT.")
-    # Detectron2 talks over NCCL wherever a GPU is present, whatever train.device says.
-    if torch.cuda.is_available() and torch.device(cfg.train.device).type == "cpu":
+    # Detectron2 talks over NCCL wherever a GPU is present, whatever the device is.
+    if torch.cuda.is_available() and torch.device(job.device).type == "cpu":
         raise ConfigError(
-            "--num-gpus with train.device=cpu is not possible on a machine with GPUs: start CPU "
-            "processes with torchrun --nproc-per-node N train_net.py ..."
+            f"--num-gpus with {job.device_option}cpu is not possible on a machine with GPUs: start "
+            f"CPU processes with torchrun --nproc-per-node N {job.program} ..."
         )
     try:
         with _forwarded_signals():
             launch_processes(
                 _exit_guarded,
-                args.num_gpus,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(main, cfg, args),
-                timeout=_patience(cfg),
+                job.num_gpus,
+                num_machines=job.num_machines,
+                machine_rank=job.machine_rank,
+                dist_url=job.dist_url,
+                args=(job,),
+                timeout=job.patience,
             )
     except mp.ProcessExitedException as error:
         if error.signal_name is None:
             return error.exit_code  # the process has said why
         raise LostProcessError(
             f"process {error.error_index} was ended by {error.signal_name} and the others were "
-            "stopped: find out what ended it (often a lack of memory), and continue with --resume."
+            f"stopped: find out what ended it (often a lack of memory), and {job.goes_on}."
         ) from error
     except KeyboardInterrupt:
         return _INTERRUPTED  # the first process has said so
     return 0
 
 
+def under_torchrun() -> bool:
+    """Whether this is a process of `torchrun`, or of a scheduler that names ranks as it does."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
 def guarded(main: Main, cfg: DictConfig, args: argparse.Namespace) -> int:
-    """Runs `main` and reports what ends it in one sentence; returns the exit code."""
+    """Runs `main` of a training and reports what ends it; returns the exit code."""
+    return _guarded(
+        Job(
+            main=partial(main, cfg, args),
+            program="train_net.py",
+            device="cpu",
+            device_option="train.device=",
+            patience=timedelta(),
+            debug=args.debug,
+            **_OF_TRAINING,
+        )
+    )
+
+
+def _guarded(job: Job) -> int:
     try:
-        main(cfg, args)
+        code = job.main()
     except UserError as error:
-        report(error, args.debug)
+        report(error, job.debug)
         return 2
     except KeyboardInterrupt:
         if comm.is_main_process():
-            print("Interrupted: --resume continues from the last checkpoint.", file=sys.stderr)
+            print(f"Interrupted: {job.interrupted}.", file=sys.stderr)
         return _INTERRUPTED
     except (OSError, RuntimeError) as error:
-        explained = _explained(error)
+        explained = _explained(error, job)
         if explained is None:
             raise
-        report(explained, args.debug)
+        report(explained, job.debug)
         return 2
-    return 0
+    return code if isinstance(code, int) else 0
 
 
-def _explained(error: OSError | RuntimeError) -> UserError | None:
+def _explained(error: OSError | RuntimeError, job: Job) -> UserError | None:
     """The sentence for what can happen to any program on a shared machine."""
     if isinstance(error, OSError) and error.errno in _NOT_WRITTEN:
         name = error.filename or "a file of the run, such as metrics.jsonl,"
         explained: UserError = WriteError(
             f"{name} cannot be written ({error.strerror}): make room or correct the permissions, "
-            "and continue with --resume; the checkpoints written so far are intact."
+            f"and {job.goes_on}; the {job.kept} written so far are intact."
         )
     elif comm.get_world_size() > 1 and any(sign in str(error) for sign in _LOST_PEER):
         explained = LostProcessError(
             f"another process of this run is gone or does not answer ({first_line(error)}): see "
-            "what it said, and continue with --resume."
+            f"what it said, and {job.goes_on}."
         )
     else:
         return None
@@ -177,20 +256,20 @@ def raise_jointly(error: UserError | None) -> None:
             raise joint from error
 
 
-def _check_devices(cfg: DictConfig, processes: int, on_this_machine: int) -> None:
+def _check_devices(job: Job, processes: int, on_this_machine: int) -> None:
     """Every process has a GPU of its own.
 
     Raises:
         ConfigError: the same in all processes, before they wait for each other.
     """
-    device = torch.device(cfg.train.device)
+    device = torch.device(job.device)
     if processes == 1 or device.type != "cuda":
         return
     if device.index is not None:
         raise ConfigError(
-            f"train.device={cfg.train.device} is one GPU, but the run has {processes} processes: "
-            "set train.device=cuda, which gives each process its own (CUDA_VISIBLE_DEVICES chooses "
-            "among those of the machine)."
+            f"{job.device_option}{job.device} is one GPU, but the run has {processes} processes: "
+            f"set {job.device_option}cuda, which gives each process its own (CUDA_VISIBLE_DEVICES "
+            "chooses among those of the machine)."
         )
     count = torch.cuda.device_count()
     if torch.cuda.is_available() and on_this_machine > count:
@@ -200,9 +279,9 @@ def _check_devices(cfg: DictConfig, processes: int, on_this_machine: int) -> Non
         )
 
 
-def _exit_guarded(main: Main, cfg: DictConfig, args: argparse.Namespace) -> None:
-    _share_patience(_patience(cfg))
-    code = guarded(main, cfg, args)
+def _exit_guarded(job: Job) -> None:
+    _share_patience(job.patience)
+    code = _guarded(job)
     if code:
         sys.exit(code)
 
@@ -224,10 +303,6 @@ def _forwarded_signals() -> Iterator[None]:
             signal.signal(stop, handler)
 
 
-def _patience(cfg: DictConfig) -> timedelta:
-    return timedelta(minutes=cfg.train.process_timeout_minutes)
-
-
 def _share_patience(patience: timedelta) -> None:
     """Lets processes wait for each other's objects as long as for tensors.
 
@@ -240,16 +315,16 @@ def _share_patience(patience: timedelta) -> None:
         comm._get_global_gloo_group = lambda: group
 
 
-def _run_under_torchrun(main: Main, cfg: DictConfig, args: argparse.Namespace) -> int:
+def _run_under_torchrun(job: Job) -> int:
     local_rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device(cfg.train.device)
+    device = torch.device(job.device)
     on_gpu = device.type == "cuda" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(local_rank if device.index is None else device.index)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_patience(cfg))
-    _share_patience(_patience(cfg))
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=job.patience)
+    _share_patience(job.patience)
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
-    code = guarded(main, cfg, args)
+    code = _guarded(job)
     # Where something has failed, others may never come to this point: no waiting for them.
     if code == 0:
         dist.destroy_process_group()

@@ -10,7 +10,7 @@ from detectron2.structures import BitMasks
 
 from co_detr.engine.train import run_evaluation_only, run_training
 from co_detr.modeling.auxiliary.faster_rcnn import SharedBitMasks
-from co_detr.tools.predict.files import CocoResults
+from co_detr.tools.predict.results import Classes, ImageResult
 from tests.device import DEVICE
 from tests.modeling.builders import (
     assert_complete,
@@ -78,9 +78,8 @@ def test_the_head_detects_masks_in_output_resolution(model):
 def test_masks_are_written(model):
     model.evaluate_with = "roi"
     (found, _) = detect(model, make_batch())
-    results = CocoResults(list("abcde"))
-    results.add(1, "a.png", found.to("cpu"))
-    (first, *_) = json.loads(json.dumps(results.content()))["annotations"]
+    result = ImageResult.of(1, "a.png", found.to("cpu"), Classes.numbered("abcde"))
+    (first, *_) = json.loads(json.dumps(result.annotations))
     assert first["segmentation"]["size"] == [96, 128]
 
 

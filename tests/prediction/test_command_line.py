@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from co_detr.data.images import image_suffixes
 from co_detr.errors import ConfigError, DataError
 from co_detr.tools.predict.command_line import parse_arguments, run
-from co_detr.tools.predict.files import find_inputs
+from co_detr.tools.predict.inputs import find_inputs
 from co_detr.tools.predict.predictor import Predictor
 from tests.device import CHILD, NAME
 from tests.paths import python_path

@@ -14,6 +14,7 @@ from co_detr.modeling.postprocess import DetectedMasks
 from co_detr.tools.predict.command_line import parse_arguments, run
 from co_detr.tools.predict.files import OutputFolder
 from co_detr.tools.predict.predictor import Predictor
+from co_detr.tools.predict.results import Classes
 from tests.device import NAME
 
 
@@ -93,7 +94,8 @@ def test_pictures_and_json(predict, predictor_of_masks, masked, photos, tmp_path
     coco = COCO(str(tmp_path / "masks" / "predictions.json"))  # it is an annotation file
     assert np.array_equal(coco.annToMask(coco.anns[1]), found.pred_masks[0].numpy())
     found.remove("pred_masks")
-    boxes = OutputFolder(tmp_path / "boxes", predictor_of_masks.class_names)
+    classes = Classes.numbered(predictor_of_masks.class_names)
+    boxes = OutputFolder(tmp_path / "boxes", classes)
     sample = predictor_of_masks.prepare(photos / "a.png")
     assert (np.abs(np.asarray(boxes.draw(sample.rgb, found)).astype(int) - picture) > 60).any()
 

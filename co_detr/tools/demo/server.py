@@ -31,8 +31,8 @@ from werkzeug.exceptions import (
 from co_detr.data.images import is_deep, orientation_of
 from co_detr.errors import ConfigError, DataError, UserError
 from co_detr.tools.draw.boxes import class_colors, text_color
-from co_detr.tools.predict.files import CocoResults
 from co_detr.tools.predict.predictor import Predictor
+from co_detr.tools.predict.results import Classes, ImageResult
 
 MEGABYTES = 64  # of an image file
 
@@ -68,7 +68,7 @@ class Detection:
     """What was found in an image.
 
     Attributes:
-        coco: an annotation file with scores, of one image; see `CocoResults`.
+        coco: an annotation file with scores, of one image; see `ImageResult`.
         seconds: what the model took.
         picture: the image as the model saw it, as a data URL; None: the browser shows it so.
     """
@@ -111,11 +111,11 @@ class Detector:
         start = perf_counter()
         ((_, _, found),) = self.predictor.stream([(None, sample)])
         seconds = perf_counter() - start
-        results = CocoResults(self.predictor.class_names)
-        results.add(1, upload.name, found)
+        classes = Classes.numbered(self.predictor.class_names)
+        coco = ImageResult.of(1, upload.name, found, classes).content(classes)
         height, width = sample.rgb.shape[:2]
         as_shown = upload.shown_size == (width, height) and not (turned or scaled)
-        return Detection(results.content(), seconds, None if as_shown else _data_url(sample.rgb))
+        return Detection(coco, seconds, None if as_shown else _data_url(sample.rgb))
 
 
 def _data_url(rgb: np.ndarray) -> str:

@@ -26,7 +26,7 @@ from co_detr.tools.export.predictor import (
     check_image,
 )
 from co_detr.tools.predict.command_line import add_model_arguments
-from co_detr.tools.predict.files import find_inputs
+from co_detr.tools.predict.inputs import find_inputs
 
 DESCRIPTION = """Writes a trained detector to an ONNX or torch.export file.
 
