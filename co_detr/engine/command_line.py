@@ -29,6 +29,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--config-file", required=True, metavar="FILE", help="experiment, such as configs/NAME.py")
     add("--resume", action="store_true", help="continue from train.output_dir's last checkpoint")
     add("--eval-only", action="store_true", help="evaluate only")
+    add(
+        "--amp",
+        choices=["bfloat16", "float16"],
+        help="of --eval-only: mixed precision, as in predict.py (default: float32); that of "
+        "trainings is train.amp",
+    )
     add("--dry-run", action="store_true", help="measure memory and time of a step; writes nothing")
     add("--num-gpus", type=int, default=1, help="processes per machine (CPU ones without GPUs)")
     add("--num-machines", type=int, default=1, help="number of machines")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from detectron2.config import LazyCall, instantiate
 from detectron2.engine import hooks
 from detectron2.utils import comm
@@ -64,6 +65,11 @@ logger = logging.getLogger(__name__)
 def run(args: argparse.Namespace) -> int:
     """What `train_net.py` does with its arguments; returns the exit code (see `launch`)."""
     try:
+        if args.amp and not args.eval_only:
+            raise ConfigError(
+                f"--amp {args.amp} is of evaluations: for a training set train.amp.enabled=true "
+                f"train.amp.dtype={args.amp}."
+            )
         cfg = load_config(args.config_file, args.opts)
         adopt_class_count(cfg, args.opts, args.eval_only, args.resume)
         return launch(main, cfg, args)
@@ -81,7 +87,7 @@ def main(cfg: DictConfig, args: argparse.Namespace) -> None:
             print(measured.text())
     elif args.eval_only:
         check_data(cfg, eval_only=True)
-        run_evaluation_only(cfg, args.resume, log)
+        run_evaluation_only(cfg, args.resume, log, args.amp)
     else:
         with exclusive(cfg.train.output_dir):
             check_data(cfg)
@@ -192,11 +198,15 @@ def run_training(cfg: DictConfig, resume: bool, log: RunLog | None = None) -> di
 
 
 def run_evaluation_only(
-    cfg: DictConfig, resume: bool, log: RunLog | None = None
+    cfg: DictConfig, resume: bool, log: RunLog | None = None, amp: str | None = None
 ) -> dict[str, float]:
     """Evaluates the last checkpoint of `train.output_dir` (`resume`) or `train.init_checkpoint`.
 
     Writes to `train.output_dir`, but where that holds a training, to its subfolder `evaluation`.
+
+    Args:
+        amp: "bfloat16" or "float16" of mixed precision, as of `co_detr.Predictor`; None: float32,
+            in which evaluations are made in the course of a training, however it is computed.
     """
     description = config_text(cfg)
     folder = evaluation_folder(cfg.train.output_dir)
@@ -217,7 +227,9 @@ def run_evaluation_only(
         logger.warning("train.init_checkpoint is empty: evaluating random weights.")
     checkpoint = checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     align_with_checkpoint(cfg, checkpoint.get("class_names"))
-    metrics = run_evaluation(model)
+    dtype = None if amp is None else getattr(torch, amp)
+    with torch.autocast(torch.device(cfg.train.device).type, dtype, enabled=amp is not None):
+        metrics = run_evaluation(model)
     _log_best(model, metrics, folder, checkpointer.resumed_from or cfg.train.init_checkpoint)
     return metrics
 

@@ -4,7 +4,6 @@ They are forked from a server that has imported everything, so that each starts 
 """
 
 import functools
-import importlib
 import multiprocessing
 import os
 import signal
@@ -48,7 +47,7 @@ class TrainNet:
         port: see `free_port`.
         prepare: runs in the process first; has to be importable.
         config: the config file.
-        program: "train_net", or another that takes `--config-file`, such as "predict".
+        command: of `co_detr.command_line`, which has to take `--config-file`.
     """
 
     def __init__(
@@ -58,14 +57,14 @@ class TrainNet:
         port: int = 0,
         prepare: Callable[[], None] | None = None,
         config: str = CONFIG_FILE,
-        program: str = "train_net",
+        command: str = "train",
     ) -> None:
         environment = {} if rank is None else one_of_two(rank, port)
         _start_server()
         self._said = tempfile.NamedTemporaryFile("r", prefix="train_net")
         arguments = ["--config-file", config, *arguments]
         self._process = _SERVER.Process(
-            target=_run, args=(program, arguments, environment, self._said.name, prepare)
+            target=_run, args=(command, arguments, environment, self._said.name, prepare)
         )
         self._process.start()
 
@@ -169,7 +168,7 @@ def _start_server() -> None:
 
 
 def _run(
-    program: str,
+    command: str,
     arguments: list[str],
     environment: dict[str, object],
     output: str,
@@ -182,5 +181,7 @@ def _run(
     multiprocessing.set_start_method("fork", force=True)  # of its loading workers, as usual
     if prepare is not None:
         prepare()
-    sys.argv = [f"{program}.py", *arguments]
-    sys.exit(importlib.import_module(program).command_line())
+    from co_detr.command_line import start
+
+    sys.argv = [f"{command}.py", *arguments]
+    sys.exit(start(command))

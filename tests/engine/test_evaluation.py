@@ -11,6 +11,8 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from co_detr.data.coco import align_classes, class_names, load_coco
+from co_detr.engine import train
+from co_detr.engine.command_line import parse_arguments
 from co_detr.engine.train import build_evaluation, run_evaluation_only, run_training
 from co_detr.errors import CheckpointError, ConfigError, DataError
 from tests.engine.tiny_detector import GroundTruthDetector
@@ -318,3 +320,28 @@ def test_numbers_of_a_class_are_those_of_an_evaluation_of_it_alone(oracle_cfg, t
         assert float(ap) < float(ap50)
         assert metrics[f"AP-{name}"] == pytest.approx(float(ap), abs=1e-3)
         assert int(number) == len(truth.getAnnIds(catIds=[category]))
+
+
+@pytest.mark.parametrize("amp", [None, "bfloat16"])
+def test_mixed_precision_of_evaluations_alone(tiny_cfg, monkeypatch, amp):
+    """Also where the training has it, an evaluation is in float32 unless it is asked for."""
+    seen = []
+
+    def note(model):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return {}
+
+    def build(cfg, folder):
+        build_evaluation(cfg, folder)  # loads the data
+        return note
+
+    monkeypatch.setattr(train, "build_evaluation", build)
+    cfg = tiny_cfg("train.amp.enabled=true")
+    run_evaluation_only(cfg, resume=False, amp=amp)
+    assert seen[0][0] == (amp is not None)
+    assert amp is None or seen[0][1] == torch.bfloat16
+
+
+def test_mixed_precision_of_a_training_is_another_key(capsys):
+    assert train.run(parse_arguments(["--config-file", "a.py", "--amp", "float16"])) == 2
+    assert "set train.amp.enabled=true train.amp.dtype=float16" in capsys.readouterr().err

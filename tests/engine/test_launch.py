@@ -146,7 +146,9 @@ def test_other_errors_of_nccl_are_not_explained_away(monkeypatch):
 
 
 def _arguments(num_gpus):
-    return argparse.Namespace(num_gpus=num_gpus, num_machines=1, dist_url="auto", debug=False)
+    return argparse.Namespace(
+        num_gpus=num_gpus, num_machines=1, machine_rank=0, dist_url="auto", debug=False
+    )
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "num-gpus"])
@@ -156,12 +158,12 @@ def test_one_gpu_for_several_processes(tiny_cfg, monkeypatch, launcher):
             monkeypatch.setenv(name, str(value))
     cfg, count = tiny_cfg("train.device=cuda:0"), 1 if launcher == "torchrun" else 2
     with pytest.raises(ConfigError, match=r"cuda:0 is one GPU, but the run has 2 processes: set "):
-        launching.launch(None, cfg, _arguments(count))
+        launching.launch(print, cfg, _arguments(count))
     cfg.train.device = "cuda"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match=r"2 processes are to run on this machine, .* has 1 GPU"):
-        launching.launch(None, cfg, _arguments(count))
+        launching.launch(print, cfg, _arguments(count))
 
 
 def test_a_gpu_that_is_not_there(tiny_cfg, monkeypatch):

@@ -253,7 +253,7 @@ def start(trained, inputs, output, rank=None, port=0, more=(), prepare=None):
     arguments = ["--checkpoint", trained.checkpoint, "--device", CHILD, "--score", "0"]
     arguments += ["--set", SMALL, "--no-pictures", "--output", str(output), str(inputs), *more]
     return TrainNet(
-        arguments, rank, port, prepare=prepare, config=trained.config, program="predict"
+        arguments, rank, port, prepare=prepare, config=trained.config, command="predict"
     )
 
 
