@@ -1,15 +1,19 @@
-"""Images a second that one core loads for training, with and without copy-paste, side by side.
+"""Images a second that one core loads for training, with stronger augmentation and without.
 
     python -m benchmarks.loader_copy_paste [--size 1024] [--rounds 5] [--output F.json]
 
-Large-scale jitter on made-up data of COCO's kind: photographs of 640x480 as JPEG with as many
-objects as COCO has on average, with polygons. Contestants take turns, each loading the same
-positions of its stream; times are those of the processor, so that other programs do not count.
+Large-scale jitter and DETR's augmentation on made-up data of COCO's kind: photographs of 640x480 as
+JPEG with as many objects as COCO has on average, with polygons. Contestants take turns, each
+loading the same positions of its stream; times are those of the processor, so that other programs
+do not count.
 
 * boxes: as without copy-paste: no mask is read.
 * masks: masks are read and augmented, for a mask head.
 * copy-paste: masks are read, objects pasted, and masks dropped: for a model of boxes.
 * copy-paste, masks kept: the same for a mask head.
+* DETR: resized and cropped as in most configs, boxes only.
+* colors; mosaic in half, in all of the samples, with colors: the same with all of `ColorJitter`'s
+  changes, and with four images in one.
 """
 
 from __future__ import annotations
@@ -28,14 +32,28 @@ from PIL import Image
 from benchmarks.common import environment, markdown_table, write_json
 from co_detr.data.coco import load_coco
 from co_detr.data.copy_paste import CopyPaste
-from co_detr.data.loader import CheckedDatasetMapper, build_train_loader, lsj_train_augmentation
+from co_detr.data.loader import (
+    CheckedDatasetMapper,
+    build_train_loader,
+    detr_train_augmentation,
+    lsj_train_augmentation,
+)
+from co_detr.data.mixing import Mixing
+from co_detr.data.variation import Variation
 
 OBJECTS = 7.3  # of an image, on average as in COCO
 POINTS = 30  # of a polygon
 WIDTH, HEIGHT = 640, 480
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket", "motorcycle_left", "cat")
 # What a model gets that is trained without copy-paste.
-BASELINES = {"copy-paste": "boxes", "copy-paste, masks kept": "masks"}
+BASELINES = {
+    "copy-paste": "boxes",
+    "copy-paste, masks kept": "masks",
+    "colors": "DETR",
+    "mosaic in half, colors": "DETR",
+    "mosaic in all, colors": "DETR",
+}
+COLORS = Variation(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
 
 
 def write_data(folder: Path, images: int, seed: int = 0) -> Path:
@@ -73,6 +91,11 @@ def write_data(folder: Path, images: int, seed: int = 0) -> Path:
     return folder / "train.json"
 
 
+def mosaic(share: float) -> Mixing:
+    """Mosaic that never ends."""
+    return Mixing(mosaic=share, until=1.0, max_iter=1_000_000)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -80,26 +103,32 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024, help="side of the square in pixels")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=40, help="loaded in a round")
+    parser.add_argument("--only", choices=("boxes", "masks", "DETR"), help="with its contestants")
     parser.add_argument("--output", help="json file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         file = str(write_data(Path(folder), 36))
         streams = {}
-        for name, with_masks, copy_paste in (
-            ("boxes", False, None),
-            ("masks", True, None),
-            ("copy-paste", True, CopyPaste(keep_masks=False)),
-            ("copy-paste, masks kept", True, CopyPaste(keep_masks=True)),
+        lsj, detr = lsj_train_augmentation(options.size), detr_train_augmentation()
+        for name, steps, with_masks, more in (
+            ("boxes", lsj, False, {}),
+            ("masks", lsj, True, {}),
+            ("copy-paste", lsj, True, {"copy_paste": CopyPaste(keep_masks=False)}),
+            ("copy-paste, masks kept", lsj, True, {"copy_paste": CopyPaste(keep_masks=True)}),
+            ("DETR", detr, False, {}),
+            ("colors", [*detr, *COLORS.behind()], False, {}),
+            ("mosaic in half, colors", [*detr, *COLORS.behind()], False, {"mixing": mosaic(0.5)}),
+            ("mosaic in all, colors", [*detr, *COLORS.behind()], False, {"mixing": mosaic(1.0)}),
         ):
+            if options.only not in (None, name, BASELINES.get(name)):
+                continue
             loader = build_train_loader(
                 load_coco(file, folder, with_masks=with_masks),
-                mapper=CheckedDatasetMapper(
-                    True, lsj_train_augmentation(options.size), "RGB", recompute_boxes=with_masks
-                ),
+                mapper=CheckedDatasetMapper(True, steps, "RGB", recompute_boxes=with_masks),
                 total_batch_size=options.images,
                 seed=0,
                 aspect_ratio_grouping=False,
-                copy_paste=copy_paste,
+                **more,
             )
             streams[name] = iter(loader)
         for stream in streams.values():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +50,7 @@ def load_coco(
     image_path: Callable[[dict[str, Any]], str] | None = None,
     partial_classes: bool = False,
     with_masks: bool = False,
+    repeat_threshold: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Reads a COCO-format json and registers its classes under `dataset_name(annotation_file)`.
 
@@ -64,6 +66,8 @@ def load_coco(
         partial_classes: let the file have fewer classes than `num_classes`, as a val set may have;
             `align_classes` then has to say which ones they are.
         with_masks: keep the masks of objects, for heads that learn masks; crowds keep none.
+        repeat_threshold: images with a class that is in less than this share of all images are
+            listed several times, see `repeat_rare_classes`; 0: every image once.
 
     Returns:
         One dict per image (images without boxes included), ordered by image id: `file_name`,
@@ -126,6 +130,8 @@ def load_coco(
     dataset = [records[image_id] for image_id in sorted(records)]
     count = sum(len(record["annotations"]) for record in dataset)
     logger.info("%s: %d images, %d boxes.", annotation_file, len(dataset), count)
+    if repeat_threshold:
+        return repeat_rare_classes(dataset, repeat_threshold, class_names(annotation_file))
     return dataset
 
 
@@ -137,37 +143,59 @@ def load_lvis(
     repeat_threshold: float = 0.0,
     with_masks: bool = False,
 ) -> list[dict[str, Any]]:
-    """Reads an LVIS v1 json, of 1203 classes; as `load_coco`, with two differences.
+    """Reads an LVIS v1 json, of 1203 classes; as `load_coco` with another way to the images.
 
     Args:
         image_root: directory that holds COCO's `train2017` and `val2017`. LVIS says where each
             image is by its address (`coco_url`): its val set has images of both directories.
-        repeat_threshold: images with a class that is in less than this share of all images are
-            listed several times, see `repeat_rare_classes`; 0: every image once.
 
     Raises:
         DataError: as `load_coco`; or if an image has no `coco_url`.
     """
     path_of = partial(_path_of_url, annotation_file)
-    records = load_coco(
+    return load_coco(
         *(annotation_file, image_root, num_classes, invalid_boxes, path_of),
         with_masks=with_masks,
+        repeat_threshold=repeat_threshold,
     )
-    return repeat_rare_classes(records, repeat_threshold) if repeat_threshold else records
 
 
-def repeat_rare_classes(records: list[dict[str, Any]], threshold: float) -> list[dict[str, Any]]:
+def repeat_rare_classes(
+    records: list[dict[str, Any]], threshold: float, names: Sequence[str]
+) -> list[dict[str, Any]]:
     """Lists an image r times, r = ceil(max over its classes of max(1, sqrt(threshold / f))).
 
-    f is the share of images that show the class. Source: LVIS (Gupta et al., 2019) appendix B.2,
-    rounded up as mmdet's ``ClassBalancedDataset`` does it.
+    f is the share of images that show the class. Logs what becomes of the rarest class. Source:
+    LVIS (Gupta et al., 2019) appendix B.2, rounded up as mmdet's ``ClassBalancedDataset`` does it.
+
+    Args:
+        names: of the classes.
+
+    Raises:
+        ConfigError: if the threshold is not from 0 to 1.
     """
+    if not 0 <= threshold <= 1:
+        raise ConfigError(
+            f"dataloader.train.dataset.repeat_threshold={threshold} must be a share of the images, "
+            "from 0 (none is repeated) to 1."
+        )
     factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(records, threshold)
-    return [
-        record
-        for record, factor in zip(records, factors.tolist(), strict=True)
-        for _ in range(math.ceil(factor))
-    ]
+    times = [math.ceil(factor) for factor in factors.tolist()]
+    seen: Counter[int] = Counter()
+    repeated: Counter[int] = Counter()
+    for record, count in zip(records, times, strict=True):
+        classes = {annotation["category_id"] for annotation in record["annotations"]}
+        seen.update(classes)
+        repeated.update(dict.fromkeys(classes, count))
+    if seen:
+        rarest = min(seen, key=lambda number: (seen[number], number))
+        logger.info(
+            "Images of rare classes are repeated (repeat_threshold=%g): %d instead of %d; %r, the "
+            "rarest class, is in %d instead of %d (%.1f times as often).",
+            *(threshold, sum(times), len(records), names[rarest]),
+            *(repeated[rarest], seen[rarest], repeated[rarest] / seen[rarest]),
+        )
+    return [record for record, count in zip(records, times, strict=True) for _ in range(count)]
 
 
 def _path_of_url(annotation_file: str, image: dict[str, Any]) -> str:
@@ -186,6 +214,7 @@ def load_objects365(
     image_root: str,
     num_classes: int | None = None,
     invalid_boxes: str = "error",
+    repeat_threshold: float = 0.0,
     with_masks: bool = False,
 ) -> list[dict[str, Any]]:
     """Reads Objects365 v2, `zhiyuan_objv2_train.json` or `.._val.json`; as `load_coco`.
@@ -198,6 +227,7 @@ def load_objects365(
     return load_coco(
         *(annotation_file, image_root, num_classes, invalid_boxes, _path_in_archives),
         with_masks=with_masks,
+        repeat_threshold=repeat_threshold,
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from co_detr.data.loader import CheckedDatasetMapper, as_tensor, augment, with_whole_masks
 from co_detr.data.masks import CroppedMasks
+from co_detr.data.variation import PixelwiseTransform, TransposeTransform
 
 Window = tuple[slice, slice]  # rows and columns
 
@@ -143,7 +144,7 @@ def paste(
         size,
         gt_boxes=Boxes(torch.cat([boxes[stays], objects.gt_boxes.tensor])),
         gt_classes=torch.cat([scene.instances.gt_classes[stays], objects.gt_classes]),
-        gt_masks=masks[stays].followed_by(objects.gt_masks),
+        gt_masks=CroppedMasks.cat([masks[stays], objects.gt_masks]),
     )
     return Scene(image, instances)
 
@@ -176,7 +177,7 @@ class Source:
 
 
 def draw_source(record: dict[str, Any], mapper: CheckedDatasetMapper) -> Source:
-    """Augments an image without its pixels, if all its transforms are resizes, crops and mirrors.
+    """Augments an image without its pixels, if all its transforms can do without (`window_of`).
 
     Augmentations then see the shape of the image, and black in place of its pixels. With any other
     transform, which may depend on pixels, the image is read and augmented as a whole.
@@ -208,17 +209,25 @@ def draw_source(record: dict[str, Any], mapper: CheckedDatasetMapper) -> Source:
     return Source(mapper.objects(record["annotations"], before, transforms, after), pixels)
 
 
+_SAME_SHAPE = (T.HFlipTransform, T.VFlipTransform, T.NoOpTransform, PixelwiseTransform)
+
+
 class _NeedsPixelsError(Exception):
     """A transform is none of those whose shape is known without pixels."""
 
 
 class _ShapeOnly(T.AugInput):
     def transform(self, tfm: T.Transform) -> None:
-        if isinstance(tfm, T.ResizeTransform):
+        if isinstance(tfm, T.TransformList):
+            for each in tfm.transforms:
+                self.transform(each)
+        elif isinstance(tfm, T.ResizeTransform):
             self.image = _black(tfm.new_h, tfm.new_w)
         elif isinstance(tfm, T.CropTransform):
             self.image = _black(tfm.h, tfm.w)
-        elif not isinstance(tfm, (T.HFlipTransform, T.VFlipTransform, T.NoOpTransform)):
+        elif isinstance(tfm, TransposeTransform):
+            self.image = _black(*self.image.shape[1::-1])
+        elif not isinstance(tfm, _SAME_SHAPE):
             raise _NeedsPixelsError
 
 
@@ -234,7 +243,7 @@ def window_of(rgb: np.ndarray, transforms: T.TransformList, window: Window) -> n
 
     Args:
         rgb: ``(H, W, 3)`` uint8.
-        transforms: resizes, crops and mirrors.
+        transforms: resizes, crops, mirrors, quarter turns, and changes of single pixels' colors.
         window: of the result.
     """
     rows, columns = window
@@ -252,6 +261,11 @@ def window_of(rgb: np.ndarray, transforms: T.TransformList, window: Window) -> n
         elif isinstance(each, T.VFlipTransform):
             y = each.height - y - height
             behind.append(T.VFlipTransform(height))
+        elif isinstance(each, TransposeTransform):
+            x, y, width, height = y, x, height, width
+            behind.append(each)
+        elif isinstance(each, PixelwiseTransform):
+            behind.append(each)
         elif isinstance(each, T.ResizeTransform):
             whole = T.TransformList(steps).apply_image(rgb)
             down, across = each.h / each.new_h, each.w / each.new_w

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +32,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from co_detr.data.images import ImageReader
 from co_detr.data.masks import transformed_masks
+from co_detr.data.variation import Variation
 from co_detr.errors import ConfigError, DataError, first_line
 from co_detr.process_setup import outlive_signals
 from co_detr.seeding import locally_seeded, mix_seed
 
 if TYPE_CHECKING:
     from co_detr.data.copy_paste import CopyPaste
+    from co_detr.data.mixing import Mixing
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class CheckedDatasetMapper(DatasetMapper):
         reader: opens the images; None: one with its defaults.
         recompute_boxes: whether boxes are drawn anew around what is left of the masks, where there
             are some.
+        variation: more that is done to training images; None: nothing.
     """
 
     def __init__(
@@ -64,7 +67,10 @@ class CheckedDatasetMapper(DatasetMapper):
         image_format: str,
         reader: ImageReader | None = None,
         recompute_boxes: bool = False,
+        variation: Variation | None = None,
     ) -> None:
+        if variation is not None:
+            augmentations = [*variation.before(), *augmentations, *variation.behind()]
         super().__init__(is_train, augmentations=augmentations, image_format=image_format)
         self.reader = reader or ImageReader()
         self.recompute_boxes = recompute_boxes
@@ -277,10 +283,17 @@ def detr_test_augmentation(short_edge: int = 800, max_size: int = 1333) -> list[
 
 @dataclass(frozen=True)
 class SampleKey:
-    """One element of the endless sample stream."""
+    """One element of the endless sample stream.
 
-    position: int  # in the stream; decides the augmentation
-    index: int  # of the image in the data set
+    Attributes:
+        position: in the stream; decides the augmentation.
+        index: of the image in the data set.
+        iteration: that it is loaded for; until it is in a batch, -1.
+    """
+
+    position: int
+    index: int
+    iteration: int = -1
 
 
 class BatchPlan(Sampler[list[SampleKey]]):
@@ -339,8 +352,11 @@ class BatchPlan(Sampler[list[SampleKey]]):
         self.start_iteration = 0
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        for batch in islice(self._batches(), self.start_iteration, None):
-            mine = batch[self.rank :: self.world_size]
+        start = self.start_iteration
+        for iteration, batch in enumerate(islice(self._batches(), start, None), start):
+            mine = [
+                replace(key, iteration=iteration) for key in batch[self.rank :: self.world_size]
+            ]
             for start in range(0, len(mine), self.images_per_gpu):
                 yield mine[start : start + self.images_per_gpu]
 
@@ -396,18 +412,25 @@ class SeededDataset(Dataset[dict[str, Any]]):
         mapper: Callable[[dict[str, Any]], dict[str, Any]],
         seed: int,
         copy_paste: CopyPaste | None = None,
+        mixing: Mixing | None = None,
     ) -> None:
         self.records = records
         self.mapper = mapper
         self.seed = seed
         self.copy_paste = copy_paste
+        self.mixing = mixing
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
         with locally_seeded("sample", self.seed, key.position):
             record = self.records[key.index]
-            if self.copy_paste is None:
-                return self.mapper(record)
-            return self.copy_paste(record, self.records, self.mapper)
+            if self.mixing is not None and key.iteration < self.mixing.stop_iteration:
+                return self.mixing(record, self.records, self.mapper, self._unmixed)
+            return self._unmixed(record)
+
+    def _unmixed(self, record: dict[str, Any]) -> dict[str, Any]:
+        if self.copy_paste is None:
+            return self.mapper(record)
+        return self.copy_paste(record, self.records, self.mapper)
 
 
 def build_train_loader(
@@ -420,6 +443,7 @@ def build_train_loader(
     aspect_ratio_grouping: bool = True,
     num_workers: int = 0,
     copy_paste: CopyPaste | None = None,
+    mixing: Mixing | None = None,
 ) -> DataLoader:
     """Builds the endless loader of this process's micro-batches (lists of mapped dicts).
 
@@ -431,10 +455,21 @@ def build_train_loader(
         aspect_ratio_grouping: whether landscape and portrait images are batched apart.
         num_workers: loading processes; 0 loads in this process. Does not change the batches.
         copy_paste: pastes objects of other images into each; not where the data have no masks.
+        mixing: makes samples of several images; an image that it makes a mosaic of gets no pasted
+            objects.
 
     Raises:
-        ConfigError: if a batch cannot be divided evenly.
+        ConfigError: if a batch cannot be divided evenly, or a mapper is to mix that cannot.
     """
+    if mixing is not None and not mixing.is_on:
+        mixing = None
+    if mixing is not None:
+        if not isinstance(mapper, CheckedDatasetMapper):
+            raise ConfigError(
+                "dataloader.train.mixing needs the mapper CheckedDatasetMapper, or one derived "
+                "from it: set mosaic and mixup to 0 for another one."
+            )
+        logger.info("%s", mixing)
     if copy_paste is not None and not any(
         "segmentation" in annotation for record in dataset for annotation in record["annotations"]
     ):
@@ -454,7 +489,7 @@ def build_train_loader(
         world_size=comm.get_world_size(),
     )
     return DataLoader(
-        SeededDataset(DatasetFromList(dataset, copy=False), mapper, seed, copy_paste),
+        SeededDataset(DatasetFromList(dataset, copy=False), mapper, seed, copy_paste, mixing),
         batch_sampler=plan,
         num_workers=num_workers,
         # A step begins with all of its micro-batches: the workers load them during the one before.

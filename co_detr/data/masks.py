@@ -25,6 +25,7 @@ import pycocotools.mask as mask_utils
 import torch
 from detectron2.structures import BitMasks, Boxes
 
+from co_detr.data.variation import PlaceTransform, TransposeTransform
 from co_detr.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -380,10 +381,15 @@ class CroppedMasks:
         for (x0, y0, x1, y1), bitmap in zip(self.corners.tolist(), self.bitmaps, strict=True):
             yield (slice(y0, y1), slice(x0, x1)), bitmap
 
-    def followed_by(self, other: CroppedMasks) -> CroppedMasks:
-        """These and others of the same image, or of one that begins at the same corner."""
-        corners = np.concatenate([self.corners, other.corners])
-        return CroppedMasks(self.image_size, corners, self.bitmaps + other.bitmaps)
+    @staticmethod
+    def cat(every: Sequence[CroppedMasks]) -> CroppedMasks:
+        """One behind the other: of the image of the first, at whose corner the others begin, too.
+
+        `Instances.cat` calls it.
+        """
+        corners = np.concatenate([masks.corners for masks in every])
+        bitmaps = [bitmap for masks in every for bitmap in masks.bitmaps]
+        return CroppedMasks(every[0].image_size, corners, bitmaps)
 
     def boxes(self) -> Boxes:
         """Around the pixels of each mask, the last ones included; zeros without any."""
@@ -414,9 +420,12 @@ def transformed_masks(
     if picked is None:  # turned by an angle, say
         whole = np.stack([transforms.apply_segmentation(draw_mask(mask, *size)) for mask in masks])
         return CroppedMasks.of_bitmaps(whole != 0, whole.shape[1:])
-    rows, columns = picked
-    parts = (_picked_part(mask, size, rows, columns) for mask in masks)
-    return CroppedMasks.placed((len(rows), len(columns)), parts)
+    size_after = len(picked.rows), len(picked.columns)
+    parts = (_picked_part(mask, size, picked.rows, picked.columns) for mask in masks)
+    if picked.transposed:
+        size_after = size_after[::-1]
+        parts = ((x, y, bitmap.T) for y, x, bitmap in parts)
+    return CroppedMasks.placed(size_after, parts)
 
 
 def _picked_part(
@@ -425,8 +434,8 @@ def _picked_part(
     """Row, column and bitmap of the part of ``mask[rows][:, columns]`` where the object is."""
     left, top, right, bottom = extent_of(mask)
     # A pixel around, as drawing rounds the edges.
-    down = _span((rows >= math.floor(top) - 1) & (rows <= bottom + 1))
-    across = _span((columns >= math.floor(left) - 1) & (columns <= right + 1))
+    down = _span((rows >= max(math.floor(top) - 1, 0)) & (rows <= bottom + 1))
+    across = _span((columns >= max(math.floor(left) - 1, 0)) & (columns <= right + 1))
     rows, columns = rows[down], columns[across]
     if not (len(rows) and len(columns)):
         return 0, 0, np.zeros((0, 0), bool)
@@ -441,10 +450,22 @@ def _picked_part(
     return down.start, across.start, picked
 
 
-def picked_pixels(
-    transforms: T.TransformList, size: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Which row and which column of an image each row ``(h,)`` and column ``(w,)`` shows.
+@dataclass(frozen=True)
+class PickedPixels:
+    """Which pixels of an image its augmented form shows.
+
+    Attributes:
+        rows, columns: of the image, in the order in which they show; -1 where nothing of it does.
+        transposed: whether its columns have become the rows of the augmented form.
+    """
+
+    rows: np.ndarray
+    columns: np.ndarray
+    transposed: bool = False
+
+
+def picked_pixels(transforms: T.TransformList, size: tuple[int, int]) -> PickedPixels | None:
+    """Follows rows and columns of an image through its augmentation.
 
     Of the nearest pixel when it is resized: that of OpenCV, which the reference takes (row r of H
     shows ``floor(r * h / H)``), not that of Pillow, which Detectron2 takes.
@@ -456,6 +477,7 @@ def picked_pixels(
         None if rows and columns do not stay rows and columns, or a transform is not known.
     """
     rows, columns = (np.arange(side) for side in size)
+    transposed = False
     for transform in transforms.transforms:
         if isinstance(transform, T.ResizeTransform):
             rows, columns = (
@@ -469,9 +491,17 @@ def picked_pixels(
             columns = columns[::-1]
         elif isinstance(transform, T.VFlipTransform):
             rows = rows[::-1]
+        elif isinstance(transform, TransposeTransform):
+            rows, columns, transposed = columns, rows, not transposed
+        elif isinstance(transform, PlaceTransform):
+            shown = rows[transform.source[0]], columns[transform.source[1]]
+            rows, columns = (np.full(side, -1) for side in transform.size)
+            rows[transform.target[0]], columns[transform.target[1]] = shown
         elif not isinstance(transform, _PLAIN_TRANSFORMS):
             return None
-    return rows, columns
+    if transposed:
+        rows, columns = columns, rows
+    return PickedPixels(rows, columns, transposed)
 
 
 def _nearest(before: int, after: int) -> np.ndarray:

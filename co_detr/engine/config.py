@@ -112,6 +112,9 @@ def _settle_masks(cfg: DictConfig) -> None:
     """Where a config leaves it open (null), masks are read if something learns or moves them."""
     train = cfg.dataloader.train
     learns, pasting = learns_masks(cfg.model), train.get("copy_paste")
+    mixing = train.get("mixing")
+    if mixing is not None and mixing.get("keep_masks", False) is None:
+        mixing.keep_masks = learns
     if train.dataset.get("with_masks", False) is None:
         train.dataset.with_masks = learns or pasting is not None
     if pasting is not None and pasting.get("keep_masks", False) is None:

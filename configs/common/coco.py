@@ -13,6 +13,8 @@ from co_detr.data.loader import (
     detr_test_augmentation,
     detr_train_augmentation,
 )
+from co_detr.data.mixing import Mixing
+from co_detr.data.variation import Variation
 from co_detr.engine.evaluators import CocoBoxEvaluator
 
 data = dict(
@@ -44,12 +46,16 @@ dataloader = dict(
             num_classes="${model.num_classes}",
             invalid_boxes="${data.invalid_boxes}",
             with_masks=None,  # None: if the model has a mask head, or objects are pasted
+            # Images with a class that fewer than this share of all images have are seen more often.
+            repeat_threshold=0.0,
         ),
         mapper=L(CheckedDatasetMapper)(
             is_train=True,
             augmentations=L(detr_train_augmentation)(max_size=1333),
             image_format="${data.image_format}",
             reader=_reader,
+            # Flips, turns, colors, blur, all off here; see co_detr/data/variation.py.
+            variation=L(Variation)(image_format="${data.image_format}"),
         ),
         total_batch_size="${train.effective_batch_size}",
         images_per_gpu="${train.images_per_gpu}",
@@ -57,6 +63,8 @@ dataloader = dict(
         aspect_ratio_grouping=True,
         seed="${train.seed}",
         copy_paste=None,  # of objects with masks into other images, see co_detr/data/copy_paste.py
+        # Mosaic and MixUp, both off here: how often each happens; see co_detr/data/mixing.py.
+        mixing=L(Mixing)(mosaic=0.0, mixup=0.0, max_iter="${train.max_iter}", keep_masks=None),
     ),
     test=L(build_detection_test_loader)(
         dataset=L(load_coco)(

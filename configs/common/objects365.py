@@ -24,5 +24,5 @@ def _objects365(split):
 
 
 dataloader.train.dataset = _objects365("train")
-dataloader.train.dataset.with_masks = None  # as the model needs, see coco.py
+dataloader.train.dataset.update(with_masks=None, repeat_threshold=0.0)  # see coco.py
 dataloader.test.dataset = _objects365("val")

@@ -9,10 +9,11 @@ import torch
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from co_detr.data.coco import load_lvis, load_objects365, repeat_rare_classes
+from co_detr.data.coco import load_coco, load_lvis, load_objects365, repeat_rare_classes
 from co_detr.engine import evaluators
 from co_detr.engine.evaluators import LvisBoxEvaluator
 from co_detr.errors import ConfigError, DataError
+from tests.engine.tiny_data import make_tiny_data
 
 CATEGORIES = [
     {"id": 1, "name": "aerosol_can", "frequency": "c", "image_count": 1},
@@ -59,7 +60,7 @@ def test_lvis_without_addresses_or_images(lvis_file, tmp_path):
         load_lvis(str(lvis_file), str(tmp_path))
 
 
-def test_rare_classes_are_repeated():
+def test_rare_classes_are_repeated(caplog):
     rng = np.random.default_rng(0)
     shares = [0.9, 0.3, 0.02]
     records = [
@@ -77,8 +78,27 @@ def test_rare_classes_are_repeated():
         classes = [annotation["category_id"] for annotation in record["annotations"]]
         times = [max(1.0, math.sqrt(threshold / share(category))) for category in classes]
         expected += [record["id"]] * math.ceil(max(times, default=1.0))
-    repeated = [record["id"] for record in repeat_rare_classes(records, threshold)]
+    caplog.set_level("INFO")
+    names = ["cell", "plate", "rod"]
+    repeated = [record["id"] for record in repeat_rare_classes(records, threshold, names)]
     assert repeated == expected and len(repeated) > len(records)
+    rare = round(300 * share(2))
+    times = sum(record["id"] in with_rods(records) for record in map(records.__getitem__, repeated))
+    assert f"'rod', the rarest class, is in {times} instead of {rare} (" in caplog.text
+    with pytest.raises(ConfigError, match="repeat_threshold=2 must be a share of the images"):
+        repeat_rare_classes(records, 2, names)
+
+
+def with_rods(records):
+    return {record["id"] for record in records if {"category_id": 2} in record["annotations"]}
+
+
+def test_any_set_can_repeat_its_rare_classes(tmp_path):
+    tiny_data = make_tiny_data(tmp_path)
+    arguments = (str(tiny_data.train), str(tiny_data.images))
+    plain = [record["image_id"] for record in load_coco(*arguments)]
+    repeated = [record["image_id"] for record in load_coco(*arguments, repeat_threshold=1.0)]
+    assert len(repeated) > len(plain) == len(set(repeated))
 
 
 def test_objects365_images_lie_in_patches(tmp_path):

@@ -248,7 +248,8 @@ MASKS = [check_mask(form, *SIZE).usable for form in ([square(3, 4, 30)], TEXT, [
 
 def whole(mask, transforms):
     """Every pixel of an augmented bitmap, without regard to where the object is."""
-    rows, columns = picked_pixels(transforms, SIZE)
+    picked = picked_pixels(transforms, SIZE)
+    rows, columns = picked.rows, picked.columns
     return draw_mask(mask, *SIZE)[rows][:, columns]
 
 
@@ -282,7 +283,8 @@ def test_masks_follow_augmentations(augmentation):
 
 def test_a_pixel_is_the_nearest_one_of_the_reference():
     resize = T.TransformList([T.ResizeTransform(*SIZE, 37, 61)])
-    rows, columns = picked_pixels(resize, SIZE)
+    picked = picked_pixels(resize, SIZE)
+    rows, columns = picked.rows, picked.columns
     assert rows.tolist() == [row * HEIGHT // 37 for row in range(37)]
     assert columns.tolist() == [column * WIDTH // 61 for column in range(61)]
 

@@ -63,7 +63,8 @@ def bitmap_ops(unit: Unit) -> None:
         left, top = max(left, 0), max(top, 0)
         size = max(min(right, width) - left, 1), max(min(bottom, height) - top, 1)
         crop = T.TransformList([T.CropTransform(left, top, *size)])
-        rows, columns = picked_pixels(crop, (height, width))
+        picked = picked_pixels(crop, (height, width))
+        rows, columns = picked.rows, picked.columns
         unit.exact(f"crop[{index}].hw", [len(rows), len(columns)])
         found = transformed_masks(masks, (height, width), crop).whole().tensor
         unit.exact(f"crop[{index}].areas", found.sum(dim=(1, 2)).int())
