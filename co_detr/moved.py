@@ -65,6 +65,8 @@ MOVED: dict[str, str] = {
     "co_detr.modeling.single_scale.encoder": "co_detr.modeling.single_scale",
 }
 
+_BACKBONES = "co_detr.modeling.backbones.vit"
+
 # Old key of a config -> the last part that it has now.
 RENAMED_KEYS = {"model.decoder.normalise_output": "normalize_output"}
 # Keys that are ignored, as what they said is now seen from other keys or from the data.
@@ -135,6 +137,24 @@ def named_sources(sources: Sequence[Any]) -> dict[str, Any] | None:
                 )
             named[name]["sees"] = names[place]
     return {**named, "_target_": "co_detr.modeling.queries.QuerySources"} if named else None
+
+
+def present_part(node: Mapping[str, Any]) -> dict[str, Any]:
+    """A described part of a config, with the name and the arguments that it has now.
+
+    The learning rates of ViT's layers had a class of their own.
+    """
+    present = dict(node)
+    if isinstance(node.get("_target_"), str):
+        present["_target_"] = present_name(node["_target_"])
+        if present["_target_"] == f"{_BACKBONES}.LayerDecay":
+            return {
+                "factor": 1.0,
+                "layer_decay": node["decay_rate"],
+                "depths": node["num_layers"],
+                "_target_": "co_detr.engine.optim.LearningRateFactor",
+            }
+    return present
 
 
 def _name_of(source: Any) -> str:

@@ -32,7 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 from co_detr.engine.overrides import apply_overrides
 from co_detr.errors import ConfigError, first_line
 from co_detr.files import written_whole
-from co_detr.moved import named_sources, present_name, rename_keys
+from co_detr.moved import named_sources, present_name, present_part, rename_keys
 
 logger = logging.getLogger(__name__)
 
@@ -380,14 +380,9 @@ def in_present_terms(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_present_targets(node: Any) -> Any:
-    """With the names that `_target_`s have now."""
+    """With the names and arguments that described parts have now."""
     if isinstance(node, dict):
-        return {
-            key: present_name(value)
-            if key == "_target_" and isinstance(value, str)
-            else _with_present_targets(value)
-            for key, value in node.items()
-        }
+        return present_part({key: _with_present_targets(value) for key, value in node.items()})
     if isinstance(node, list | tuple):
         return type(node)(_with_present_targets(value) for value in node)
     return node

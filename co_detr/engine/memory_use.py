@@ -44,7 +44,7 @@ _MESSAGES = (
     "can't allocate memory",
     "not enough memory",
 )
-_CHECKPOINTING = (
+CHECKPOINTING = (
     "model.encoder.activation_checkpointing",
     "model.backbone.bottom_up.activation_checkpointing",
 )
@@ -120,7 +120,7 @@ def training_advice(cfg: DictConfig, plan: BatchPlan) -> str:
         )
     if not cfg.train.amp.enabled:
         advice.append("set train.amp.enabled=true (bfloat16)")
-    off = [key for key in _CHECKPOINTING if OmegaConf.select(cfg, key) is False]
+    off = [key for key in CHECKPOINTING if OmegaConf.select(cfg, key) is False]
     advice += [f"set {key}=true" for key in off]
     if (masks := OmegaConf.select(cfg, _MASKS_OF_IMAGE)) and masks > 1:
         advice.append(f"learn fewer masks of an image: set {_MASKS_OF_IMAGE}={masks // 2}")

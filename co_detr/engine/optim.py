@@ -8,6 +8,7 @@ the parameters' names, and with the settings of its config.
 from __future__ import annotations
 
 import logging
+import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,23 @@ import torch
 from fvcore.common.param_scheduler import ParamScheduler
 from torch import nn
 
-from co_detr.errors import CheckpointError
+from co_detr.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
+
+# How layers of backbones are called, as stage and block, with the number of the first stage.
+# Patches are merged behind a stage in Detectron2's Swin, in front of it in timm's networks.
+_LAYERS = (
+    (re.compile(r"(?:^|\.)(?:layers|stages)[._](\d+)\.blocks\.(\d+)\."), 0),  # Swin, ConvNeXt
+    (re.compile(r"(?:^|\.)layers\.(\d+)\.(downsample)\."), 0),
+    (re.compile(r"(?:^|\.)(?:layers|stages)_(\d+)\.()downsample\."), 0),
+    (re.compile(r"(?:^|\.)res(\d+)\.(\d+)\."), 2),  # ResNet
+    (re.compile(r"(?:^|\.)layer(\d+)\.(\d+)\."), 1),
+    (re.compile(r"(?:^|\.)()blocks\.(\d+)\."), 0),  # ViT, which has no stages
+)
+_STEM = re.compile(
+    r"(?:^|\.)(?:stem|patch_embed|(?:absolute_)?pos_embed|cls_token|reg_token|conv1|bn1)(?:[._]|$)"
+)
 
 _NOT_SETTINGS = ("params", "param_names", "initial_lr")
 # What tells one kind of optimizer from another where a checkpoint does not name it.
@@ -38,15 +53,74 @@ class LearningRateFactor:
     A parameter whose name starts with one of `prefixes` or contains one of `parts` learns with
     `factor` times the base rate, every other one with the base rate. The default slows the
     pretrained backbone down, but not the channel mapper on top of it.
+
+    With `layer_decay`, layers behind `prefixes` learn the slower the nearer they are to the image:
+    of n blocks, the last with `layer_decay` times `factor`, the first with `layer_decay` ** n, and
+    the stem or the embeddings with `layer_decay` ** (n + 1). Norms behind the blocks have `factor`
+    alone. Layers are recognized by their names in ResNet, Swin, ViT, and timm's networks. Sources:
+    BEiT (Bao et al., 2022) and, for the patch merging of Swin, SimMIM (Xie et al., 2022), where it
+    belongs to the last block before it.
+
+    Args:
+        factor: of the rate.
+        prefixes, parts: of names of parameters.
+        layer_decay: from layer to layer; 1: none.
+        depths: the number of blocks of each stage, or of all if there are no stages.
+
+    Raises:
+        ConfigError: if `layer_decay` is not above 0 and at most 1, or has no `depths`; when called,
+            if a parameter is of a layer that is not known, or not in `depths`.
     """
 
     factor: float = 0.1
     prefixes: Sequence[str] = ("backbone.bottom_up.",)
     parts: Sequence[str] = ("sampling_offsets", "reference_points")
+    layer_decay: float = 1.0
+    depths: int | Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(
+                f"optimizer.params.lr_factor_func.layer_decay={self.layer_decay} must be above 0 "
+                "and at most 1."
+            )
+        if self.layer_decay < 1 and not self.depths:
+            raise ConfigError(
+                "optimizer.params.lr_factor_func.layer_decay needs the number of blocks of each "
+                "stage of the backbone: set optimizer.params.lr_factor_func.depths, as [3,4,6,3] "
+                "for ResNet-50."
+            )
 
     def __call__(self, name: str) -> float:
-        slow = name.startswith(tuple(self.prefixes)) or any(part in name for part in self.parts)
-        return self.factor if slow else 1.0
+        prefix = next((start for start in self.prefixes if name.startswith(start)), None)
+        slow = prefix is not None or any(part in name for part in self.parts)
+        rate = self.factor if slow else 1.0
+        if prefix is not None and self.layer_decay < 1:
+            rate *= self.layer_decay ** self._layers_above(name, name.removeprefix(prefix))
+        return rate
+
+    def _layers_above(self, name: str, inside: str) -> int:
+        """From a layer, named without its prefix, to what stands behind all blocks."""
+        depths = [self.depths] if isinstance(self.depths, int) else list(self.depths)
+        for pattern, first in _LAYERS:
+            if found := pattern.search(inside):
+                stage = int(found[1] or first) - first
+                last = depths[stage] - 1 if stage < len(depths) else -1
+                block = last if found[2] == "downsample" else int(found[2] or 0)
+                if not 0 <= block <= last:
+                    raise ConfigError(
+                        f"optimizer.params.lr_factor_func.depths={depths} has no place for {name}: "
+                        "give the number of blocks of each stage of the backbone."
+                    )
+                return sum(depths[stage:]) - block
+        if _STEM.search(inside):
+            return sum(depths) + 1
+        if re.search(r"(?:^|\.)\d+\.", inside):
+            raise ConfigError(
+                f"optimizer.params.lr_factor_func.layer_decay={self.layer_decay} cannot tell which "
+                f"layer {name} is of: set it to 1 for this backbone."
+            )
+        return 0
 
 
 class StepSchedule(ParamScheduler):

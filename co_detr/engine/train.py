@@ -32,6 +32,7 @@ from co_detr.engine.hooks import (
     build_averaged,
 )
 from co_detr.engine.launch import jointly, launch, report
+from co_detr.engine.memory_table import memory_table
 from co_detr.engine.memory_use import (
     dry_run,
     evaluation_advice,
@@ -82,6 +83,8 @@ def main(cfg: DictConfig, args: argparse.Namespace) -> None:
     """Runs in every process."""
     log = setup_run(cfg)
     if args.dry_run:
+        if comm.is_main_process():
+            print(f"{memory_table(cfg).text()}\n", flush=True)  # first: it helps if nothing fits
         measured = dry_run(cfg)
         if comm.is_main_process():
             print(measured.text())

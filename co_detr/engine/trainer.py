@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from co_detr.checkpoint.reading import with_present_names
 from co_detr.data.loader import BatchPlan
+from co_detr.engine.freezing import FrozenHook, freeze
 from co_detr.engine.non_finite import BadStep, NonFiniteGuard, facts_of
 from co_detr.engine.optim import layout_of, with_own_settings
 from co_detr.engine.writers import WriterHook
@@ -371,13 +372,21 @@ def build_trainer(
 
     Args:
         loader: of micro-batches, of which `accumulation_steps` make a step.
+
+    Raises:
+        ConfigError: if `train.freeze` cannot be applied.
     """
     logger.info("%.1f M parameters", sum(p.numel() for p in model.parameters()) / 1e6)
+    patterns = list(cfg.train.get("freeze", []))
+    if patterns:
+        logger.info(freeze(model, patterns).text())
     node = copy.deepcopy(cfg.optimizer)  # a config describes; it does not hold a model
     node.params.model = model
     optimizer = instantiate(node)
     settings = _step_settings(cfg, accumulation_steps)
-    return Trainer(_distributed(model, cfg), loader, optimizer, settings)
+    trainer = Trainer(_distributed(model, cfg), loader, optimizer, settings)
+    trainer.register_hooks([FrozenHook(model)] if patterns else [])
+    return trainer
 
 
 def _step_settings(cfg: DictConfig, accumulation_steps: int) -> StepSettings:

@@ -31,6 +31,7 @@ from co_detr.data.coco import class_names
 from co_detr.data.coco_file import read_coco
 from co_detr.engine.config import learns_masks
 from co_detr.engine.evaluation import MASKS, missing_masks, usable_dataset
+from co_detr.engine.freezing import keep_frozen_in_eval
 from co_detr.engine.launch import jointly
 from co_detr.engine.setup import pin_for
 from co_detr.engine.trainer import StepSettings, Trainer
@@ -174,6 +175,7 @@ def training_without_trace(model: nn.Module, device: torch.device) -> Iterator[N
     devices = [device] if device.type == "cuda" else []
     with locally_seeded("validation loss"), torch.random.fork_rng(devices):
         model.train()
+        keep_frozen_in_eval(model)
         for module in modes:
             if isinstance(module, _KEPT_IN_EVAL):
                 module.eval()

@@ -202,7 +202,7 @@ RELEASED = (
         "co_dino_vit/co_dino_5scale_vit_large_coco.py",
         65.9,
         parameters=VIT_BACKBONE,
-        note="trained without the average of weights; batch size is not official",
+        note="batch size is not official",
         page=VIT_PAGE,
         url=VIT_URL.format("coco"),
         sha256="733d2ccde180a55151a68a6cab7c9f42b117d24d38d6197b37caf3189243256c",
@@ -213,7 +213,7 @@ RELEASED = (
         "co_dino_vit/co_dino_5scale_vit_large_coco_instance.py",
         65.8,
         parameters=VIT_BACKBONE,
-        note="mask AP 56.6; trained without the average of weights; batch size is not official",
+        note="mask AP 56.6; batch size is not official",
         page=VIT_PAGE,
         url=VIT_URL.format("coco-instance"),
     ),
@@ -293,6 +293,7 @@ _OUR_OWN = (
     ZooEntry("co_detr_r50_mask_rcnn", "Co-Deformable-DETR, ResNet-50, Mask R-CNN head, 12 epochs"),
     ZooEntry("co_detr_r50_instance", "Co-Deformable-DETR, ResNet-50, masks, 12 epochs"),
     ZooEntry("co_dino_r50_instance", "Co-DINO-Inst, ResNet-50, boxes and masks, 12 epochs"),
+    ZooEntry("co_dino_vit_l_o365_finetune", "Co-DINO, ViT-L, from Objects365 to data of your own"),
     ZooEntry("deformable_detr_r50", "Deformable-DETR++, ResNet-50, no auxiliary heads, 12 epochs"),
     ZooEntry(
         "co_conditional_detr_r50", "Co-Conditional-DETR-C5, ResNet-50, ROI and ATSS, 50 epochs"

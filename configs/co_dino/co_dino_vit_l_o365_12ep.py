@@ -1,13 +1,8 @@
 """Co-DINO, ViT-L (EVA-02), from Objects365 to COCO, 12 epochs.
 
 The official file names no checkpoint and no total batch: give the reference's Objects365 weights
-with `train.init_checkpoint`. It also averages the weights over iterations (rate 1e-4), which is
-not done here.
+with `train.init_checkpoint`.
 """
-
-from detectron2.config import LazyCall as L
-
-from co_detr.modeling.backbones.vit import LayerDecay
 
 from ..common.high_resolution import use_high_resolution
 from ..common.schedule import set_epochs, warmed_up
@@ -27,11 +22,11 @@ roi_heads.box_predictor.box2box_transform.weights = (20.0, 20.0, 10.0, 10.0)
 
 use_high_resolution(dataloader, max_size=2400)
 optimizer.update(lr=5e-5, weight_decay=0.01)
-optimizer.params.update(
-    weight_decay_norm=0.0,
-    weight_decay_bias=0.0,
-    lr_factor_func=L(LayerDecay)(decay_rate=0.8, num_layers=24),
+optimizer.params.update(weight_decay_norm=0.0, weight_decay_bias=0.0)
+optimizer.params.lr_factor_func.update(
+    factor=1.0, layer_decay=0.8, depths="${model.backbone.bottom_up.depth}"
 )
+train.ema.update(enabled=True, decay=0.9999, warmup_iterations=2000)  # ExpMomentumEMAHook(1e-4)
 set_epochs(train, lr_multiplier, epochs=12, drops=[7])
 lr_multiplier = warmed_up(lr_multiplier)
 train.init_checkpoint = ""

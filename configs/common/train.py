@@ -31,6 +31,9 @@ train = dict(
     # GFL) run once more in advance, to count what their losses are divided by in the whole step.
     # False: they count for each part by itself, which is faster.
     exact_counts=True,
+    # Parts that stay as they are, by names of parameters or parts, as ["backbone.bottom_up"] or
+    # ["*.sampling_offsets.*"]; see co_detr/engine/freezing.py.
+    freeze=[],
     # Average of the weights, which evaluation then uses; decay grows over warmup_iterations.
     ema=dict(enabled=False, decay=0.9997, warmup_iterations=2000),
     # Steps in a row that are skipped because a loss or the gradient is NaN or infinite.

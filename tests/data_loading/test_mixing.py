@@ -20,7 +20,6 @@ from co_detr.seeding import locally_seeded
 from tests.paths import config_path
 
 SIZES = [(50, 60), (66, 40), (48, 48), (30, 90), (72, 54), (41, 63)]  # (height, width)
-CLASSES = 2 * len(SIZES)  # every object has one of its own
 MOSAIC = Mixing(mosaic=1.0, size=48, max_iter=100, until=1.0)
 
 
@@ -55,22 +54,21 @@ RECORDS = make_records()
 
 @dataclass(frozen=True)
 class Painter:
-    """Reads a record as a black image on which objects of three classes are painted, a channel
-    each; without a class, as noise."""
+    """Reads a record as a black image on which objects of these classes are painted, in a channel
+    each; without classes, as noise."""
 
-    first_class: int | None = None
+    classes: tuple[int, ...] = ()
 
     def read_rgb(self, name):
         record = RECORDS[int(name)]
         size = record["height"], record["width"]
-        if self.first_class is None:
+        if not self.classes:
             return np.random.default_rng(int(name)).integers(0, 255, (*size, 3), dtype=np.uint8)
         image = np.zeros((*size, 3), np.uint8)
         for entry in record["annotations"]:
-            channel = entry["category_id"] - self.first_class
-            if 0 <= channel < 3:
+            if entry["category_id"] in self.classes:
                 x, y, w, h = map(int, entry["bbox"])
-                image[y : y + h, x : x + w, channel] = 255
+                image[y : y + h, x : x + w, self.classes.index(entry["category_id"])] = 255
         return image
 
 
@@ -88,7 +86,12 @@ class Recorder(CheckedDatasetMapper):
 
 def test_boxes_and_masks_are_where_their_objects_show():
     """Every object is painted as an image of its own, which goes through the same transforms."""
-    records = make_records()
+    # One object of each image: a polygon in every second one, run lengths in the others.
+    records = [
+        record | {"annotations": [record["annotations"][index % 2]]}
+        for index, record in enumerate(RECORDS)
+    ]
+    classes = [record["annotations"][0]["category_id"] for record in records]
     mixing = Mixing(mosaic=0.5, mixup=0.4, size=56, pad_value=0, keep_masks=True)
     steps = (
         T.RandomFlip(),
@@ -97,8 +100,8 @@ def test_boxes_and_masks_are_where_their_objects_show():
     )
     turns = Variation(vertical_flip=0.5, quarter_turns=0.5)
     mappers = [
-        Recorder(True, [*turns.before(), *steps], "RGB", reader=Painter(first))
-        for first in range(0, CLASSES, 3)
+        Recorder(True, [*turns.before(), *steps], "RGB", reader=Painter(tuple(classes[first:][:3])))
+        for first in (0, 3)
     ]
     boxes_compared = masks_compared = mixed = 0
     for seed in range(500):
@@ -112,7 +115,7 @@ def test_boxes_and_masks_are_where_their_objects_show():
         found = samples[0]["instances"]
         assert found.image_size == painted.shape[1:]
         mixed += len(mapper.used) > 1
-        for name, values in enumerate(painted):
+        for name, values in zip(classes, painted, strict=True):
             mine = found[found.gt_classes == name]
             if mapper.used.count(name // 2) > 1:  # an image that is mixed with itself
                 continue
@@ -133,7 +136,7 @@ def test_boxes_and_masks_are_where_their_objects_show():
                 # Its pixels are the nearest ones, of two resizes one after the other.
                 assert (mask & bright).sum() / (mask | bright).sum() > 0.6, (seed, name)
                 masks_compared += 1
-    assert boxes_compared > 800 and masks_compared > 300 and mixed > 250
+    assert boxes_compared > 400 and masks_compared > 150 and mixed > 250
 
 
 def test_a_whole_mosaic_is_four_images_around_a_point():

@@ -5,6 +5,7 @@ import typing
 from pathlib import Path
 
 import pytest
+import torch
 from detectron2.config import LazyCall, instantiate
 from detectron2.solver import WarmupParamScheduler
 from omegaconf import OmegaConf
@@ -221,6 +222,56 @@ def test_learning_rate_factor_by_name():
     assert factor("decoder.layers.0.cross_attention.sampling_offsets.bias") == 0.1
     assert factor("queries.matching.reference_points.weight") == 0.1
     assert factor("decoder.layers.0.cross_attention.value_proj.bias") == 1.0
+
+
+def test_layers_learn_the_slower_the_nearer_to_the_image():
+    factor = LearningRateFactor(factor=0.4, layer_decay=0.5, depths=[1, 2])
+    for name, power in {
+        "stem.conv1.weight": 4,
+        "patch_embed.proj.weight": 4,
+        "res2.0.conv1.weight": 3,
+        "res3.1.conv3.norm.weight": 1,
+        "layers.0.blocks.0.attn.qkv.weight": 3,
+        "layers.0.downsample.reduction.weight": 3,  # Detectron2's, behind the stage
+        "layers.1.blocks.0.norm1.weight": 2,
+        "norm1.weight": 0,
+        "body.stages_1.downsample.0.weight": 2,  # timm's, in front of the stage
+        "body.stages_1.blocks.1.conv_dw.weight": 1,
+        "body.layer1.0.conv1.weight": 3,
+    }.items():
+        assert factor(f"backbone.bottom_up.{name}") == pytest.approx(0.4 * 0.5**power), name
+    assert factor("encoder.layers.0.blocks.0.weight") == 1.0
+    with pytest.raises(
+        ConfigError, match=r"depths=\[1, 2\] has no place for .*res4.0.conv1.weight"
+    ):
+        factor("backbone.bottom_up.res4.0.conv1.weight")
+    with pytest.raises(ConfigError, match="cannot tell which layer .*h.3.weight is of"):
+        factor("backbone.bottom_up.h.3.weight")
+    with pytest.raises(ConfigError, match="needs the number of blocks of each stage"):
+        LearningRateFactor(layer_decay=0.9)
+
+
+@pytest.mark.parametrize(
+    ("name", "depths", "rates"),
+    [
+        ("co_detr_r50", [3, 4, 6, 3], 17),  # blocks and stem
+        ("co_deformable_detr_swin_t_12ep", [2, 2, 6, 2], 14),  # and the norms of the outputs
+        ("co_dino_vit_l_o365_12ep", 24, 26),
+    ],
+)
+def test_every_layer_of_a_backbone_is_known(name, depths, rates):
+    cfg = load_config(config_path(name))
+    with torch.device("meta"):
+        backbone = instantiate(cfg.model.backbone.bottom_up)
+    factor = LearningRateFactor(layer_decay=0.9, depths=depths)
+    names = [f"backbone.bottom_up.{name}" for name, _ in backbone.named_parameters()]
+    assert len(set(map(factor, names))) == rates
+
+
+def test_layer_decay_of_an_earlier_version_is_read():
+    cfg = load_config(str(ROOT / "tests/data/configs_0.1/co_dino_vit_l_o365_12ep.yaml"))
+    factor = instantiate(cfg.optimizer.params.lr_factor_func)
+    assert factor == LearningRateFactor(factor=1.0, layer_decay=0.8, depths=24)
 
 
 def test_schedule_drops_at_the_eleventh_of_twelve_epochs():

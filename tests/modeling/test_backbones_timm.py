@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from co_detr.checkpoint.saving import Checkpointer
 from co_detr.engine.config import config_text, load_config, save_config
+from co_detr.engine.optim import LearningRateFactor
 from co_detr.errors import CheckpointError, ConfigError
-from co_detr.modeling.backbones import LayerDecay, TimmBackbone
+from co_detr.modeling.backbones import TimmBackbone
 from co_detr.modeling.backbones.timm import pixel_mean
 from co_detr.tools.predict.predictor import Predictor
 from tests.device import DEVICE, NAME
@@ -237,7 +238,7 @@ def test_learning_rates():
     of_backbone = {f"backbone.bottom_up.{name}" for name in dict(own_parameters(model))}
     assert of_backbone <= slow
 
-    decay = LayerDecay(decay_rate=0.5, num_layers=3)
+    decay = LearningRateFactor(factor=1.0, layer_decay=0.5, depths=3)
     vit = instantiate(model_config("vit_small_patch16_dinov3").model)
     rates = {name: decay(f"backbone.bottom_up.{name}") for name in dict(own_parameters(vit))}
     assert {rates[name] for name in rates if ".blocks.2." in name} == {0.5}

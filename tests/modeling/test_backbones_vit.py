@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from detectron2.solver.build import get_default_optimizer_params
 from detectron2.structures import ImageList
 
+from co_detr.engine.optim import LearningRateFactor
 from co_detr.errors import ConfigError
 from co_detr.modeling.backbones import ViTPyramid
 from co_detr.modeling.backbones.swin import drop_paths
-from co_detr.modeling.backbones.vit import LayerDecay, RotaryTable, SwiGLU, ViTBlock
+from co_detr.modeling.backbones.vit import RotaryTable, SwiGLU, ViTBlock
 from tests.modeling.backbone_builders import (
     on_meta,
     outputs_and_gradients,
@@ -218,7 +219,7 @@ def test_full_size(name):
 
 
 def test_layer_decay_by_hand():
-    factor = LayerDecay(decay_rate=0.5, num_layers=3)
+    factor = LearningRateFactor(factor=1.0, layer_decay=0.5, depths=3)
     pyramid = ViTPyramid(bottom_up=tiny_vit(), out_channels=8)
     model = torch.nn.ModuleDict({"backbone": pyramid, "head": torch.nn.Linear(2, 2)})
     groups = get_default_optimizer_params(
@@ -236,7 +237,7 @@ def test_layer_decay_by_hand():
 
 
 def test_layer_decay_of_the_reference():
-    factor = LayerDecay(decay_rate=0.8, num_layers=24)
+    factor = LearningRateFactor(factor=1.0, parts=(), layer_decay=0.8, depths=[24])
     assert factor("backbone.bottom_up.patch_embed.proj.weight") == pytest.approx(0.8**25)
     assert factor("backbone.bottom_up.blocks.0.norm1.weight") == pytest.approx(0.8**24)
     assert factor("backbone.bottom_up.blocks.23.mlp.w1.weight") == pytest.approx(0.8)

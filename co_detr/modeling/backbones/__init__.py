@@ -3,11 +3,10 @@
 from co_detr.modeling.backbones.resnet import ChannelMapper, ResNet
 from co_detr.modeling.backbones.swin import SwinTransformer
 from co_detr.modeling.backbones.timm import TimmBackbone
-from co_detr.modeling.backbones.vit import LayerDecay, VisionTransformer, ViTPyramid
+from co_detr.modeling.backbones.vit import VisionTransformer, ViTPyramid
 
 __all__ = [
     "ChannelMapper",
-    "LayerDecay",
     "ResNet",
     "SwinTransformer",
     "TimmBackbone",

@@ -20,7 +20,6 @@ from detectron2.modeling.backbone.utils import (
     window_partition,
     window_unpartition,
 )
-from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
@@ -392,23 +391,3 @@ def _chain(*modules: nn.Module) -> nn.Sequential:
         if isinstance(module, nn.Conv2d):
             layers.append(ChannelNorm(module.out_channels))
     return nn.Sequential(*layers)
-
-
-@dataclass(frozen=True)
-class LayerDecay:
-    """`lr_factor_func` of Detectron2's `get_default_optimizer_params`, as an object, so that
-    configs can be saved as YAML and changed from the command line.
-
-    Block i of `num_layers` learns with `decay_rate ** (num_layers - i)` times the base rate, the
-    patch and position embeddings, and the tokens that timm's transformers have beside those of the
-    patches, with `decay_rate ** (num_layers + 1)`, and all else (the backbone's last norm, the
-    pyramid, the transformer, the heads) with the base rate itself.
-    """
-
-    decay_rate: float
-    num_layers: int
-
-    def __call__(self, name: str) -> float:
-        if name.startswith("backbone.") and name.endswith((".cls_token", ".reg_token")):
-            return self.decay_rate ** (self.num_layers + 1)
-        return get_vit_lr_decay_rate(name, self.decay_rate, self.num_layers)
