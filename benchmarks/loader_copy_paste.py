@@ -12,8 +12,8 @@ do not count.
 * copy-paste: masks are read, objects pasted, and masks dropped: for a model of boxes.
 * copy-paste, masks kept: the same for a mask head.
 * DETR: resized and cropped as in most configs, boxes only.
-* colors; mosaic in half, in all of the samples, with colors: the same with all of `ColorJitter`'s
-  changes, and with four images in one.
+* colors: the same with all changes of `ColorJitter`.
+* mosaic in a quarter, half, all, colors: with four images in one in so many of the samples.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ BASELINES = {
     "copy-paste": "boxes",
     "copy-paste, masks kept": "masks",
     "colors": "DETR",
+    "mosaic in a quarter, colors": "DETR",
     "mosaic in half, colors": "DETR",
     "mosaic in all, colors": "DETR",
 }
@@ -110,15 +111,17 @@ def main() -> None:
         file = str(write_data(Path(folder), 36))
         streams = {}
         lsj, detr = lsj_train_augmentation(options.size), detr_train_augmentation()
+        varied = [*detr, *COLORS.behind()]
         for name, steps, with_masks, more in (
             ("boxes", lsj, False, {}),
             ("masks", lsj, True, {}),
             ("copy-paste", lsj, True, {"copy_paste": CopyPaste(keep_masks=False)}),
             ("copy-paste, masks kept", lsj, True, {"copy_paste": CopyPaste(keep_masks=True)}),
             ("DETR", detr, False, {}),
-            ("colors", [*detr, *COLORS.behind()], False, {}),
-            ("mosaic in half, colors", [*detr, *COLORS.behind()], False, {"mixing": mosaic(0.5)}),
-            ("mosaic in all, colors", [*detr, *COLORS.behind()], False, {"mixing": mosaic(1.0)}),
+            ("colors", varied, False, {}),
+            ("mosaic in a quarter, colors", varied, False, {"mixing": mosaic(0.25)}),
+            ("mosaic in half, colors", varied, False, {"mixing": mosaic(0.5)}),
+            ("mosaic in all, colors", varied, False, {"mixing": mosaic(1.0)}),
         ):
             if options.only not in (None, name, BASELINES.get(name)):
                 continue

@@ -134,9 +134,9 @@ class Mixing:
             if (steps := self._tile(record, place, center, corner, shown)) is not None
         ]
         canvas = np.full((shown, shown, 3), self.pad_value, np.uint8)
-        for record, (resize, put) in tiles:
+        for record, (*resizes, put) in tiles:
             pixels = mapper.read(record)
-            canvas[put.target] = window_of(pixels, T.TransformList([resize]), put.source)
+            canvas[put.target] = window_of(pixels, T.TransformList(resizes), put.source)
         augmented = T.AugInput(canvas)
         name = f"the mosaic of image {records[0]['file_name']}"
         transforms = augment(augmented, mapper.augmentations, name)
@@ -162,8 +162,9 @@ class Mixing:
         center: tuple[int, int],
         corner: tuple[int, int],
         shown: int,
-    ) -> tuple[T.ResizeTransform, PlaceTransform] | None:
-        """How an image gets to its quarter of the canvas; None: nothing of it shows.
+    ) -> list[T.Transform] | None:
+        """How an image gets to its quarter of the canvas: a resize, if it has another size, and a
+        `PlaceTransform`. None: nothing of it shows.
 
         Args:
             place: left or right, and top or bottom, of the center.
@@ -184,7 +185,8 @@ class Mixing:
         if low[0] >= high[0] or low[1] >= high[1]:
             return None
         put = PlaceTransform(tuple(start), (*low, *high), (shown, shown), self.pad_value)
-        return T.ResizeTransform(height, width, *size), put
+        is_resized = size != (height, width)
+        return [*([T.ResizeTransform(height, width, *size)] if is_resized else []), put]
 
     def mix(self, sample: Sample, other: Record, mapper: CheckedDatasetMapper) -> Sample:
         """A sample that is blended with the image of another record."""

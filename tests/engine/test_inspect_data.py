@@ -25,10 +25,22 @@ def main():
     return module.main
 
 
-def test_draws_the_first_samples(main, tiny_data, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        [
+            *("dataloader.train.mixing.mosaic=1", "dataloader.train.mixing.size=48"),
+            *("dataloader.train.mixing.mixup=0.5", "dataloader.train.mapper.variation.hue=0.1"),
+            "dataloader.train.mapper.variation.quarter_turns=0.5",
+        ],
+    ],
+    ids=["plain", "mixed and varied"],
+)
+def test_draws_the_first_samples(main, tiny_data, tmp_path, capsys, overrides):
     picture = tmp_path / "new" / "samples.png"
     arguments = ["--config-file", CONFIG_FILE, "--output", str(picture), "--count", "5"]
-    assert main([*arguments, *tiny_data.overrides(tmp_path / "out")]) == 0
+    assert main([*arguments, *tiny_data.overrides(tmp_path / "out"), *overrides]) == 0
     assert "5 training samples are drawn" in capsys.readouterr().out
     with Image.open(picture) as image:
         assert image.width > 3 * 300 and image.height > 2 * 200
