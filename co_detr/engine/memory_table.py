@@ -37,8 +37,9 @@ from co_detr.seeding import locally_seeded
 CARDS = (8, 16, 24, 48)  # GB of the usual ones
 # What CUDA, cuDNN's workspaces and gaps between tensors take is not counted: a rule of thumb.
 USABLE = 0.8
-# Activations under autocast in bfloat16, as a share of those in float32, where it is not counted.
-AMP_SHARE = 0.6
+# What an image takes under autocast in bfloat16, as a share of float32: as was counted of
+# co_detr_r50 with checkpointing (docs/machine.md). CPUs without bfloat16 are too slow to count it.
+AMP_SHARE = 0.75
 _BACKBONE = "backbone.bottom_up"
 _LONG_SIDES = (384, 512)  # pixels that are counted; all proposals of the models fit in these
 
