@@ -5,6 +5,7 @@ from detectron2.config import LazyCall as L
 from co_detr.modeling import ReferencePosition
 from co_detr.modeling.auxiliary import DenseHead, HybridAssignmentHeads
 from co_detr.modeling.backbones.resnet import resnet_stages
+from co_detr.modeling.postprocess import SoftNMSPostprocessor
 from co_detr.modeling.queries import TwoStageQueries
 
 LEVELS = ["p3", "p4", "p5", "p6"]  # three of the encoder and the extra one of the heads
@@ -30,12 +31,14 @@ def make_quick_to_learn(model):
     The recipe's queries know where they start and have to learn by attention what is there. Here
     they begin with the feature of the token that proposed them, as positive queries do with that of
     their candidate; every decoder layer codes the boxes that the one before has refined, as DINO
-    has it; and positive queries leave self-attention to the matched ones. docs/evidence.md has what
-    was tried, and what it gave.
+    has it; and positive queries leave self-attention to the matched ones. Self-attention that has
+    learned for so short leaves a second box at many an object, so that detections go through
+    soft-NMS, as Co-DINO's do. docs/evidence.md has what was tried, and what it gave.
     """
     model.decoder.query_position = L(ReferencePosition)(embed_dim="${..embed_dim}")
     model.queries.matching.update(with_position=False, with_features=True)
     model.auxiliary.positive_queries.update(with_position=False, self_attention="self")
+    model.postprocessor = L(SoftNMSPostprocessor)(max_detections=100, iou_threshold=0.6)
 
 
 def make_small_single_scale(model):
@@ -54,6 +57,7 @@ def make_small_single_scale(model):
         with_features=True,
     )
     model.criterion.class_weight = 2.0
+    model.postprocessor = L(SoftNMSPostprocessor)(max_detections=100, iou_threshold=0.6)
     _make_small_heads(model.auxiliary)
 
 
