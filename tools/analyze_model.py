@@ -25,7 +25,7 @@ import torch
 from detectron2.config import instantiate
 from tabulate import tabulate
 
-from co_detr.engine.config import learns_masks, load_config
+from co_detr.engine.config import channels_of, learns_masks, load_config
 from co_detr.engine.memory_use import random_batch
 from co_detr.errors import exit_code
 from co_detr.tools.complexity import Complexity, PartCost, analyze
@@ -50,6 +50,7 @@ def run(options: argparse.Namespace) -> None:
         options.gts,
         model.num_classes,
         masks=learns_masks(cfg.model),
+        channels=channels_of(cfg.model),
     )
     passes = {"inference": analyze(model.eval(), batch)}
     if options.training:

@@ -9,6 +9,8 @@ through `ImageReader`, so that an image is the same for all of them. What is dec
 * Values of 8 bits stay as they are. Those of 16 bits are scaled from the range of their type, or
   from `ImageReader.value_range`; 32-bit and floating-point values need that range.
 * Formats for which Pillow starts other programs, such as EPS, are not read.
+* Images of another number of channels than three (`ImageReader.channels`) come from .npy and TIFF
+  files, whose channels stay as they are.
 """
 
 from __future__ import annotations
@@ -82,8 +84,8 @@ class Pixels:
     """An image as its file has it, but upright.
 
     Attributes:
-        values: ``(H, W)`` gray or ``(H, W, 3)`` red, green, blue. uint8 is RGB of 8 bits; any other
-            type holds values that have to be scaled.
+        values: ``(H, W)`` gray, ``(H, W, 3)`` red, green, blue, or ``(H, W, C)`` other channels.
+            uint8 is of 8 bits; any other type holds values that have to be scaled.
         type_range: the values of black and white by their type; None: the type does not say.
         white_is_low: gray with black and white exchanged.
         depth_lost: the file has 16 bits in a layout of which Pillow gives the upper 8.
@@ -113,6 +115,8 @@ class ImageReader:
             what lies outside is cut off. None: the range of the type (0 to 65535 for 16 bits),
             which 32-bit and floating-point values do not have.
         max_pixels: files with more are refused, as memory may not suffice for them; None: no limit.
+        channels: of the images. With another number than 3, all must be .npy files, TIFF files or
+            arrays with that many.
 
     Raises:
         ConfigError: if a setting is wrong.
@@ -120,6 +124,7 @@ class ImageReader:
 
     value_range: tuple[float, float] | None = None
     max_pixels: int | None = MAX_PIXELS
+    channels: int = 3
 
     def __post_init__(self) -> None:
         if self.value_range is not None:
@@ -130,11 +135,19 @@ class ImageReader:
                 f"data.max_image_pixels={limit} must be a whole number of at least 1, or null for "
                 "no limit."
             )
+        if not (_is_number(self.channels, Integral) and self.channels >= 1):
+            raise ConfigError(
+                f"data.channels={self.channels} must be a whole number of at least 1."
+            )
 
     @classmethod
     def of_data(cls, data: Mapping[str, Any]) -> ImageReader:
         """The reader that the node ``data`` of a config asks for, also of an earlier version."""
-        return cls(data.get("value_range"), data.get("max_image_pixels", MAX_PIXELS))
+        return cls(
+            data.get("value_range"),
+            data.get("max_image_pixels", MAX_PIXELS),
+            data.get("channels", 3),
+        )
 
     def read_rgb(self, source: ImageSource) -> np.ndarray:
         """Reads an image.
@@ -145,7 +158,8 @@ class ImageReader:
                 type than uint8 is scaled as a file of this type is.
 
         Returns:
-            ``(H, W, 3)`` uint8, in the order red, green, blue.
+            ``(H, W, 3)`` uint8, in the order red, green, blue; with other `channels` so many, as
+            they are.
 
         Raises:
             DataError: if a file is missing, cannot be decoded or is too large, if the range of
@@ -160,13 +174,15 @@ class ImageReader:
             name: of the image, for messages; by default its path.
         """
         if isinstance(source, np.ndarray):
-            return _of_array(source)
+            return _of_array(source) if self.channels == 3 else _of_channels(source, self.channels)
         if not isinstance(source, str | os.PathLike | Image.Image):
             raise DataError(
                 f"a {type(source).__name__} is not an image: pass a path, a PIL image, an array "
                 "of uint8, or a list of these."
             )
         name = name or name_of(source)
+        if self.channels != 3:
+            return self._decode_channels(source, name)
         if isinstance(source, Image.Image):
             if source.format in _REFUSED_FORMATS:
                 raise _undecodable(name, f"{source.format} files are not read")
@@ -204,16 +220,11 @@ class ImageReader:
             raise _undecodable(name, reason) from error
         except Exception as error:  # a damaged file can make a decoder raise anything
             raise _undecodable(name, first_line(error)) from error
-        if self.max_pixels is not None and image.width * image.height > self.max_pixels:
-            size = f"{image.width}x{image.height}"
+        try:
+            self._require_few_pixels(image.width, image.height, name)
+        except ImageError:
             image.close()
-            raise _error(
-                name,
-                f"of {size} pixels has more than the {self.max_pixels:,} that are allowed",
-                "images with more pixels than data.max_image_pixels",
-                "make it smaller, or raise data.max_image_pixels if the memory suffices for it "
-                "(in predict.py and demo.py --max-image-pixels)",
-            )
+            raise
         return image
 
     def scale(self, pixels: Pixels, name: str) -> np.ndarray:
@@ -256,6 +267,45 @@ class ImageReader:
         if pixels.white_is_low:
             scaled = 255 - scaled
         return scaled if scaled.ndim == 3 else np.repeat(scaled[:, :, None], 3, axis=2)
+
+    def _require_few_pixels(self, width: int, height: int, name: str) -> None:
+        if self.max_pixels is not None and width * height > self.max_pixels:
+            raise _error(
+                name,
+                f"of {width}x{height} pixels has more than the {self.max_pixels:,} that are "
+                "allowed",
+                "images with more pixels than data.max_image_pixels",
+                "make it smaller, or raise data.max_image_pixels if the memory suffices for it "
+                "(in predict.py and demo.py --max-image-pixels)",
+            )
+
+    def _decode_channels(self, source: str | os.PathLike[str] | Image.Image, name: str) -> Pixels:
+        """Of a file with another number of channels than three, which Pillow has no mode for."""
+        path = "" if isinstance(source, Image.Image) else os.fspath(source)
+        try:
+            if path.lower().endswith(".npy"):
+                # Of the file only the head is read until the size is known to be allowed.
+                stored = np.load(path, mmap_mode="r", allow_pickle=False)
+            elif path.lower().endswith((".tif", ".tiff")):
+                stored = _open_tiff(path)
+            else:
+                raise _error(
+                    name,
+                    f"is no .npy or TIFF file, from which images of {self.channels} channels are "
+                    "read",
+                    f"images of formats that do not have {self.channels} channels",
+                    "save its channels in such a file, or set data.channels=3",
+                )
+            height, width = _upright_shape(stored.shape, self.channels)[:2]
+            self._require_few_pixels(width, height, name)
+            values = np.array(stored if isinstance(stored, np.ndarray) else stored.asarray())
+        except FileNotFoundError as error:
+            raise DataError(f"{name} does not exist: correct the path.") from error
+        except (ConfigError, DataError):
+            raise
+        except Exception as error:  # a damaged file can make a decoder raise anything
+            raise _undecodable(name, first_line(error)) from error
+        return _of_channels(values, self.channels, name)
 
     def _decode(self, image: Image.Image, name: str) -> Pixels:
         try:
@@ -412,6 +462,53 @@ def _of_array(values: np.ndarray) -> Pixels:
         gray = values.ndim == 2
         return Pixels(np.repeat(values[:, :, None], 3, axis=2) if gray else values)
     return Pixels(values, (0, 65535) if values.dtype == np.uint16 else None)
+
+
+def _of_channels(values: np.ndarray, channels: int, name: str = "an array") -> Pixels:
+    shape = _upright_shape(values.shape, channels)
+    if len(shape) != 3 or shape[2] != channels or values.dtype.kind not in "uif" or not values.size:
+        raise _error(
+            name,
+            f"of {values.dtype} values of shape {values.shape} is no image of {channels} channels",
+            f"images that do not have {channels} channels",
+            f"save numbers of shape (height, width, {channels}), or correct data.channels",
+        )
+    if values.ndim == 3 and values.shape != shape:
+        values = np.moveaxis(values, 0, 2)
+    values = values.reshape(shape)
+    if values.dtype == np.uint8:
+        return Pixels(values)
+    return Pixels(values, (0, 65535) if values.dtype == np.uint16 else None)
+
+
+def _upright_shape(shape: tuple[int, ...], channels: int) -> tuple[int, ...]:
+    """(height, width, channels) of an array with one channel, or with channels in front."""
+    if len(shape) == 2:
+        return (*shape, 1)
+    if len(shape) == 3 and shape[2] != channels and shape[0] == channels:
+        return (*shape[1:], channels)
+    return shape
+
+
+def _open_tiff(path: str) -> Any:
+    """The first image of a file, with `shape` and `asarray()`; channels may be pages."""
+    try:
+        import tifffile
+    except ImportError as error:
+        raise ConfigError(
+            f"TIFF files of other than three channels need tifffile, which cannot be imported "
+            f"({error}): install it with pip install tifffile."
+        ) from error
+    return tifffile.TiffFile(path).series[0]
+
+
+def as_rgb(values: np.ndarray) -> np.ndarray:
+    """``(H, W, C)`` -> ``(H, W, 3)`` to be looked at: the first three channels, or one as gray."""
+    if values.shape[2] == 3:
+        return values
+    if values.shape[2] < 3:
+        return np.repeat(values[:, :, :1], 3, axis=2)
+    return np.ascontiguousarray(values[:, :, :3])
 
 
 def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:

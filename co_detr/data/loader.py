@@ -95,7 +95,7 @@ class CheckedDatasetMapper(DatasetMapper):
         return sample
 
     def read(self, record: dict[str, Any]) -> np.ndarray:
-        """The pixels ``(H, W, 3)`` of a record, in the color order of the model."""
+        """The pixels ``(H, W, C)`` of a record, in the color order of the model."""
         rgb = self.reader.read_rgb(record["file_name"])
         _require_size(record["file_name"], record, rgb)
         return in_format(rgb, self.image_format)
@@ -145,8 +145,11 @@ def with_whole_masks(instances: Instances) -> Instances:
 
 
 def in_format(rgb: np.ndarray, image_format: str) -> np.ndarray:
-    """Pixels ``(H, W, 3)`` uint8 in the color order of a config's ``data.image_format``."""
-    if image_format == "RGB":
+    """Pixels ``(H, W, C)`` uint8 in the color order of a config's ``data.image_format``.
+
+    Other than three channels have no order but their own.
+    """
+    if image_format == "RGB" or rgb.shape[2] != 3:
         return rgb
     return convert_PIL_to_numpy(Image.fromarray(rgb), image_format)
 
@@ -209,11 +212,26 @@ class ResizeScale(T.ResizeScale):
         return _at_least_one_pixel(super().get_transform(image))
 
 
+class ChannelResize(T.ResizeTransform):
+    """Detectron2's resize, also for other numbers of channels, which Pillow has no mode for.
+
+    Three are resized as Detectron2 does; others give what each would give as a gray image.
+    """
+
+    def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
+        if img.dtype != np.uint8 or img.ndim != 3 or img.shape[2] in (1, 3):
+            return super().apply_image(img, interp)
+        channels = np.split(img, img.shape[2], axis=2)
+        return np.concatenate(
+            [super(ChannelResize, self).apply_image(c, interp) for c in channels], 2
+        )
+
+
 def _at_least_one_pixel(resize: T.Transform) -> T.Transform:
-    if not isinstance(resize, T.ResizeTransform) or min(resize.new_h, resize.new_w) >= 1:
+    if not isinstance(resize, T.ResizeTransform):
         return resize
     new_shape = (max(1, resize.new_h), max(1, resize.new_w))
-    return T.ResizeTransform(resize.h, resize.w, *new_shape, resize.interp)
+    return ChannelResize(resize.h, resize.w, *new_shape, resize.interp)
 
 
 def detr_train_augmentation(

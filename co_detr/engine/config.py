@@ -32,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 from co_detr.engine.overrides import apply_overrides
 from co_detr.errors import ConfigError, first_line
 from co_detr.files import written_whole
+from co_detr.modeling.backbones.timm import pixel_mean
 from co_detr.moved import named_sources, present_name, present_part, rename_keys
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     _check_texts(cfg)
     _check_train_node(cfg.train)
     _check_batch(cfg)
+    _check_channels(cfg)
     return cfg
 
 
@@ -206,6 +208,49 @@ def _check_train_node(train: DictConfig) -> None:
         ) from error
     if train.amp.dtype not in ("bfloat16", "float16"):
         raise ConfigError(f'train.amp.dtype={train.amp.dtype} must be "bfloat16" or "float16".')
+
+
+# What works on red, green and blue, and is off where it is 0 or null.
+_FOR_COLORS = (
+    "dataloader.tta",
+    "dataloader.train.copy_paste",
+    *(f"dataloader.train.mixing.{name}" for name in ("mosaic", "mixup")),
+    *(
+        f"dataloader.train.mapper.variation.{name}"
+        for name in ("brightness", "contrast", "saturation", "hue", "blur")
+    ),
+)
+
+
+def _check_channels(cfg: DictConfig) -> None:
+    """The backbone takes what is read, and nothing in between is for three channels alone."""
+    wanted = channels_of(cfg.model)
+    channels = cfg.data.get("channels", 3)
+    if channels != wanted:
+        raise ConfigError(
+            f"data.channels={channels}, but the backbone takes {wanted}: set both to the same "
+            "number (model.backbone.bottom_up.in_channels, which backbones of timm have)."
+        )
+    for key in _FOR_COLORS:
+        if channels != 3 and OmegaConf.select(cfg, key, default=None):
+            raise ConfigError(
+                f"{key} is for images of 3 channels, not of {channels}: set it to its default."
+            )
+    if wanted == 3 and _is_of_timm(cfg.model) and cfg.data.get("image_format", "RGB") != "RGB":
+        raise ConfigError(
+            f"data.image_format={cfg.data.image_format}, but weights and normalization of timm are "
+            "for RGB: set data.image_format=RGB."
+        )
+
+
+def channels_of(model: DictConfig) -> int:
+    """Channels of the images that a model's config is for."""
+    return OmegaConf.select(model, "backbone.bottom_up.in_channels", default=3)
+
+
+def _is_of_timm(model: DictConfig) -> bool:
+    normalization = model.get("pixel_mean")
+    return isinstance(normalization, DictConfig) and normalization.get("_target_") is pixel_mean
 
 
 def _check_batch(cfg: DictConfig) -> None:

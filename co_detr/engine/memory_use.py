@@ -25,7 +25,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 
 from co_detr.data.loader import BatchPlan
-from co_detr.engine.config import learns_masks
+from co_detr.engine.config import channels_of, learns_masks
 from co_detr.engine.hooks import EmaHook, build_averaged
 from co_detr.engine.setup import build_model
 from co_detr.engine.trainer import build_trainer
@@ -307,9 +307,14 @@ def _micro_batches(
     """The same micro-batch `number` times; with `turned`, every second image is upright, so that
     padding makes the batch as large as it can become."""
     sizes = [size[::-1] if turned and i % 2 else size for i in range(plan.images_per_gpu)]
-    masks = learns_masks(model)
+    masks, channels = learns_masks(model), channels_of(model)
     batch = [
-        random_batch(height, width, 1, num_gts, model.num_classes, seed=i, masks=masks)[0]
+        random_batch(
+            *(height, width, 1, num_gts, model.num_classes),
+            seed=i,
+            masks=masks,
+            channels=channels,
+        )[0]
         for i, (height, width) in enumerate(sizes)
     ]
     return [batch] * number
@@ -323,11 +328,12 @@ def random_batch(
     num_classes: int,
     seed: int = 0,
     masks: bool = False,
+    channels: int = 3,
 ) -> list[dict]:
     """Inputs with random pixels and boxes, ready for training and for inference.
 
     Returns:
-        ``batch`` dicts: ``image`` ``(3, height, width)`` float from 0 to 255, and ``instances``
+        ``batch`` dicts: ``image`` ``(channels, height, width)`` float from 0 to 255, ``instances``
         with ``num_gts`` ``gt_boxes`` (absolute xyxy) and ``gt_classes``; with ``masks`` also
         ``gt_masks`` that fill the boxes.
     """
@@ -345,6 +351,6 @@ def random_batch(
             for bitmap, box in zip(bitmaps, instances.gt_boxes.tensor.int().tolist(), strict=True):
                 bitmap[box[1] : box[3] + 1, box[0] : box[2] + 1] = True
             instances.gt_masks = BitMasks(bitmaps)
-        image = 255 * torch.rand(3, height, width, generator=generator)
+        image = 255 * torch.rand(channels, height, width, generator=generator)
         inputs.append({"image": image, "instances": instances})
     return inputs

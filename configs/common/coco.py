@@ -34,9 +34,16 @@ data = dict(
     # None: the range of the type, 0 to 65535 for 16 bits; 32-bit and float images need a range.
     value_range=None,
     max_image_pixels=MAX_PIXELS,  # larger files are refused; None: no limit
+    # Of the images. Other than 3 are read from .npy and TIFF files, for backbones that take so many
+    # (docs/backbones.md).
+    channels=3,
 )
 
-_reader = L(ImageReader)(value_range="${data.value_range}", max_pixels="${data.max_image_pixels}")
+_reader = L(ImageReader)(
+    value_range="${data.value_range}",
+    max_pixels="${data.max_image_pixels}",
+    channels="${data.channels}",
+)
 
 dataloader = dict(
     train=L(build_train_loader)(

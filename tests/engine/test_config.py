@@ -56,7 +56,10 @@ def test_an_argument_left_at_its_default_can_be_overridden(tiny_cfg):
         ("dataloader.train.total_batch_size=3", "set train.effective_batch_size=3 instead"),
         ("dataloader.train.images_per_gpu=1", "set train.images_per_gpu=1 instead"),
         ("train.images_per_gpu=0", "train.images_per_gpu=0 must be a whole number of at least 1"),
-        ("data.xyz=3", "data has image_format, invalid_boxes, max_image_pixels, preflight, train"),
+        (
+            "data.xyz=3",
+            "data has channels, image_format, invalid_boxes, max_image_pixels, preflight, train",
+        ),
         ("train.seed.x=3", "train.seed has no keys."),
         ("train.max_iter", "is not of the form key=value"),
         ("~train.max_iter", "is not of the form key=value"),

@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from co_detr.data.images import ImageReader
+from co_detr.data.images import ImageReader, as_rgb
 from co_detr.errors import WriteError
 from co_detr.files import written_whole
 from co_detr.tools.analyze.subjects import Sample
@@ -117,7 +117,7 @@ def heat_map(rgb: np.ndarray, scores: np.ndarray) -> np.ndarray:
 def pixels_of(sample: Sample, image_format: str) -> np.ndarray:
     """The image that the model reads, ``(H, W, 3)`` uint8 RGB."""
     pixels = sample.input["image"].permute(1, 2, 0).cpu().numpy()
-    pixels = pixels.clip(0, 255).astype(np.uint8)
+    pixels = as_rgb(pixels.clip(0, 255).astype(np.uint8))
     return pixels[:, :, ::-1] if image_format == "BGR" else pixels
 
 

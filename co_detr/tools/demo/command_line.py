@@ -81,6 +81,11 @@ def run(options: argparse.Namespace) -> None:
         mask_threshold=options.mask_threshold,
         amp=options.amp,
     )
+    if predictor.reader.channels != 3:
+        raise ConfigError(
+            f"the model is for images of {predictor.reader.channels} channels, which browsers do "
+            "not show: use predict.py."
+        )
     hosts = [options.host, *options.allow_host]
     app = create_app(predictor, options.score, _title(options), hosts)
     server = listen(app, options.host, options.port)

@@ -32,7 +32,7 @@ from co_detr.data.coco_file import (
     locate_files,
     read_coco,
 )
-from co_detr.data.images import ImageReader
+from co_detr.data.images import ImageReader, as_rgb
 from co_detr.modeling.postprocess import MaskPatch
 from co_detr.structures import bitmaps_of
 from co_detr.tools.draw.fonts import PictureFont, save_figure
@@ -316,7 +316,7 @@ def plot_predictions(
     colors = dict(zip(names, choose_colors(len(names)), strict=True))
     figure, grid = _new_grid(len(images), (5.2, 2.75), axes_per_image=2)
     for image, (left, right) in zip(images, grid.reshape(-1, 2), strict=False):
-        pixels = reader.read_rgb(image.path)
+        pixels = as_rgb(reader.read_rgb(image.path))
         draw_boxes(left, pixels, image.truth, colors, f"{image.path.name}: ground truth")
         draw_boxes(right, pixels, image.predictions, colors, "predictions")
     _write(figure, path)
@@ -341,11 +341,11 @@ def sample_of(mapped: dict[str, Any], class_names: Sequence[str], image_format: 
     """Reads what a mapper made.
 
     Args:
-        mapped: `image` (3, H, W) uint8, `instances` with `gt_boxes`, `gt_classes` and optionally
+        mapped: `image` (C, H, W) uint8, `instances` with `gt_boxes`, `gt_classes` and optionally
             `gt_masks`, `file_name`.
         image_format: "RGB" or "BGR", the order of the channels of `image`.
     """
-    pixels = mapped["image"].permute(1, 2, 0).numpy()  # (3, H, W) -> (H, W, 3)
+    pixels = as_rgb(mapped["image"].permute(1, 2, 0).numpy())  # (C, H, W) -> (H, W, 3)
     if image_format == "BGR":
         pixels = pixels[:, :, ::-1]
     instances = mapped["instances"]

@@ -97,13 +97,18 @@ class DetectionGraph(nn.Module):
         with_masks: False leaves the mask head out.
 
     Raises:
-        ConfigError: for another image format.
+        ConfigError: for another image format, or another number of channels than three.
     """
 
     def __init__(self, model: CoDETR, image_format: str, with_masks: bool = True) -> None:
         super().__init__()
         if image_format not in ("RGB", "BGR"):
             raise ConfigError(f"data.image_format={image_format} cannot be exported: use RGB, BGR.")
+        if model.pixel_mean.numel() != 3:
+            raise ConfigError(
+                f"a model for images of {model.pixel_mean.numel()} channels cannot be exported: "
+                "use it with co_detr.Predictor."
+            )
         self.model = model
         self.reverse_colors = image_format == "BGR"
         self.number = num_pairs(model)

@@ -15,7 +15,7 @@ from detectron2.structures import Instances
 from torch import Tensor
 
 from co_detr.checkpoint.detector import Config, load_detector
-from co_detr.data.images import ImageReader, ImageSource, name_of
+from co_detr.data.images import ImageReader, ImageSource, as_rgb, name_of
 from co_detr.data.loader import as_tensor, augment, in_format
 from co_detr.engine.setup import cuda_settings, warn_of_emulation
 from co_detr.engine.views import TTA, SeenView, Tiles, ViewPlan, detect_views, named_tta, see
@@ -35,8 +35,8 @@ class Sample:
     """An image and what the model sees of it.
 
     Attributes:
-        rgb: ``(H, W, 3)`` uint8, the image itself.
-        image: ``(3, h, w)`` network input: resized, in the color order of the model.
+        rgb: ``(H, W, 3)`` uint8, the image itself, see `as_rgb`.
+        image: ``(C, h, w)`` network input: resized, in the color order of the model.
         views: what the model sees instead, if it looks more than once.
     """
 
@@ -139,6 +139,11 @@ class Predictor:
         mapper = loaded.cfg.dataloader.test.mapper
         self.image_format: str = mapper.image_format
         self.reader = ImageReader.of_data(loaded.cfg.data)
+        if self._plan is not None and self.reader.channels != 3:
+            raise ConfigError(
+                f"tta and tiles are for images of 3 channels, and the model is for "
+                f"{self.reader.channels}: leave them out."
+            )
         if max_image_pixels is not None:
             self.reader = replace(self.reader, max_pixels=max_image_pixels)
         self._resize = T.AugmentationList(instantiate(mapper.augmentations))
@@ -248,10 +253,10 @@ def make_sample(
     Raises:
         DataError: if it cannot be read or resized.
     """
-    rgb = reader.read_rgb(image)
-    resized = T.AugInput(in_format(rgb, image_format))
+    pixels = reader.read_rgb(image)
+    resized = T.AugInput(in_format(pixels, image_format))
     augment(resized, resize, name_of(image))
-    return Sample(rgb, as_tensor(resized.image))
+    return Sample(as_rgb(pixels), as_tensor(resized.image))
 
 
 def choose_device(name: str | None) -> torch.device:
