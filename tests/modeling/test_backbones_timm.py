@@ -170,7 +170,7 @@ def test_weights_of_timm_are_loaded_by_its_own_loader(weights, caplog):
 
 def test_weights_for_more_channels(weights):
     classifier, address = weights
-    model = instantiate(shrunk("model.backbone.bottom_up.in_channels=5").model)
+    model = instantiate(shrunk("data.channels=5", "model.backbone.bottom_up.in_channels=5").model)
     assert model.pixel_mean.numel() == 5
     Checkpointer(model).load(address)
     spread = model.backbone.bottom_up.body.stem_0.weight
