@@ -219,8 +219,8 @@ class _NeedsPixelsError(Exception):
 class _ShapeOnly(T.AugInput):
     def transform(self, tfm: T.Transform) -> None:
         if isinstance(tfm, T.TransformList):
-            for each in tfm.transforms:
-                self.transform(each)
+            for part in tfm.transforms:
+                self.transform(part)
         elif isinstance(tfm, T.ResizeTransform):
             self.image = _black(tfm.new_h, tfm.new_w)
         elif isinstance(tfm, T.CropTransform):

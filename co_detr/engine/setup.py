@@ -40,7 +40,6 @@ _LOGGERS = ("detectron2", "fvcore", "co_detr")
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 _LOCK_FILE = ".lock"
-_NOT_SET = object()
 _EVALUATION = "evaluation"  # the subfolder of evaluations beside a training
 
 
@@ -349,7 +348,7 @@ def description_of_resumed(cfg: DictConfig, folder: str) -> str:
     changed = [
         f"{key}: {before.get(key, 'not set')} -> {now.get(key, 'not set')}"
         for key in dict.fromkeys((*now, *before))
-        if before.get(key, _NOT_SET) != now.get(key, _NOT_SET)
+        if before.get(key) != now.get(key)  # without a key a setting is null
     ]
     if changed:
         logger.info("Settings that differ from those in %s: %s", path, "; ".join(changed))

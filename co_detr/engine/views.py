@@ -262,9 +262,9 @@ class Tiles:
 
 def _without_parts(views: Sequence[View], found: Sequence[Instances]) -> list[Instances]:
     """The detections of each tile without those of which another one has the whole; see `Tiles`."""
-    cut = [_is_cut(view.region, each) for view, each in zip(views, found, strict=True)]
+    cut = [_is_cut(view.region, own) for view, own in zip(views, found, strict=True)]
     kept = []
-    for number, each in enumerate(found):
+    for number, own in enumerate(found):
         others = [
             other[~parts]
             for index, (other, parts) in enumerate(zip(found, cut, strict=True))
@@ -273,14 +273,14 @@ def _without_parts(views: Sequence[View], found: Sequence[Instances]) -> list[In
         boxes = torch.cat([other.pred_boxes.tensor for other in others])
         scores = torch.cat([other.scores for other in others])
         classes = torch.cat([other.pred_classes for other in others])
-        own = each.pred_boxes.tensor[:, None]
-        sides = torch.minimum(own[..., 2:], boxes[:, 2:]) - torch.maximum(
-            own[..., :2], boxes[:, :2]
+        corners = own.pred_boxes.tensor[:, None]
+        sides = torch.minimum(corners[..., 2:], boxes[:, 2:]) - torch.maximum(
+            corners[..., :2], boxes[:, :2]
         )
-        covered = sides.clamp(min=0).prod(-1) >= _COVERED * each.pred_boxes.area()[:, None]
-        same = each.pred_classes[:, None] == classes
-        trusted = scores >= _TRUSTED * each.scores[:, None]
-        kept.append(each[~(cut[number] & (covered & same & trusted).any(1))])
+        covered = sides.clamp(min=0).prod(-1) >= _COVERED * own.pred_boxes.area()[:, None]
+        same = own.pred_classes[:, None] == classes
+        trusted = scores >= _TRUSTED * own.scores[:, None]
+        kept.append(own[~(cut[number] & (covered & same & trusted).any(1))])
     return kept
 
 

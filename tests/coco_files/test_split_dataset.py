@@ -29,7 +29,7 @@ def made_up(images: int = 120) -> dict:
                 | {"bbox": [1, 2, 30, 40], "iscrowd": int(random.random() < 0.05)}
             )
     return {
-        "info": {"licence": "CC"},
+        "info": {"contributor": "A"},
         "images": [
             {"id": n, "file_name": f"clip{n // 6}_{n}.jpg", "width": 64, "height": 64}
             | {"camera": n % 3}

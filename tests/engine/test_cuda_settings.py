@@ -103,6 +103,7 @@ def test_the_predictor_runs_with_the_settings_of_its_config(monkeypatch):
 
     predictor = co_detr.Predictor.__new__(co_detr.Predictor)
     predictor.model, predictor.device, predictor.amp = Model(), torch.device("cuda"), None
+    predictor._plan = None
     predictor._train = OmegaConf.create({"cuda": {"tf32": True, "cudnn_benchmark": True}})
     before = _state()
     predictor._detect([])

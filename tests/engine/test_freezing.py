@@ -65,15 +65,15 @@ def test_frozen_layers_compute_as_in_evaluation():
     model = body_and_head()
     frozen = freeze(model, ["body.*"])
     assert frozen.parts == ("body",) and frozen.counts == {"body.*": 24} and frozen.trained == 8
-    for each in (model, copy.deepcopy(model)):  # as of the average
-        with training_without_trace(each, torch.device("cpu")):
-            assert modes(each)["head"] is False  # norms keep their statistics there anyway
-            assert not modes(each)["body.block.2"]
-        keep_frozen_in_eval(each.train())
-        assert {name for name, training in modes(each).items() if training} == {"head"}
+    for kept in (model, copy.deepcopy(model)):  # as of the average
+        with training_without_trace(kept, torch.device("cpu")):
+            assert modes(kept)["head"] is False  # norms keep their statistics there anyway
+            assert not modes(kept)["body.block.2"]
+        keep_frozen_in_eval(kept.train())
+        assert {name for name, training in modes(kept).items() if training} == {"head"}
         images = torch.rand(2, 3, 5, 5)
-        out = each["body"]["block"](images)
-        assert not out.requires_grad and torch.equal(out, each["body"]["block"](images))
+        out = kept["body"]["block"](images)
+        assert not out.requires_grad and torch.equal(out, kept["body"]["block"](images))
 
 
 def test_parts_of_a_layer_can_be_frozen():

@@ -95,8 +95,8 @@ MUTATIONS = (
     _mutation(
         "processes-share-their-images",
         "data/loader.py",
-        "mine = batch[self.rank :: self.world_size]",
-        "mine = batch[: len(batch) // self.world_size]",
+        "for key in batch[self.rank :: self.world_size]",
+        "for key in batch[: len(batch) // self.world_size]",
         "data_loading/test_loader",
     ),
     _mutation(
