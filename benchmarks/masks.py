@@ -1,7 +1,8 @@
 """What masks cost: one model with and without its mask head, inference and a training step.
 
     python -m benchmarks.masks [--config-file configs/co_dino/co_dino_r50_instance.py]
-        [--size 800x1216] [--detections 100] [--threads 1] [--json FILE] [KEY=VALUE ...]
+        [--only inference] [--size 800x1216] [--detections 100] [--threads 1] [--json FILE]
+        [KEY=VALUE ...]
 
 Random weights detect nothing, so the boxes whose masks are predicted are drawn: their sides are
 log-uniform from 16 pixels to half of the image. "pasted" also makes the run lengths of all masks in
@@ -22,6 +23,7 @@ from benchmarks.common import environment, format_ms, interleave, markdown_table
 from benchmarks.step.memory import MemoryMeter
 from co_detr.engine.config import load_config
 from co_detr.modeling.geometry import Geometry
+from co_detr.process_setup import keep_freed_memory
 
 
 def random_boxes(number: int, size: tuple[int, int]) -> Tensor:
@@ -96,7 +98,7 @@ def main() -> None:
     add("--objects", type=int, default=10, help="ground truths of the image in training")
     add("--threads", type=int, default=1)
     add("--rounds", type=int, default=5)
-    add("--no-training", action="store_true", help="inference only")
+    add("--only", choices=("inference", "training"), help="one of the two")
     add("--json", type=Path)
     add("opts", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_intermixed_args()
@@ -111,18 +113,20 @@ def main() -> None:
         "inference, boxes": partial(detect, model, batch, None, False),
         "inference, masks": partial(detect, model, batch, head, False),
         "inference, pasted": partial(detect, model, batch, head, True),
+        "training, boxes": partial(train, model, batch, None),
+        "training, masks": partial(train, model, batch, head),
     }
-    if not options.no_training:
-        contestants["training, boxes"] = partial(train, model, batch, None)
-        contestants["training, masks"] = partial(train, model, batch, head)
-    timings = interleave(contestants, options.rounds)
+    if options.only is not None:
+        contestants = {name: c for name, c in contestants.items() if name.startswith(options.only)}
     memory = MemoryMeter("cpu")
     peaks = {}
-    for name, run in contestants.items():
+    for name, run in contestants.items():  # which warms them up, too
         memory.reset_peak()
         before = memory.current()
         run()
         peaks[name] = memory.peak() - before
+    keep_freed_memory()  # as in a run; not before, since peaks would not show then
+    timings = interleave(contestants, options.rounds, warm_up=0)
     rows = []
     for name, timing in timings.items():
         boxes = name.partition(",")[0] + ", boxes"
