@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from co_detr.process_setup import silence_dependencies
+
+silence_dependencies()
+
 import yaml
 
 from co_detr.data.images import ImageReader
