@@ -370,8 +370,8 @@ class BatchPlan(Sampler[list[SampleKey]]):
         self.start_iteration = 0
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        start = self.start_iteration
-        for iteration, batch in enumerate(islice(self._batches(), start, None), start):
+        first = self.start_iteration
+        for iteration, batch in enumerate(islice(self._batches(), first, None), first):
             mine = [
                 replace(key, iteration=iteration) for key in batch[self.rank :: self.world_size]
             ]

@@ -287,8 +287,9 @@ def suggest_rate(cfg: DictConfig, path: str, overrides: Sequence[str]) -> None:
     if "train.effective_batch_size" not in given or "optimizer.lr" in given:
         return
     batch, recipe = cfg.train.effective_batch_size, load_config(path)
-    usual, rate = recipe.train.effective_batch_size, recipe.optimizer.lr
-    if batch != usual:
+    usual, rate = recipe.train.effective_batch_size, recipe.optimizer.get("lr")
+    # The rule is Adam's; other optimizers have others, or no rate.
+    if batch != usual and rate and "adam" in str(recipe.optimizer.get("_target_")).lower():
         logger.warning(
             "optimizer.lr=%g belongs to %d images per step, not to train.effective_batch_size=%d: "
             "optimizer.lr=%.2g is a good first choice (docs/machine.md has why).",

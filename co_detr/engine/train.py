@@ -49,6 +49,7 @@ from co_detr.engine.setup import (
     holds_training,
     pin_for,
     setup_run,
+    warn_of_emulation,
     write_description,
 )
 from co_detr.engine.tracking import build_trackers, require_trackers
@@ -231,6 +232,8 @@ def run_evaluation_only(
     checkpoint = checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     align_with_checkpoint(cfg, checkpoint.get("class_names"))
     dtype = None if amp is None else getattr(torch, amp)
+    if amp is not None:
+        warn_of_emulation(cfg.train.device, amp, "leave --amp out")
     with torch.autocast(torch.device(cfg.train.device).type, dtype, enabled=amp is not None):
         metrics = run_evaluation(model)
     _log_best(model, metrics, folder, checkpointer.resumed_from or cfg.train.init_checkpoint)

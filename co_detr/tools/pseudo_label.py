@@ -302,7 +302,15 @@ def _require_complete(reference: Reference, own: CocoFile | None) -> None:
                 f"image id {key!r} of {reference.path} has no {' and no '.join(sorted(missing))}: "
                 "add it."
             )
-    for annotation in [] if own is None else own.annotations:
+    if own is None:
+        return
+    known = {image.get("id") for image in own.images}
+    for annotation in own.annotations:
+        if annotation.get("image_id") not in known:
+            raise DataError(
+                f"annotation {annotation.get('id')!r} of {own.path} has the image_id "
+                f"{annotation.get('image_id')!r}, which none of its images has: correct it."
+            )
         if not is_box(annotation.get("bbox")):
             raise DataError(
                 f"annotation {annotation.get('id')!r} of {own.path} has the bbox "

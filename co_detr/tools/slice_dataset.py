@@ -8,7 +8,6 @@ crowd region, which is neither learned nor counted in an evaluation.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +21,10 @@ from tqdm import tqdm
 from co_detr.data.coco import BoxChecker
 from co_detr.data.coco_file import Entry, enclosing_box, encoded_mask, read_coco
 from co_detr.data.images import ImageReader
+from co_detr.data.preflight import SplitFiles, preflight
 from co_detr.engine.views import Tiles
 from co_detr.errors import ConfigError, DataError
-from co_detr.files import written_whole
+from co_detr.tools.split_dataset import write_json
 
 EPILOG = """
 example:
@@ -73,14 +73,17 @@ def run(options: argparse.Namespace) -> None:
     path = options.output / options.annotations.name
     if path.exists() and not options.force:
         raise ConfigError(f"{path} exists: choose another --output, or add --force.")
+    # What a training would stop at, this stops at, too.
+    preflight(
+        [SplitFiles("train", str(options.annotations), str(options.images), masks=True)]
+    ).raise_on_errors()
     sliced = slice_dataset(
         *(options.annotations, options.images, options.output / "images"),
         Tiles(options.size, options.overlap),
         options.min_visible,
         keep_empty=not options.without_empty,
     )
-    with written_whole(str(path)) as file:
-        json.dump(sliced.content, file)
+    write_json(sliced.content, path)
     print(sliced.report.text())
     print(f"Train on {path} with the images in {options.output / 'images'}.")
 
@@ -181,7 +184,8 @@ def slice_dataset(
         keep_empty: whether tiles without any annotation are kept.
 
     Raises:
-        DataError: if an image or the file cannot be read.
+        DataError: if an image or the file cannot be read. What else can be wrong with a file,
+            `preflight` finds.
     """
     content = read_coco(str(annotation_file))
     boxes = BoxChecker(str(annotation_file), "skip")

@@ -109,14 +109,17 @@ class PictureNames:
 
     def __init__(self) -> None:
         self._taken: set[str] = set()
+        self._last: dict[str, int] = {}  # number by stem: frames of many videos have the same names
 
     def free(self, path: str | Path, suffix: str) -> str:
         """A file name like that of `path`, with a number if another input had the same."""
         stem = Path(path).stem
-        name, number = f"{stem}{suffix}", 1
-        while name.casefold() in self._taken:  # some systems do not tell A.jpg from a.jpg
+        key = f"{stem}{suffix}".casefold()  # some systems do not tell A.jpg from a.jpg
+        name, number = f"{stem}{suffix}", self._last.get(key, 1)
+        while name.casefold() in self._taken:
             number += 1
             name = f"{stem}_{number}{suffix}"
+        self._last[key] = number
         self._taken.add(name.casefold())
         return name
 
