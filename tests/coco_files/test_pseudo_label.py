@@ -201,12 +201,15 @@ def test_predictions_bring_their_images(tool: Tool, capsys) -> None:
         (("--groups", "car,truck", "car,person"), "--groups names car"),
         (("--labels", "OTHER"), "does not have the classes car, truck"),
         (("--labels", "BAD"), "has the bbox None"),
+        (("--labels", "LOST"), "has the image_id 99, which none of its images has"),
     ],
 )
 def test_mistakes(tool: Tool, flags: tuple, message: str) -> None:
     other = unlabeled() | {"annotations": [], "categories": [{"id": 1, "name": "person"}]}
     bad = unlabeled() | {"annotations": [{"id": 1, "image_id": 1, "category_id": 1}]}
+    lost = unlabeled() | {"annotations": [{"id": 1, "image_id": 99, "category_id": 1}]}
     files = {"OTHER": tool.file("other.json", other), "BAD": tool.file("bad.json", bad)}
+    files["LOST"] = tool.file("lost.json", lost)
     status, said = tool(apart(1, [0.9]), flags=tuple(files.get(flag, flag) for flag in flags))
     assert status == 2 and message in said and said.count("\n") == 1
 

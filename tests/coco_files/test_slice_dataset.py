@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from co_detr.data.preflight import SplitFiles, preflight
+from co_detr.engine.views import Tiles
 from co_detr.errors import ConfigError, DataError
-from co_detr.tools.slice_dataset import parse_arguments, run
+from co_detr.tools.slice_dataset import parse_arguments, run, slice_dataset
 from tests.engine.masked import ellipse
 
 # In an image of 100 x 40, with two tiles of 60: from 0 to 60 and from 40 to 100.
@@ -132,5 +133,29 @@ def test_what_is_wrong_is_said(dataset):
     with pytest.raises(ConfigError, match="--min-visible 0.0 must be above 0"):
         slices(dataset, "--min-visible", "0", "--force")
     Image.new("RGB", (30, 30)).save(dataset / "images" / "b.jpg")
-    with pytest.raises(DataError, match="b.jpg is 30x30 but"):
+    with pytest.raises(DataError, match="b.jpg is 30x30, not 50x40"):
         slices(dataset, "--force")
+    # Of a large set not every image is looked at before.
+    files = dataset / "train.json", dataset / "images", dataset / "tiles"
+    with pytest.raises(DataError, match="b.jpg is 30x30 but .* says 50x40: write the true size"):
+        slice_dataset(*files, Tiles(60), min_visible=0.4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "message"),
+    [
+        ("annotations", "image_id", 8, "an image_id that is not in 'images'"),
+        ("annotations", "image_id", None, "lack a key"),
+        ("annotations", "bbox", None, "lack a key"),
+        ("images", "file_name", None, "lack a key"),
+    ],
+)
+def test_what_a_training_would_stop_at(dataset, kind, key, value, message):
+    content = json.loads((dataset / "train.json").read_text())
+    del content[kind][0][key]
+    if value is not None:
+        content[kind][0][key] = value
+    (dataset / "train.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=message):
+        slices(dataset)
+    assert not (dataset / "tiles").exists()

@@ -381,3 +381,15 @@ def test_a_name_is_a_model_of_the_zoo(monkeypatch, tmp_path):
         load_config("co_detr_r5")
     with pytest.raises(ConfigError, match="folder/co_detr_r50' does not exist"):
         load_config("folder/co_detr_r50")
+
+
+def test_no_rate_is_suggested_for_other_optimizers(tmp_path, caplog, monkeypatch):
+    """Whose rule is another one."""
+    monkeypatch.setattr(logging.getLogger("co_detr"), "propagate", True)
+    cfg = load_config(config_path("co_detr_r50"))
+    cfg.optimizer._target_ = "torch.optim.SGD"
+    path = str(tmp_path / "sgd.yaml")
+    save_config(cfg, path)
+    overrides = ["train.effective_batch_size=4"]
+    suggest_rate(load_config(path, overrides), path, overrides)
+    assert not caplog.records
