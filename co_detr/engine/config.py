@@ -250,7 +250,10 @@ def channels_of(model: DictConfig) -> int:
 
 def _is_of_timm(model: DictConfig) -> bool:
     normalization = model.get("pixel_mean")
-    return isinstance(normalization, DictConfig) and normalization.get("_target_") is pixel_mean
+    if not isinstance(normalization, DictConfig):
+        return False
+    # A name in a config.yaml.
+    return normalization.get("_target_") in (pixel_mean, _convert_target_to_string(pixel_mean))
 
 
 def _check_batch(cfg: DictConfig) -> None:

@@ -117,7 +117,7 @@ def launch_job(job: Job) -> int:
         return _run_under_torchrun(job)
     _check_devices(job, job.num_gpus * job.num_machines, job.num_gpus)
     if job.num_gpus * job.num_machines == 1:
-        return _guarded(job)
+        return guarded(job)
     if job.num_machines > 1 and job.dist_url == "auto":
         raise ConfigError("--num-machines needs --dist-url tcp://ADDRESS_OF_MACHINE_0:PORT.")
     # Detectron2 talks over NCCL wherever a GPU is present, whatever the device is.
@@ -154,22 +154,12 @@ def under_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def guarded(main: Main, cfg: DictConfig, args: argparse.Namespace) -> int:
-    """Runs `main` of a training and reports what ends it; returns the exit code."""
-    return _guarded(
-        Job(
-            main=partial(main, cfg, args),
-            program="train_net.py",
-            device="cpu",
-            device_option="train.device=",
-            patience=timedelta(),
-            debug=args.debug,
-            **_OF_TRAINING,
-        )
-    )
+def guarded(job: Job) -> int:
+    """Does the work in this process and reports what ends it in one sentence.
 
-
-def _guarded(job: Job) -> int:
+    Returns:
+        the exit code, see `launch_job`.
+    """
     try:
         code = job.main()
     except UserError as error:
@@ -281,7 +271,7 @@ def _check_devices(job: Job, processes: int, on_this_machine: int) -> None:
 
 def _exit_guarded(job: Job) -> None:
     _share_patience(job.patience)
-    code = _guarded(job)
+    code = guarded(job)
     if code:
         sys.exit(code)
 
@@ -324,7 +314,7 @@ def _run_under_torchrun(job: Job) -> int:
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=job.patience)
     _share_patience(job.patience)
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
-    code = _guarded(job)
+    code = guarded(job)
     # Where something has failed, others may never come to this point: no waiting for them.
     if code == 0:
         dist.destroy_process_group()

@@ -112,6 +112,15 @@ def test_data_and_backbone_have_to_agree():
             load_config(config_path(CONFIG), overrides)
 
 
+def test_the_config_of_a_run_is_checked_as_well(tmp_path):
+    """In which parts are named by texts."""
+    path = str(tmp_path / "config.yaml")
+    save_config(load_config(config_path(CONFIG)), path)
+    assert load_config(path).data.image_format == "RGB"
+    with pytest.raises(ConfigError, match="are for RGB: set data.image_format=RGB"):
+        load_config(path, ["data.image_format=BGR"])
+
+
 def test_prediction(files, pixels, tmp_path):
     short = "dataloader.test.mapper.augmentations.short_edge=64"
     cfg = shrink(load_config(config_path(CONFIG), [f"train.device={NAME}", short, *FIVE]))

@@ -13,9 +13,11 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing import forkserver
 from pathlib import Path
 
+from co_detr.engine.launch import Job
 from tests.paths import python_path
 
 HERE = Path(__file__).parent
@@ -185,3 +187,18 @@ def _run(
 
     sys.argv = [f"{command}.py", *arguments]
     sys.exit(start(command))
+
+
+def job_of(main: Callable[[], object]) -> Job:
+    """A training that does this, in one process."""
+    return Job(
+        main=main,
+        program="train_net.py",
+        device="cpu",
+        device_option="train.device=",
+        patience=timedelta(minutes=1),
+        debug=False,
+        goes_on="continue with --resume",
+        interrupted="--resume continues from the last checkpoint",
+        kept="checkpoints",
+    )

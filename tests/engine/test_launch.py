@@ -12,6 +12,7 @@ from co_detr.engine import launch as launching
 from co_detr.engine.setup import build_model
 from co_detr.engine.train import run_training
 from co_detr.errors import CheckpointError, ConfigError
+from tests.engine.processes import job_of
 
 
 def _errors(processes):
@@ -128,21 +129,21 @@ def test_what_the_main_process_alone_finds_ends_all_with_one_sentence(two, tiny_
     ],
 )
 def test_lost_processes_are_recognized_by_what_is_said(monkeypatch, capsys, text):
-    def main(cfg, args):
+    def main():
         raise dist.DistBackendError(text)
 
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
-    assert launching.guarded(main, None, argparse.Namespace(debug=False)) == 2
+    assert launching.guarded(job_of(main)) == 2
     assert "another process of this run is gone or does not answer" in capsys.readouterr().err
 
 
 def test_other_errors_of_nccl_are_not_explained_away(monkeypatch):
-    def main(cfg, args):
+    def main():
         raise dist.DistBackendError("Duplicate GPU detected: rank 1 and rank 0 both on device 1000")
 
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
     with pytest.raises(dist.DistBackendError):
-        launching.guarded(main, None, argparse.Namespace(debug=False))
+        launching.guarded(job_of(main))
 
 
 def _arguments(num_gpus):

@@ -1,6 +1,5 @@
 """A training goes on after whatever ended it, with the numbers of one that was left alone."""
 
-import argparse
 import errno
 import json
 import os
@@ -19,6 +18,7 @@ from co_detr.engine.train import run_evaluation_only, run_training
 from co_detr.errors import CheckpointError, ConfigError
 from co_detr.files import INCOMPLETE
 from tests.engine.kill_and_resume import kill_and_resume, tensorboard_events
+from tests.engine.processes import job_of
 from tests.engine.tiny_detector import TinyDetector
 
 EVERY_ITERATION = "train.checkpointer.period=1"
@@ -441,20 +441,20 @@ def test_no_room_for_a_checkpoint(train_process, tiny_cfg, tmp_path):
 
 
 def test_a_full_disk_that_something_else_notices(capsys):
-    def main(cfg, args):
+    def main():
         raise OSError(errno.ENOSPC, "No space left on device", "out/log.txt")
 
-    assert guarded(main, None, argparse.Namespace(debug=False)) == 2
+    assert guarded(job_of(main)) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: out/log.txt cannot be written (No space left on device)")
 
 
 def test_other_errors_keep_their_traceback():
-    def main(cfg, args):
+    def main():
         raise RuntimeError("a bug: Connection closed by peer")  # there is no peer
 
     with pytest.raises(RuntimeError):
-        guarded(main, None, argparse.Namespace(debug=False))
+        guarded(job_of(main))
 
 
 @pytest.mark.parametrize(
