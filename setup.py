@@ -1,6 +1,10 @@
 """Installs co_detr and builds its MSDeformAttn kernels (C++ for the CPU, CUDA where possible).
 
     pip install --no-build-isolation --no-deps -e .
+    python -m build --no-isolation        # a wheel in dist/, see docs/packaging.md
+
+From PyTorch 2.10 on, the kernels use its stable interface alone: what is built once works with
+every PyTorch from 2.10 and every Python from 3.10 on. With an older one they are built for it.
 
 Environment:
     CUDA_HOME              the CUDA toolkit, when it is not the one of nvcc or /usr/local/cuda
@@ -24,6 +28,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
+STABLE_SINCE = (2, 10)  # of PyTorch
 KERNELS = "co_detr/layers/csrc/ms_deform_attn"
 BUILD_COMMAND = "pip install --no-build-isolation --no-deps -e ."
 
@@ -104,12 +109,23 @@ def default_architectures(toolkit: tuple[int, int], of_torch: tuple[int, int]) -
     return ";".join(names) + "+PTX"
 
 
+def is_stable() -> bool:
+    """Whether this PyTorch has the stable interface."""
+    return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= STABLE_SINCE
+
+
 def extension() -> "cpp_extension.CppExtension":
     """The ``co_detr._C`` library; see the module docstring for its switches."""
-    # at::parallel_for is header code: without -fopenmp here it silently runs on one thread.
-    openmp = [] if platform.system() == "Darwin" else ["-fopenmp"]
     flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
-    compile_args = {"cxx": [*flags, *openmp]}
+    flags.append("-fopenmp-simd")  # its vectors; the threads are PyTorch's
+    macros, linked = [], []
+    if is_stable():
+        major, minor = STABLE_SINCE
+        macros.append(f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}{0:012x}")
+    elif platform.system() != "Darwin":
+        # at::parallel_for is header code: without -fopenmp here it silently runs on one thread.
+        flags.append("-fopenmp")
+        linked.append("-fopenmp")
     sources = [f"{KERNELS}{part}.cpp" for part in ("", "_cpu", "_cpu_forward", "_cpu_backward")]
     kind = cpp_extension.CppExtension
     toolkit = find_toolkit()
@@ -125,17 +141,22 @@ def extension() -> "cpp_extension.CppExtension":
         sources += [
             f"{KERNELS}_cuda_{name}.cu" for name in ("forward", "backward", "deterministic")
         ]
-        compile_args["nvcc"] = ["-O3", "--threads=0"]  # the architectures in parallel
-    print(f"co_detr: building kernels for CPU{' and CUDA' if 'nvcc' in compile_args else ' only'}")
+        macros.append("-DUSE_CUDA")
+    with_cuda = kind is cpp_extension.CUDAExtension
+    print(f"co_detr: building kernels for CPU{' and CUDA' if with_cuda else ' only'}")
     return kind(
         "co_detr._C",
         sources,
         depends=[
             f"{KERNELS}_{name}.h"
-            for name in ("common", "cpu", "cuda", "cuda_device", "plan", "simd")
+            for name in ("common", "cpu", "cuda", "cuda_device", "plan", "simd", "torch", "types")
         ],
-        extra_compile_args=compile_args,
-        extra_link_args=openmp,
+        extra_compile_args={
+            "cxx": [*flags, *macros],
+            "nvcc": ["-O3", "--threads=0", *macros],  # the architectures in parallel
+        },
+        extra_link_args=linked,
+        py_limited_api=is_stable(),
     )
 
 
@@ -143,6 +164,9 @@ class Build(cpp_extension.BuildExtension):
     """BuildExtension whose failure ends in one sentence that says what to do."""
 
     def build_extensions(self) -> None:
+        if self.inplace:  # Python would prefer a library that an earlier version built for it alone
+            for outdated in (ROOT / "co_detr").glob("_C.*"):
+                outdated.unlink()
         try:
             super().build_extensions()
         except Exception as error:
@@ -182,9 +206,10 @@ setup(
         "co_detr.tools.demo": ["static/*", "templates/*"],
     },
     python_requires=">=3.10",
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if is_stable() else {},
     # Detectron2 is left out on purpose: an installed one is kept, whatever its distribution's name.
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.10" if is_stable() and not enabled("CO_DETR_NO_EXT") else "torch>=2.4",
         "fvcore",
         "iopath",
         "omegaconf<2.4",

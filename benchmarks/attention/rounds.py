@@ -166,7 +166,7 @@ def compare_builds(case: str, native, effort: Effort) -> dict[str, object]:
 
     def backward(operators) -> Callable[[], tuple[Tensor, ...]]:
         return lambda: operators.ms_deform_attn_backward(
-            inputs.grad_output, value, shapes, locations, weights
+            inputs.grad_output, value, shapes, locations, weights, False
         )
 
     timings = {

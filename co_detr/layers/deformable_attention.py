@@ -173,7 +173,9 @@ def _fake_forward(value, level_shapes, sampling_locations, attention_weights):
     return value.new_empty(batch, sampling_locations.shape[1], heads * channels)
 
 
-def _fake_backward(grad_output, value, level_shapes, sampling_locations, attention_weights):
+def _fake_backward(
+    grad_output, value, level_shapes, sampling_locations, attention_weights, deterministic
+):
     return (
         torch.empty_like(value, memory_format=torch.contiguous_format),
         torch.empty_like(sampling_locations, memory_format=torch.contiguous_format),
@@ -188,14 +190,16 @@ def _save_forward(ctx, inputs, output):
 
 def _forward_gradient(ctx, grad_output):
     value, locations, weights = ctx.saved_tensors
+    # An argument, as kernels built for many versions of PyTorch cannot ask for its settings.
+    deterministic = torch.are_deterministic_algorithms_enabled()
     grads = torch.ops.co_detr.ms_deform_attn_backward(
-        grad_output, value, ctx.level_shapes, locations, weights
+        grad_output, value, ctx.level_shapes, locations, weights, deterministic
     )
     return grads[0], None, grads[1], grads[2]
 
 
 def _save_backward(ctx, inputs, output):
-    grad_output, value, ctx.level_shapes, sampling_locations, attention_weights = inputs
+    grad_output, value, ctx.level_shapes, sampling_locations, attention_weights, _ = inputs
     ctx.save_for_backward(grad_output, value, sampling_locations, attention_weights)
 
 
@@ -221,7 +225,7 @@ def _backward_gradient(ctx, *output_grads):
         create_graph=torch.is_grad_enabled(),
         allow_unused=True,
     )
-    return second[0], second[1], None, second[2], second[3]
+    return second[0], second[1], None, second[2], second[3], None
 
 
 if HAS_EXTENSION:

@@ -187,7 +187,7 @@ def test_opcheck(case):
     # The values of a gradient that threads add up in any order differ from run to run.
     torch.library.opcheck(
         operators.ms_deform_attn_backward.default,
-        (grad.requires_grad_(), value, shapes, locations, weights),
+        (grad.requires_grad_(), value, shapes, locations, weights, False),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 

@@ -87,7 +87,7 @@ def test_opcheck(device):
     torch.library.opcheck(operators.ms_deform_attn.default, (value, shapes, locations, weights))
     torch.library.opcheck(
         operators.ms_deform_attn_backward.default,
-        (grad.requires_grad_(), value, shapes, locations, weights),
+        (grad.requires_grad_(), value, shapes, locations, weights, False),
     )
 
 
@@ -121,7 +121,7 @@ def test_operators_reject_what_would_read_out_of_bounds():
         torch.ops.co_detr.ms_deform_attn(value, shapes, locations.float(), weights)
     with pytest.raises(ValueError, match="grad_output"):
         torch.ops.co_detr.ms_deform_attn_backward(
-            value.flatten()[:4], value, shapes, locations, weights
+            value.flatten()[:4], value, shapes, locations, weights, False
         )
 
 

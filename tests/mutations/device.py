@@ -140,7 +140,7 @@ MUTATIONS = (
     _mutation(
         "odd-addresses-are-kept",
         ".cpp",
-        "% 16 == 0 ? dense : dense.clone()",
-        "% 4 == 0 ? dense : dense.clone()",
+        "% 16 == 0 ? result : copy_of(result)",
+        "% 4 == 0 ? result : copy_of(result)",
     ),
 )

@@ -3,17 +3,18 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include <torch/library.h>
+#include "ms_deform_attn_torch.h"
 
-TORCH_LIBRARY(co_detr, m) {
+CO_DETR_LIBRARY(co_detr, m) {
   // level_shapes = height and width of every level in turn: plain integers, so that no kernel
-  // has to wait for the device to learn them.
+  // has to wait for the device to learn them. deterministic: see the docstring in Python.
   m.def(
       "ms_deform_attn(Tensor value, SymInt[] level_shapes, Tensor sampling_locations, "
       "Tensor attention_weights) -> Tensor");
   m.def(
       "ms_deform_attn_backward(Tensor grad_output, Tensor value, SymInt[] level_shapes, "
-      "Tensor sampling_locations, Tensor attention_weights) -> (Tensor, Tensor, Tensor)");
+      "Tensor sampling_locations, Tensor attention_weights, bool deterministic) "
+      "-> (Tensor, Tensor, Tensor)");
 }
 
 PyMODINIT_FUNC PyInit__C(void) {

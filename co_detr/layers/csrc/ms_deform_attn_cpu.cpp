@@ -8,12 +8,6 @@
 
 #include "ms_deform_attn_cpu.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros_like.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <tuple>
 
@@ -24,15 +18,15 @@ namespace {
 constexpr int64_t smallest_chunk = 16;
 
 // bf16 is widened while it is gathered. There is no cheap way to do so for fp16 in portable code.
-at::ScalarType kernel_type(at::ScalarType value_type) {
-  return value_type == at::kHalf ? at::kFloat : value_type;
+ScalarType kernel_type(ScalarType value_type) {
+  return value_type == ScalarType::Half ? ScalarType::Float : value_type;
 }
 
 template <typename Body>
-void with_value_type(at::ScalarType type, const Body& body) {
-  if (type == at::kDouble) {
+void with_value_type(ScalarType type, const Body& body) {
+  if (type == ScalarType::Double) {
     body(double());
-  } else if (type == at::kBFloat16) {
+  } else if (type == ScalarType::BFloat16) {
     body(c10::BFloat16());
   } else {
     body(float());
@@ -41,11 +35,11 @@ void with_value_type(at::ScalarType type, const Body& body) {
 
 template <typename V>
 Problem<V> describe(
-    const Sizes& sizes, at::IntArrayRef level_shapes, const at::Tensor& value,
-    const at::Tensor& locations, const at::Tensor& weights) {
+    const Sizes& sizes, Ints level_shapes, const Tensor& value,
+    const Tensor& locations, const Tensor& weights) {
   return Problem<V>(
-      sizes, level_shapes, value.const_data_ptr<V>(), locations.const_data_ptr<SumOf<V>>(),
-      weights.const_data_ptr<SumOf<V>>());
+      sizes, level_shapes, read<V>(value), read<SumOf<V>>(locations),
+      read<SumOf<V>>(weights));
 }
 
 // Units of work are heads of levels of images, in this order; this thread has [begin, end).
@@ -74,68 +68,68 @@ void backward(const Problem<V>& problem, const Gradients<V>& gradients) {
   if (sizes.points == 0) {
     return;
   }
-  at::parallel_for(
+  parallel_for(
       0, sizes.batch * sizes.queries, smallest_chunk, [&](int64_t begin, int64_t end) {
         backward_points(problem, gradients, Rows{begin, end});
       });
-  at::parallel_for(
+  parallel_for(
       0, sizes.batch * sizes.levels * sizes.heads, 1, [&](int64_t begin, int64_t end) {
         backward_value_units(problem, gradients, begin, end);
       });
 }
 
-at::Tensor forward_cpu(
-    const at::Tensor& value, at::IntArrayRef level_shapes, const at::Tensor& locations,
-    const at::Tensor& weights) {
+Tensor forward_cpu(
+    const Tensor& value, Ints level_shapes, const Tensor& locations,
+    const Tensor& weights) {
   const Sizes sizes = check_sizes(value, level_shapes, locations, weights);
   const auto type = kernel_type(value.scalar_type());
-  const at::Tensor dense_value = value.to(type).contiguous();
-  const at::Tensor dense_locations = locations.contiguous(), dense_weights = weights.contiguous();
-  at::Tensor output =
-      at::empty({sizes.batch, sizes.queries, sizes.heads * sizes.channels}, dense_value.options());
+  const Tensor dense_value = dense(in_type(value, type));
+  const Tensor dense_locations = dense(locations), dense_weights = dense(weights);
+  Tensor output =
+      empty({sizes.batch, sizes.queries, sizes.heads * sizes.channels}, value, type);
   with_value_type(type, [&](auto zero) {
     using V = decltype(zero);
     const auto problem =
         describe<V>(sizes, level_shapes, dense_value, dense_locations, dense_weights);
-    V* results = output.mutable_data_ptr<V>();
-    at::parallel_for(
+    V* results = write<V>(output);
+    parallel_for(
         0, sizes.batch * sizes.queries, smallest_chunk, [&](int64_t begin, int64_t end) {
           forward_rows(problem, results, Rows{begin, end});
         });
   });
-  return output.to(value.scalar_type());
+  return in_type(output, value.scalar_type());
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_cpu(
-    const at::Tensor& grad_output, const at::Tensor& value, at::IntArrayRef level_shapes,
-    const at::Tensor& locations, const at::Tensor& weights) {
+std::tuple<Tensor, Tensor, Tensor> backward_cpu(
+    const Tensor& grad_output, const Tensor& value, Ints level_shapes,
+    const Tensor& locations, const Tensor& weights, bool /*deterministic: always*/) {
   const Sizes sizes = check_sizes(value, level_shapes, locations, weights);
   check_grad_output(grad_output, value, sizes);
   const auto type = kernel_type(value.scalar_type());
-  const at::Tensor dense_grad = grad_output.to(type).contiguous();
-  const at::Tensor dense_value = value.to(type).contiguous();
-  const at::Tensor dense_locations = locations.contiguous(), dense_weights = weights.contiguous();
+  const Tensor dense_grad = dense(in_type(grad_output, type));
+  const Tensor dense_value = dense(in_type(value, type));
+  const Tensor dense_locations = dense(locations), dense_weights = dense(weights);
   // Half precision is summed in fp32: adding many small parts in bf16 would lose most of them.
-  at::Tensor grad_value = at::zeros_like(dense_value, accumulation_type(type));
-  at::Tensor grad_locations = at::empty_like(dense_locations);
-  at::Tensor grad_weights = at::empty_like(dense_weights);
+  Tensor grad_value = zeros(value.sizes(), value, accumulation_type(type));
+  Tensor grad_locations = empty(locations.sizes(), locations, locations.scalar_type());
+  Tensor grad_weights = empty(weights.sizes(), weights, weights.scalar_type());
   with_value_type(type, [&](auto zero) {
     using V = decltype(zero);
     backward(
         describe<V>(sizes, level_shapes, dense_value, dense_locations, dense_weights),
         Gradients<V>{
-            dense_grad.const_data_ptr<V>(), grad_value.mutable_data_ptr<SumOf<V>>(),
-            grad_locations.mutable_data_ptr<SumOf<V>>(),
-            grad_weights.mutable_data_ptr<SumOf<V>>()});
+            read<V>(dense_grad), write<SumOf<V>>(grad_value),
+            write<SumOf<V>>(grad_locations),
+            write<SumOf<V>>(grad_weights)});
   });
-  return {grad_value.to(value.scalar_type()), grad_locations, grad_weights};
+  return {in_type(grad_value, value.scalar_type()), grad_locations, grad_weights};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(co_detr, CPU, m) {
-  m.impl("ms_deform_attn", forward_cpu);
-  m.impl("ms_deform_attn_backward", backward_cpu);
+CO_DETR_LIBRARY_IMPL(co_detr, CPU, m) {
+  m.impl("ms_deform_attn", CO_DETR_KERNEL(forward_cpu));
+  m.impl("ms_deform_attn_backward", CO_DETR_KERNEL(backward_cpu));
 }
 
 }  // namespace co_detr

@@ -3,8 +3,6 @@
 
 #include "ms_deform_attn_common.h"
 
-#include <c10/util/BFloat16.h>
-
 #include <cstdint>
 #include <type_traits>
 #include <vector>
@@ -31,7 +29,7 @@ struct Problem {
   std::vector<int64_t> order;  // of the rows, image after image; empty = as they are
 
   Problem(
-      const Sizes& sizes, at::IntArrayRef level_shapes, const V* value, const T* locations,
+      const Sizes& sizes, Ints level_shapes, const V* value, const T* locations,
       const T* weights)
       : sizes(sizes),
         pixel_stride(sizes.heads * sizes.channels),

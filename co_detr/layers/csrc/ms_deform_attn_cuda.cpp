@@ -3,14 +3,13 @@
 #include "ms_deform_attn_common.h"
 #include "ms_deform_attn_cuda.h"
 
-#include <ATen/Context.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/sort.h>
-#include <ATen/ops/zeros_like.h>
+#ifdef TORCH_TARGET_VERSION
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#else
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
+#endif
 
 #include <algorithm>
 #include <tuple>
@@ -18,21 +17,52 @@
 namespace co_detr {
 namespace {
 
-CudaProblem describe(const Sizes& sizes, at::IntArrayRef level_shapes, int64_t element_size) {
+#ifdef TORCH_TARGET_VERSION
+
+// While it lives, the device of a tensor is the current one.
+struct CurrentDevice {
+  explicit CurrentDevice(const Tensor& tensor)
+      : index(tensor.get_device_index()), guard(index) {}
+
+  cudaStream_t stream() const {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+    return static_cast<cudaStream_t>(stream);
+  }
+
+  const int32_t index;
+  const torch::stable::accelerator::DeviceGuard guard;
+};
+
+#else
+
+struct CurrentDevice {
+  explicit CurrentDevice(const Tensor& tensor) : guard(tensor.device()) {}
+
+  cudaStream_t stream() const {
+    return c10::cuda::getCurrentCUDAStream();
+  }
+
+  const c10::cuda::CUDAGuard guard;
+};
+
+#endif
+
+CudaProblem describe(const Sizes& sizes, Ints level_shapes, int64_t element_size) {
   constexpr int64_t limit = std::numeric_limits<int32_t>::max();
-  TORCH_CHECK_VALUE(
+  CO_DETR_CHECK(
       sizes.levels <= max_cuda_levels, "level_shapes: at most ", max_cuda_levels,
       " levels on CUDA, got ", sizes.levels);
-  TORCH_CHECK_VALUE(
+  CO_DETR_CHECK(
       sizes.channels <= limit && sizes.points <= limit &&
           (sizes.queries == 0 || sizes.heads <= limit / sizes.queries),
       "sampling_locations: Q * H must be below 2^31 on CUDA, got ", sizes.queries, " * ",
       sizes.heads);
-  TORCH_CHECK_VALUE(
+  CO_DETR_CHECK(
       sizes.heads <= limit / 8 / std::max<int64_t>(sizes.channels, 1),
       "value: one pixel must take less than 2^31 bytes on CUDA, got shape ", sizes.heads, " x ",
       sizes.channels);
-  TORCH_CHECK_VALUE(
+  CO_DETR_CHECK(
       sizes.points == 0 || sizes.levels <= limit / sizes.points,
       "sampling_locations: L * P must be below 2^31 on CUDA, got ", sizes.levels, " * ",
       sizes.points);
@@ -60,26 +90,26 @@ CudaProblem describe(const Sizes& sizes, at::IntArrayRef level_shapes, int64_t e
 }
 
 // Kernels load 16 bytes at once; a dense view may still start at an odd address.
-at::Tensor aligned(const at::Tensor& tensor) {
-  const at::Tensor dense = tensor.contiguous();
-  return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : dense.clone();
+Tensor aligned(const Tensor& tensor) {
+  const Tensor result = dense(tensor);
+  return reinterpret_cast<uintptr_t>(result.const_data_ptr()) % 16 == 0 ? result : copy_of(result);
 }
 
-at::Tensor forward_cuda(
-    const at::Tensor& value, at::IntArrayRef level_shapes, const at::Tensor& locations,
-    const at::Tensor& weights) {
+Tensor forward_cuda(
+    const Tensor& value, Ints level_shapes, const Tensor& locations,
+    const Tensor& weights) {
   const Sizes sizes = check_sizes(value, level_shapes, locations, weights);
-  const c10::cuda::CUDAGuard guard(value.device());
-  const at::Tensor dense_value = aligned(value), dense_locations = aligned(locations),
+  const CurrentDevice device(value);
+  const Tensor dense_value = aligned(value), dense_locations = aligned(locations),
                    dense_weights = aligned(weights);
-  at::Tensor output =
-      at::empty({sizes.batch, sizes.queries, sizes.heads * sizes.channels}, value.options());
+  Tensor output =
+      empty({sizes.batch, sizes.queries, sizes.heads * sizes.channels}, value, value.scalar_type());
   if (output.numel() > 0) {
     launch_forward(
-        value.scalar_type(), describe(sizes, level_shapes, value.element_size()),
+        value.scalar_type(), describe(sizes, level_shapes, element_size(value.scalar_type())),
         {dense_value.const_data_ptr(), dense_locations.const_data_ptr(),
          dense_weights.const_data_ptr(), output.mutable_data_ptr()},
-        c10::cuda::getCurrentCUDAStream());
+        device.stream());
   }
   return output;
 }
@@ -88,68 +118,70 @@ at::Tensor forward_cuda(
 // points, one at least: lists and sorting take about 40 bytes for a point, 170 MB for this many.
 constexpr int64_t listed_points = int64_t{1} << 22;
 
-at::Tensor gather_gradient(
-    const CudaProblem& problem, const at::Tensor& grad_output, const at::Tensor& value,
-    const at::Tensor& locations, const at::Tensor& weights) {
-  at::Tensor grad_value = at::empty_like(value);
+Tensor gather_gradient(
+    const CudaProblem& problem, const Tensor& grad_output, const Tensor& value,
+    const Tensor& locations, const Tensor& weights, cudaStream_t stream) {
+  Tensor grad_value = empty(value.sizes(), value, value.scalar_type());
   const int64_t pair_points = weights.numel() / (problem.batch * problem.heads);
   const int64_t all_pairs = problem.batch * problem.heads;
   const int64_t most_pairs = std::max<int64_t>(1, listed_points / pair_points);
   for (int64_t first = 0; first < all_pairs; first += most_pairs) {
     const int64_t pairs = std::min(most_pairs, all_pairs - first);
-    const at::Tensor keys = at::empty({pairs, pair_points}, value.options().dtype(at::kInt));
-    const auto stream = c10::cuda::getCurrentCUDAStream();
+    const Tensor keys = empty({pairs, pair_points}, value, ScalarType::Int);
     launch_list_points(
         value.scalar_type(), problem,
         {locations.const_data_ptr(), weights.const_data_ptr(), first, pairs,
-         keys.mutable_data_ptr<int32_t>()},
+         write<int32_t>(keys)},
         stream);
-    const auto [sorted, order] = at::sort(keys, /*stable=*/true, /*dim=*/-1, /*descending=*/false);
+    const auto [sorted, order] = sort_rows(keys);
     launch_gather_gradient(
         value.scalar_type(), problem,
         {{locations.const_data_ptr(), weights.const_data_ptr(), first, pairs,
-          sorted.mutable_data_ptr<int32_t>()},
-         order.const_data_ptr<int64_t>(), grad_output.const_data_ptr(),
+          write<int32_t>(sorted)},
+         read<int64_t>(order), grad_output.const_data_ptr(),
          grad_value.mutable_data_ptr()},
         stream);
   }
   return grad_value;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_cuda(
-    const at::Tensor& grad_output, const at::Tensor& value, at::IntArrayRef level_shapes,
-    const at::Tensor& locations, const at::Tensor& weights) {
+std::tuple<Tensor, Tensor, Tensor> backward_cuda(
+    const Tensor& grad_output, const Tensor& value, Ints level_shapes,
+    const Tensor& locations, const Tensor& weights, bool deterministic) {
   const Sizes sizes = check_sizes(value, level_shapes, locations, weights);
   check_grad_output(grad_output, value, sizes);
-  const c10::cuda::CUDAGuard guard(value.device());
-  const at::Tensor dense_grad = aligned(grad_output), dense_value = aligned(value),
+  const CurrentDevice device(value);
+  const Tensor dense_grad = aligned(grad_output), dense_value = aligned(value),
                    dense_locations = aligned(locations), dense_weights = aligned(weights);
-  at::Tensor grad_locations = at::empty_like(dense_locations);
-  at::Tensor grad_weights = at::empty_like(dense_weights);
-  if (grad_weights.numel() == 0 || value.numel() == 0) {
-    return {at::zeros_like(dense_value), grad_locations.zero_(), grad_weights.zero_()};
+  const auto type = value.scalar_type(), sum_type = accumulation_type(type);
+  if (weights.numel() == 0 || value.numel() == 0) {
+    return {
+        zeros(value.sizes(), value, type), zeros(locations.sizes(), locations, sum_type),
+        zeros(weights.sizes(), weights, sum_type)};
   }
-  const CudaProblem problem = describe(sizes, level_shapes, value.element_size());
+  Tensor grad_locations = empty(locations.sizes(), locations, sum_type);
+  Tensor grad_weights = empty(weights.sizes(), weights, sum_type);
+  const CudaProblem problem = describe(sizes, level_shapes, element_size(value.scalar_type()));
   // Half precision is summed in fp32: adding many small parts in bf16 would lose most of them.
-  const bool deterministic = at::globalContext().deterministicAlgorithms();
-  at::Tensor grad_value = deterministic
-      ? gather_gradient(problem, dense_grad, dense_value, dense_locations, dense_weights)
-      : at::zeros_like(dense_value, accumulation_type(value.scalar_type()));
+  Tensor grad_value = deterministic
+      ? gather_gradient(
+            problem, dense_grad, dense_value, dense_locations, dense_weights, device.stream())
+      : zeros(value.sizes(), value, sum_type);
   launch_backward(
-      value.scalar_type(), problem,
+      type, problem,
       {dense_grad.const_data_ptr(), dense_value.const_data_ptr(),
        dense_locations.const_data_ptr(), dense_weights.const_data_ptr(),
        deterministic ? nullptr : grad_value.mutable_data_ptr(),
        grad_locations.mutable_data_ptr(), grad_weights.mutable_data_ptr()},
-      c10::cuda::getCurrentCUDAStream());
-  return {grad_value.to(value.scalar_type()), grad_locations, grad_weights};
+      device.stream());
+  return {in_type(grad_value, type), grad_locations, grad_weights};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(co_detr, CUDA, m) {
-  m.impl("ms_deform_attn", forward_cuda);
-  m.impl("ms_deform_attn_backward", backward_cuda);
+CO_DETR_LIBRARY_IMPL(co_detr, CUDA, m) {
+  m.impl("ms_deform_attn", CO_DETR_KERNEL(forward_cuda));
+  m.impl("ms_deform_attn_backward", CO_DETR_KERNEL(backward_cuda));
 }
 
 }  // namespace co_detr

@@ -2,7 +2,8 @@
 // Keeping tensors out of the .cu file is what makes it quick to compile.
 #pragma once
 
-#include <c10/core/ScalarType.h>
+#include "ms_deform_attn_types.h"
+
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
@@ -53,16 +54,16 @@ struct CudaGather {
 };
 
 void launch_forward(
-    c10::ScalarType type, const CudaProblem& problem, const CudaForward& tensors,
+    ScalarType type, const CudaProblem& problem, const CudaForward& tensors,
     cudaStream_t stream);
 void launch_backward(
-    c10::ScalarType type, const CudaProblem& problem, const CudaBackward& tensors,
+    ScalarType type, const CudaProblem& problem, const CudaBackward& tensors,
     cudaStream_t stream);
 void launch_list_points(
-    c10::ScalarType type, const CudaProblem& problem, const CudaPointList& list,
+    ScalarType type, const CudaProblem& problem, const CudaPointList& list,
     cudaStream_t stream);
 void launch_gather_gradient(
-    c10::ScalarType type, const CudaProblem& problem, const CudaGather& tensors,
+    ScalarType type, const CudaProblem& problem, const CudaGather& tensors,
     cudaStream_t stream);
 
 }  // namespace co_detr

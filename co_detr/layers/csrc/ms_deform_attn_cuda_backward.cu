@@ -6,8 +6,6 @@
 
 #include "ms_deform_attn_cuda_device.h"
 
-#include <c10/cuda/CUDAException.h>
-
 namespace co_detr {
 namespace {
 
@@ -218,14 +216,14 @@ struct Backward {
         static_cast<const A*>(tensors.locations), static_cast<const A*>(tensors.weights),
         static_cast<A*>(tensors.grad_value), static_cast<A*>(tensors.grad_locations),
         static_cast<A*>(tensors.grad_weights));
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    CO_DETR_CHECK_LAUNCH();
   }
 };
 
 }  // namespace
 
 void launch_backward(
-    c10::ScalarType type, const CudaProblem& problem, const CudaBackward& tensors,
+    ScalarType type, const CudaProblem& problem, const CudaBackward& tensors,
     cudaStream_t stream) {
   choose_kernel<Backward>(type, problem, tensors, stream);
 }

@@ -6,8 +6,6 @@
 
 #include "ms_deform_attn_cuda_device.h"
 
-#include <c10/cuda/CUDAException.h>
-
 #include <limits>
 
 namespace co_detr {
@@ -146,7 +144,7 @@ void list_points(const CudaProblem& problem, const CudaPointList& list, cudaStre
   list_points_kernel<A><<<clamped(blocks, 1 << 20), block_threads, 0, stream>>>(
       problem, static_cast<const A*>(list.locations), static_cast<const A*>(list.weights),
       list.first_pair, list.pairs, list.keys);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  CO_DETR_CHECK_LAUNCH();
 }
 
 template <typename T, int count, int fixed_levels>
@@ -162,21 +160,21 @@ struct Gather {
         static_cast<const A*>(tensors.list.locations), static_cast<const A*>(tensors.list.weights),
         tensors.list.first_pair, tensors.list.pairs, tensors.list.keys, tensors.order,
         static_cast<T*>(tensors.grad_value));
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    CO_DETR_CHECK_LAUNCH();
   }
 };
 
 }  // namespace
 
 void launch_list_points(
-    c10::ScalarType type, const CudaProblem& problem, const CudaPointList& list,
+    ScalarType type, const CudaProblem& problem, const CudaPointList& list,
     cudaStream_t stream) {
-  type == c10::kDouble ? list_points<double>(problem, list, stream)
+  type == ScalarType::Double ? list_points<double>(problem, list, stream)
                        : list_points<float>(problem, list, stream);
 }
 
 void launch_gather_gradient(
-    c10::ScalarType type, const CudaProblem& problem, const CudaGather& tensors,
+    ScalarType type, const CudaProblem& problem, const CudaGather& tensors,
     cudaStream_t stream) {
   choose_kernel<Gather>(type, problem, tensors, stream);
 }

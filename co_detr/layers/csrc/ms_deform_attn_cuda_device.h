@@ -7,9 +7,13 @@
 
 #include "ms_deform_attn_cuda.h"
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Exception.h>
-#include <c10/util/Half.h>
+#ifdef TORCH_TARGET_VERSION
+#include <torch/csrc/stable/macros.h>
+#define CO_DETR_CHECK_LAUNCH() STD_CUDA_KERNEL_LAUNCH_CHECK()
+#else
+#include <c10/cuda/CUDAException.h>
+#define CO_DETR_CHECK_LAUNCH() C10_CUDA_KERNEL_LAUNCH_CHECK()
+#endif
 
 #include <algorithm>
 #include <type_traits>
@@ -229,14 +233,14 @@ void choose_sizes(const CudaProblem& problem, const Tensors& tensors, cudaStream
 
 template <template <typename, int, int> class Launch, typename Tensors>
 void choose_kernel(
-    c10::ScalarType type, const CudaProblem& problem, const Tensors& tensors,
+    ScalarType type, const CudaProblem& problem, const Tensors& tensors,
     cudaStream_t stream) {
   switch (type) {
-    case c10::kFloat: return choose_sizes<Launch, float>(problem, tensors, stream);
-    case c10::kDouble: return choose_sizes<Launch, double>(problem, tensors, stream);
-    case c10::kBFloat16: return choose_sizes<Launch, c10::BFloat16>(problem, tensors, stream);
-    case c10::kHalf: return choose_sizes<Launch, c10::Half>(problem, tensors, stream);
-    default: TORCH_CHECK_VALUE(false, "value must be fp32, fp64, bf16 or fp16, got ", type);
+    case ScalarType::Float: return choose_sizes<Launch, float>(problem, tensors, stream);
+    case ScalarType::Double: return choose_sizes<Launch, double>(problem, tensors, stream);
+    case ScalarType::BFloat16: return choose_sizes<Launch, c10::BFloat16>(problem, tensors, stream);
+    case ScalarType::Half: return choose_sizes<Launch, c10::Half>(problem, tensors, stream);
+    default: CO_DETR_CHECK(false, "value must be fp32, fp64, bf16 or fp16, got ", type);
   }
 }
 

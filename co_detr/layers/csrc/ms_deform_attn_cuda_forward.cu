@@ -5,8 +5,6 @@
 
 #include "ms_deform_attn_cuda_device.h"
 
-#include <c10/cuda/CUDAException.h>
-
 namespace co_detr {
 namespace {
 
@@ -70,14 +68,14 @@ struct Forward {
     forward_kernel<T, count, fixed_levels><<<grid, block_threads, 0, stream>>>(
         problem, static_cast<const T*>(tensors.value), static_cast<const A*>(tensors.locations),
         static_cast<const A*>(tensors.weights), static_cast<T*>(tensors.output));
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    CO_DETR_CHECK_LAUNCH();
   }
 };
 
 }  // namespace
 
 void launch_forward(
-    c10::ScalarType type, const CudaProblem& problem, const CudaForward& tensors,
+    ScalarType type, const CudaProblem& problem, const CudaForward& tensors,
     cudaStream_t stream) {
   choose_kernel<Forward>(type, problem, tensors, stream);
 }

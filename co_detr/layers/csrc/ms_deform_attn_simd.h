@@ -4,8 +4,6 @@
 
 #include "ms_deform_attn_cpu.h"
 
-#include <c10/util/BFloat16.h>
-
 #include <cstdint>
 #include <cstring>
 #include <type_traits>

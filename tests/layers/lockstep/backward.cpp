@@ -4,13 +4,13 @@
 
 namespace co_detr {
 
-void launch_backward_800(c10::ScalarType, const CudaProblem&, const CudaBackward&, cudaStream_t);
-void launch_backward_900(c10::ScalarType, const CudaProblem&, const CudaBackward&, cudaStream_t);
+void launch_backward_800(ScalarType, const CudaProblem&, const CudaBackward&, cudaStream_t);
+void launch_backward_900(ScalarType, const CudaProblem&, const CudaBackward&, cudaStream_t);
 
 static bool has_vector_reductions = false;
 
 void launch_backward(
-    c10::ScalarType type, const CudaProblem& problem, const CudaBackward& tensors,
+    ScalarType type, const CudaProblem& problem, const CudaBackward& tensors,
     cudaStream_t stream) {
   const auto launch = has_vector_reductions ? launch_backward_900 : launch_backward_800;
   launch(type, problem, tensors, stream);

@@ -62,8 +62,8 @@ UNITS = (  # the slowest first
         ("-O0",),
         replaced=(
             # Beside the real operators, and for the tensors that there are.
-            ("TORCH_LIBRARY_IMPL(co_detr, CUDA, m)", f"TORCH_LIBRARY_IMPL({LIBRARY}, CPU, m)"),
-            ("TORCH_LIBRARY(co_detr, m)", f"TORCH_LIBRARY({LIBRARY}, m)"),
+            ("CO_DETR_LIBRARY_IMPL(co_detr, CUDA, m)", f"CO_DETR_LIBRARY_IMPL({LIBRARY}, CPU, m)"),
+            ("CO_DETR_LIBRARY(co_detr, m)", f"CO_DETR_LIBRARY({LIBRARY}, m)"),
             # So that problems of the tests' size, too, take the heads in turns.
             ("listed_points = int64_t{1} << 22", "listed_points = 4000"),
         ),
@@ -281,6 +281,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad_output):
         value, locations, weights = ctx.saved_tensors
         grads = ctx.device.operators.ms_deform_attn_backward(
-            grad_output, value, ctx.level_shapes, locations, weights
+            *(grad_output, value, ctx.level_shapes, locations, weights),
+            torch.are_deterministic_algorithms_enabled(),
         )
         return None, grads[0], None, grads[1], grads[2]
