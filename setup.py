@@ -187,6 +187,12 @@ def version() -> str:
     raise SystemExit("co_detr/__init__.py has no __version__ line")
 
 
+def requirements(name: str) -> list[str]:
+    """The lines of a requirements file of this folder."""
+    lines = (ROOT / name).read_text().splitlines()
+    return [line.partition("#")[0].strip() for line in lines if line.partition("#")[0].strip()]
+
+
 def config_packages() -> dict[str, str]:
     """The folders of configs as packages below co_detr -> where they lie; see co_detr.model_zoo."""
     folders = sorted({path.parent.relative_to(ROOT) for path in ROOT.glob("configs/**/*.py")})
@@ -202,6 +208,7 @@ setup(
     package_dir=config_packages(),
     entry_points={"console_scripts": ["co-detr = co_detr.command_line:main"]},
     package_data={
+        "co_detr.tools": ["detectron2.txt"],
         "co_detr.tools.analyze": ["templates/*"],
         "co_detr.tools.demo": ["static/*", "templates/*"],
     },
@@ -210,20 +217,19 @@ setup(
     # Detectron2 is left out on purpose: an installed one is kept, whatever its distribution's name.
     install_requires=[
         "torch>=2.10" if is_stable() and not enabled("CO_DETR_NO_EXT") else "torch>=2.4",
-        "fvcore",
-        "iopath",
-        "omegaconf<2.4",
-        "hydra-core",
-        "jinja2",
-        "pycocotools",
-        "faster-coco-eval",
-        "scipy",
-        "tabulate",
-        "tqdm",
-        "pillow",
-        "matplotlib",
+        "torchvision",
+        *requirements("requirements.txt"),
     ],
-    extras_require={"timm": ["timm>=1.0"], "supervision": ["supervision>=0.31"]},
+    extras_require={
+        **{
+            name: requirements(f"requirements-{name}.txt")
+            for name in ("demo", "export", "quickstart", "timm", "video")
+        },
+        "supervision": ["supervision>=0.31"],
+        # These need nothing more. They are here for who expects to have to ask for them.
+        "lvis": [],
+        "masks": [],
+    },
     ext_modules=[] if enabled("CO_DETR_NO_EXT") else [extension()],
     cmdclass={"build_ext": Build.with_options(use_ninja=True)},
     zip_safe=False,

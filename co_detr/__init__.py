@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,6 +12,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = ["ExportedPredictor", "Predictor", "__version__"]
+
+WITHOUT_DETECTRON2 = (
+    "Detectron2, which co_detr is built on, is not installed: run `co-detr install-detectron2`, "
+    "which adds it to this environment without a compiler."
+)
+if importlib.util.find_spec("detectron2") is None:
+    warnings.warn(WITHOUT_DETECTRON2, stacklevel=2)
 
 
 def __getattr__(name: str) -> Any:

@@ -59,6 +59,9 @@ COMMANDS = {
     "analyze": Command("co_detr.tools.analyze.command_line", "measure what trained models do"),
     "ablate": Command("co_detr.tools.ablate.command_line", "train the variants of a grid"),
     "info": Command("co_detr.tools.collect_env", "what is installed, for a bug report"),
+    "install-detectron2": Command(
+        "co_detr.tools.install_detectron2", "add Detectron2, unless there is one"
+    ),
 }
 
 
@@ -84,7 +87,13 @@ def start(command: str, arguments: Sequence[str] | None = None, program: str | N
         program: what its help calls it; by default the script that was started.
     """
     chosen = COMMANDS[command]
-    module = import_module(chosen.module)
+    try:
+        module = import_module(chosen.module)
+    except ModuleNotFoundError as error:
+        if error.name != "detectron2":
+            raise
+        print(f"error: {co_detr.WITHOUT_DETECTRON2}", file=sys.stderr)
+        return 2
     given = list(sys.argv[1:] if arguments is None else arguments)
     if program is not None:
         sys.argv[0] = program  # what argparse calls the program

@@ -47,7 +47,7 @@ inputs_hash() {
         for name in "${BUILD_SWITCHES[@]}"; do printf '%s=%s\n' "$name" "${!name:-}"; done
         ! cpu_only || echo "CPU only"
         find requirements*.txt constraints.txt setup.py pyproject.toml \
-            scripts/setup.sh scripts/detectron2.txt co_detr/layers/csrc -type f 2>/dev/null |
+            scripts/setup.sh co_detr/tools/detectron2.txt co_detr/layers/csrc -type f 2>/dev/null |
             LC_ALL=C sort | xargs sha256sum
     } | sha256sum | cut -d' ' -f1
 }
@@ -155,23 +155,10 @@ phase "install the other requirements" "$network_mend" \
     pip_install ${CONSTRAINTS[@]+"${CONSTRAINTS[@]}"} -r requirements.txt -r requirements-dev.txt
 
 # --- Detectron2 --------------------------------------------------------------------------------
-where_detectron2='import importlib.util as u; s = u.find_spec("detectron2"); print(s.origin if s else "")'
-# From / so that a folder named detectron2 in the current directory is not taken for the package.
 python_abs=$(cd "$(dirname "$PY")" && pwd)/python
-detectron2=$(cd / && "$python_abs" -c "$where_detectron2")
-if [ -n "$detectron2" ]; then
-    note "keep Detectron2 in $(dirname "$detectron2")" "ok"
-else
-    # The wheel is tagged for Python 3.10; --target is what lets pip install it on another Python.
-    phase "install Detectron2 ($(sed -n 's/^\(sal-[^ ]*\) .*/\1/p' scripts/detectron2.txt), hash checked)" \
-        "$network_mend docs/get_started.md says how to use a source build instead." \
-        pip_install --no-deps --require-hashes --only-binary=:all: --python-version 3.10 --upgrade \
-        --target "$("$PY" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" \
-        -r scripts/detectron2.txt
-fi
-phase "import Detectron2" \
-    "This Detectron2 does not work here: remove or repair it, then run the set-up again." \
-    env -C / "$python_abs" -c 'import detectron2.config, detectron2.model_zoo'
+phase "install Detectron2, unless there is one" \
+    "$network_mend docs/get_started.md says how to use a source build instead." \
+    "$python_abs" -m co_detr install-detectron2
 
 # --- the package and its extension -------------------------------------------------------------
 label="build the extension and install co_detr"

@@ -97,14 +97,14 @@ def run(options: argparse.Namespace) -> None:
 
 
 def require_packages() -> None:
-    """Raises a ConfigError if a package of requirements-demo.txt is missing."""
+    """Raises a ConfigError if a package of the extra `demo` is missing."""
     try:
         import flask  # noqa: F401
         import waitress  # noqa: F401
     except ImportError as error:
         raise ConfigError(
             f"demo.py needs Flask and waitress, which cannot be imported ({error}): install them "
-            "with pip install -r requirements-demo.txt."
+            "with pip install flask waitress."
         ) from error
 
 

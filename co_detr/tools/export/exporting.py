@@ -271,5 +271,5 @@ def require(*packages: str) -> list[ModuleType]:
     except ImportError as error:
         raise ConfigError(
             f"ONNX needs packages that cannot be imported ({error}): install them with "
-            "pip install -r requirements-export.txt."
+            "pip install onnx onnxruntime onnxscript."
         ) from error
