@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,14 @@ WITHOUT_DETECTRON2 = (
     "Detectron2, which co_detr is built on, is not installed: run `co-detr install-detectron2`, "
     "which adds it to this environment without a compiler."
 )
-if importlib.util.find_spec("detectron2") is None:
+
+
+def lacks_detectron2() -> bool:
+    return importlib.util.find_spec("detectron2") is None
+
+
+# The command says it by itself, where it matters.
+if os.path.basename(sys.argv[0]) != "co-detr" and lacks_detectron2():
     warnings.warn(WITHOUT_DETECTRON2, stacklevel=2)
 
 

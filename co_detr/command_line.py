@@ -50,6 +50,7 @@ COMMANDS = {
     "demo": Command("co_detr.tools.demo.command_line", "a web page that shows what is detected"),
     "export": Command("co_detr.tools.export.command_line", "ONNX or torch.export of a model"),
     "convert": Command("co_detr.tools.convert.command_line", "YOLO or VOC folder to COCO format"),
+    "digits": Command("co_detr.tools.digits", "make the data of the quick start"),
     "split": Command("co_detr.tools.split_dataset", "divide a data set into folds"),
     "slice": Command("co_detr.tools.slice_dataset", "cut a data set into tiles"),
     "pseudo-label": Command("co_detr.tools.pseudo_label", "make annotations of detections"),
@@ -89,8 +90,8 @@ def start(command: str, arguments: Sequence[str] | None = None, program: str | N
     chosen = COMMANDS[command]
     try:
         module = import_module(chosen.module)
-    except ModuleNotFoundError as error:
-        if error.name != "detectron2":
+    except ModuleNotFoundError:
+        if not co_detr.lacks_detectron2():
             raise
         print(f"error: {co_detr.WITHOUT_DETECTRON2}", file=sys.stderr)
         return 2

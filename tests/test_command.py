@@ -15,6 +15,7 @@ SCRIPTS = {
     "demo.py": "demo",
     "tools/export.py": "export",
     "tools/convert_dataset.py": "convert",
+    "tools/make_digits.py": "digits",
     "tools/split_dataset.py": "split",
     "tools/slice_dataset.py": "slice",
     "tools/pseudo_label.py": "pseudo-label",

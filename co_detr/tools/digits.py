@@ -1,5 +1,7 @@
 """The quick-start data set: handwritten digits on photographs, in COCO format.
 
+    co-detr digits --out datasets/digits
+
 All pixels come from packages that are installed anyway: scikit-learn's `load_digits` (test part of
 the UCI set "Optical Recognition of Handwritten Digits") and the photographs that ship inside the
 wheels of scikit-image and scikit-learn. Train and val share no handwritten digit and no photograph.
@@ -12,8 +14,10 @@ box is that of the whole digit.
 
 from __future__ import annotations
 
+import argparse
 import colorsys
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -26,6 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from co_detr.data.images import ImageReader
+from co_detr.errors import ConfigError
 
 GENERATOR = "co_detr.data.digits"  # as data sets of earlier versions have it
 
@@ -122,6 +127,42 @@ class DigitsConfig:
             raise ValueError(f"seed must not be negative, got {self.seed}.")
         if not 0.0 < self.val_fraction < 1.0:
             raise ValueError(f"val_fraction must lie in (0, 1), got {self.val_fraction}.")
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    defaults = DigitsConfig()
+    parser = argparse.ArgumentParser(
+        description="Makes the quick start's data: handwritten digits on photographs, as COCO."
+    )
+    parser.add_argument("--out", type=Path, default=Path("datasets/digits"), help="output folder")
+    parser.add_argument("--train", type=int, default=defaults.train, help="training images")
+    parser.add_argument("--val", type=int, default=defaults.val, help="validation images")
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--force", action="store_true", help="write it even if it is complete")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes the data set, unless it is there.
+
+    Raises:
+        ConfigError: if a number is out of range, a folder cannot be written, or a package is
+            missing.
+    """
+    try:
+        config = DigitsConfig(train=args.train, val=args.val, seed=args.seed)
+        if not args.force and is_complete(args.out, config):
+            print(f"{args.out} is complete ({config.train} train, {config.val} val images).")
+            return
+        generate(args.out, config)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "the digits are made of what scikit-image and scikit-learn bring, which cannot be "
+            f"imported ({error}): install them with pip install scikit-image scikit-learn."
+        ) from error
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"the digits cannot be made: {error}") from error
+    print(f"Wrote {config.train} train and {config.val} val images to {args.out}.")
 
 
 @dataclass(frozen=True)
@@ -248,7 +289,7 @@ def load_photograph(name: str) -> Photograph:
     package, _, inner = name.partition("/")
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        raise FileNotFoundError(f"The package {package} is not installed; run `make setup`.")
+        raise ModuleNotFoundError(f"No module named {package!r}")
     path = Path(spec.origin).parent / inner
     if not path.is_file():
         raise FileNotFoundError(

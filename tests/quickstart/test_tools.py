@@ -37,10 +37,10 @@ def test_make_digits_writes_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_make_digits_reports_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main = load_tool("make_digits").main
-    assert main(["--out", str(tmp_path), "--train", "0"]) == 1
+    assert main(["--out", str(tmp_path), "--train", "0"]) == 2
     assert "train must be at least 1 image, got 0." in capsys.readouterr().err
     (tmp_path / "train.json").write_text("{}")
-    assert main(["--out", str(tmp_path), *DIGITS]) == 1
+    assert main(["--out", str(tmp_path), *DIGITS]) == 2
     assert "choose another folder with --out" in capsys.readouterr().err
 
 
