@@ -1,7 +1,7 @@
 """Installs co_detr and builds its MSDeformAttn kernels (C++ for the CPU, CUDA where possible).
 
     pip install --no-build-isolation --no-deps -e .
-    python -m build --no-isolation        # a wheel in dist/, see docs/packaging.md
+    python -m build --no-isolation        # sdist and wheel in dist/, see docs/get_started.md
 
 From PyTorch 2.10 on, the kernels use its stable interface alone: what is built once works with
 every PyTorch from 2.10 and every Python from 3.10 on. With an older one they are built for it.

@@ -1,4 +1,4 @@
-"""What makes the package one that pip installs anywhere: the extension, Detectron2, requirements."""
+"""What lets pip install the package anywhere: the extension, Detectron2, requirements."""
 
 import os
 import re
