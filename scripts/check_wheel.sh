@@ -32,13 +32,13 @@ done
 
 step() { printf '\n== %s (after %d s)\n' "$1" "$SECONDS"; }
 
-step "install the wheel: $("$python" --version), torch ${torch:-of pip's choice}"
+step "install the wheel: $("$python" --version), torch ${torch:-(newest)}"
 "$python" -m venv env
 log=install.log
 env/bin/python -m pip install --disable-pip-version-check --no-input \
     "$wheel[quickstart]" ${torch:+"torch==$torch"} >"$log" 2>&1 || { tail -n 20 "$log" && exit 1; }
 export PATH=$FOLDER/env/bin:$PATH
-echo "$(du -sh env | cut -f1 2>/dev/null || du -sh env) on the disk"
+echo "$(du -sh env)"
 
 step "add Detectron2"
 co-detr install-detectron2 >>"$log" 2>&1 || { tail -n 20 "$log" && exit 1; }
