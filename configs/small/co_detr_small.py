@@ -10,4 +10,6 @@ dataloader.train.mapper.augmentations.update(
     short_edges=(160, 176, 192, 208), max_size=320, flip_probability=0.5
 )
 dataloader.test.mapper.augmentations.update(short_edge=192, max_size=320)
+train.max_iter = 1500
+train.eval_period = 250
 train.output_dir = "output/co_detr_small"
