@@ -33,7 +33,7 @@ from co_detr.data.coco_file import (
     read_coco,
     shortened,
 )
-from co_detr.data.masks import MaskChecker
+from co_detr.data.segmentation import MaskChecker
 from co_detr.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def load_coco(
         One dict per image (images without boxes included), ordered by image id: `file_name`,
         `height`, `width`, `image_id`, and `annotations` with `bbox` (x, y, w, h in pixels),
         `bbox_mode`, contiguous `category_id` and `iscrowd`, with masks also `segmentation` as of
-        `co_detr.data.masks`, where there is one. Boxes are clipped to the image.
+        `co_detr.data.segmentation`, where there is one. Boxes are clipped to the image.
 
     Raises:
         DataError: in one sentence that names the file, image or annotation and the remedy.

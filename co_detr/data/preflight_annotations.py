@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from co_detr.data.coco import ROUNDING_PIXELS
 from co_detr.data.coco_file import CocoFile, Entry, display_names, is_id, is_number
-from co_detr.data.masks import MaskFlaw, check_mask, extent_of
+from co_detr.data.segmentation import MaskFlaw, check_mask, extent_of
 from co_detr.errors import DataError
 
 Level = Literal["error", "warning"]

@@ -28,7 +28,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from co_detr.data.coco import BoxChecker, dataset_name
-from co_detr.data.coco_file import CocoFile, Entry, encoded_mask, read_coco
+from co_detr.data.coco_file import CocoFile, Entry, read_coco
+from co_detr.data.segmentation import encoded_mask
 from co_detr.errors import ConfigError
 from co_detr.files import written_whole
 from co_detr.modeling.detectors import DECODER, TOP_K, TTA_KIND

@@ -19,9 +19,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from co_detr.data.coco import BoxChecker
-from co_detr.data.coco_file import Entry, enclosing_box, encoded_mask, read_coco
+from co_detr.data.coco_file import Entry, enclosing_box, read_coco
 from co_detr.data.images import ImageReader
 from co_detr.data.preflight import SplitFiles, preflight
+from co_detr.data.segmentation import encoded_mask
 from co_detr.engine.views import Tiles
 from co_detr.errors import ConfigError, DataError
 from co_detr.tools.split_dataset import write_json

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.evaluation import by_pycocotools, evaluator_of
-from co_detr.data.coco_file import encoded_mask
+from co_detr.data.segmentation import encoded_mask
 from co_detr.errors import exit_code
 from co_detr.tools.combine.command_line import parse_arguments, run
 from co_detr.tools.combine.fusing import RULES, scaled_score

@@ -10,7 +10,6 @@ import torch
 from detectron2.structures import BitMasks, Instances
 
 from co_detr.data.coco import load_coco
-from co_detr.data.coco_file import encoded_mask
 from co_detr.data.loader import (
     CheckedDatasetMapper,
     detr_train_augmentation,
@@ -18,12 +17,12 @@ from co_detr.data.loader import (
 )
 from co_detr.data.masks import (
     CroppedMasks,
-    check_mask,
     draw_mask,
     picked_pixels,
     transformed_masks,
 )
 from co_detr.data.preflight import PreflightSettings, SplitFiles, preflight
+from co_detr.data.segmentation import check_mask, encoded_mask
 from co_detr.errors import DataError
 from co_detr.seeding import locally_seeded
 from tests.data_loading.preflight_data import HEIGHT, WIDTH

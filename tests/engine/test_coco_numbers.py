@@ -16,7 +16,7 @@ from benchmarks.evaluation import (
     made_up_detections,
     made_up_truth,
 )
-from co_detr.data.coco_file import encoded_mask
+from co_detr.data.segmentation import encoded_mask
 from co_detr.engine import evaluators
 from co_detr.engine.evaluation import MASKS
 from co_detr.engine.evaluators import COCO_LIMIT, LvisDetectionEvaluator, best_of_each_image
