@@ -39,7 +39,7 @@ Result = TypeVar("Result")
 class ExportedPredictor:
     """Detects objects in images with an exported file, as `co_detr.Predictor` does with a model.
 
-    Usage::
+    Usage:
 
         predictor = ExportedPredictor("model.onnx")
         found = predictor("street.jpg")
