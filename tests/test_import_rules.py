@@ -76,7 +76,7 @@ def needed(name: str, path: Path) -> set[str]:
 
 def test_the_core_does_not_know_the_tools() -> None:
     lazy = {
-        ("co_detr", "co_detr.tools.export", "ExportedPredictor"),
+        ("co_detr", "co_detr.tools.export.predictor", "ExportedPredictor"),
         ("co_detr", "co_detr.tools.predict.predictor", "Predictor"),
     }
     wrong = [

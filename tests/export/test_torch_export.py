@@ -8,8 +8,7 @@ from PIL import Image
 
 from co_detr.errors import ConfigError, ExportError
 from co_detr.layers.deformable_attention import HAS_EXTENSION
-from co_detr.tools.export import ExportedPredictor
-from co_detr.tools.export.predictor import check_image
+from co_detr.tools.export.predictor import ExportedPredictor, check_image
 from tests.export.agreement import assert_same
 from tests.prediction.trained_run import CLASSES
 

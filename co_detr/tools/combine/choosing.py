@@ -24,7 +24,8 @@ from co_detr.data.preflight_boxes import check_boxes
 from co_detr.engine.evaluation import BOXES, MASKS, DetectionEvaluator, as_masks, missing_masks
 from co_detr.engine.evaluators import CocoDetectionEvaluator
 from co_detr.errors import ConfigError, DataError
-from co_detr.tools.combine.fusing import RULES, Settings, combined
+from co_detr.tools.combine import RULES
+from co_detr.tools.combine.fusing import Settings, combined
 from co_detr.tools.results import DetectionFile, ImageId, Reference, by_image
 
 SWEPT_IOUS = (0.45, 0.55, 0.65, 0.75)

@@ -25,13 +25,11 @@ from co_detr.modeling.geometry import ImageBatch
 from co_detr.modeling.losses import cxcywh_to_xyxy
 from co_detr.modeling.postprocess import SoftNMSPostprocessor, choose_pairs, in_output_resolution
 from co_detr.structures import EncoderMemory
+from co_detr.tools.export import BOX_TOLERANCE, MASK_TOLERANCE, SCORE_TOLERANCE
 from co_detr.tools.export.exporting import OnnxModel, TorchModel
 from co_detr.tools.export.graph import Description, Detections, num_pairs
 from co_detr.tools.predict.predictor import Sample, make_sample
 
-SCORE_TOLERANCE = 1e-3
-BOX_TOLERANCE = 0.5  # pixels of the network input
-MASK_TOLERANCE = 0.02  # of probabilities in a box on average, and of the IoU of a mask
 _APART = 1e9  # cost of a pair of two classes, or of a NaN
 Result = TypeVar("Result")
 
