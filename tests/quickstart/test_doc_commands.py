@@ -153,6 +153,8 @@ def check(parsed, monkeypatch, tmp_path) -> Callable[[list[str]], None]:
             pip(*arguments)
         elif program == "bash":
             script(*arguments)
+        elif program == "docker":
+            docker(*arguments)
         elif (ROOT / program).is_file():
             assert not arguments, f"no rule says what arguments {program} takes"
         else:
@@ -183,6 +185,24 @@ def check(parsed, monkeypatch, tmp_path) -> Callable[[list[str]], None]:
         elif options.grid not in WRITTEN_GRIDS:
             options.list, options.output_dir = True, tmp_path / "none"
             module.run(options)  # reads the configs of all variants, and lists what it would run
+
+    def docker(action: str, *arguments: str) -> None:
+        parser = argparse.ArgumentParser()
+        if action == "build":
+            parser.add_argument("-t")
+            parser.add_argument("--build-arg", action="append", default=[])
+            parser.add_argument("context", choices=["."])
+            given = {text.partition("=")[0] for text in parser.parse_args(arguments).build_arg}
+            declared = re.findall(r"^ARG (\w+)=", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+            assert given <= set(declared)
+            return
+        assert action == "run"
+        parser.add_argument("--rm", action="store_true")
+        for option in ("--gpus", "--shm-size", "--user", "-v", "-p"):
+            parser.add_argument(option)
+        parser.add_argument("image", choices=["co-detr", "co-detr:cuda"])
+        parser.add_argument("command", nargs=argparse.REMAINDER)  # of the entry point
+        subcommand(*parser.parse_args(arguments).command)
 
     return any_command
 
