@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import co_detr
 from co_detr.errors import ConfigError, WriteError, add_debug_argument
@@ -36,6 +37,12 @@ FEW_OBJECTS = 20  # of a class, below which the card names it
 FEW_IMAGES = 1000
 _COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
 _MOST_CLASSES = 100  # that have a row of their own
+# Of what is not the name of a part of the model.
+_EXPLAINED = {
+    "merged": "`merged` joins the detections of decoder and heads by NMS",
+    "cascade": "`cascade` decodes the detections of a head once more",
+    "top_k": "`top_k` is the decoder without soft-NMS",
+}
 # "roi/segm/AP50" -> roi, segm, AP50; the name of a class may have anything in it.
 _METRIC = re.compile(r"(?:(?!segm/)(\w+)/)?(?:(segm)/)?(AP.*)", re.DOTALL)
 
@@ -246,7 +253,7 @@ def _training_data(run: RecordedRun) -> str:
 
 def _procedure(run: RecordedRun) -> str:
     start = run.setting("train.init_checkpoint", "") or ""
-    if start and "://" not in start:
+    if urlsplit(start).scheme in ("", "file"):  # not a folder of this machine
         start = os.path.basename(start)
     ema = run.setting("train.ema.enabled", False)
     amp = run.setting("train.amp.enabled", False)
@@ -288,6 +295,11 @@ def _results(run: RecordedRun) -> str:
         if columns:
             lines = [(kind, *(row.get(n, "") for n in columns)) for kind, row in rows.items()]
             parts.append(f"{title}:\n\n{_table(('detector', *columns), lines)}")
+    kinds = _kinds(run)
+    if explained := [text for kind, text in _EXPLAINED.items() if kind in kinds]:
+        parts.append(f"{'; '.join(explained)}.")
+    if run.weights.is_stripped and kinds:
+        parts.append("Of these, the file has the decoder alone.")
     by_class = [
         (metric.removeprefix("AP-"), f"{value:.1f}")
         for (kind, masks, metric), value in _named(run.metrics)

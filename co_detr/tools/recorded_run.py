@@ -120,8 +120,9 @@ class RecordedRun:
 
     @property
     def has_masks(self) -> bool:
-        """Whether the model predicts masks."""
-        return learns_masks(self.cfg.model)
+        """Whether the detections have masks; those of a head of its own are not the decoder's."""
+        head = self.setting(f"model.auxiliary.{self.detector}")
+        return self.setting("model.mask_head") is not None or learns_masks(head)
 
     @property
     def class_names(self) -> list[str]:

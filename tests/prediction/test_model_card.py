@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from co_detr.files import sha256_of
 from co_detr.tools.model_card import model_card, parse_arguments, run
 from co_detr.tools.recorded_run import read_run
 from tests.engine.tiny_data import make_tiny_data
-from tests.paths import ROOT
+from tests.paths import ROOT, config_path
 from tests.prediction.trained_run import CLASSES
 
 METRICS = {
@@ -33,7 +34,7 @@ METRICS = {
 @pytest.fixture(scope="module")
 def environment():
     """What a training writes as environment.txt."""
-    return collect_env_info()
+    return f"{collect_env_info()}\nGPU 0    Some Card 80GB (arch=9.0)\n"
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_the_card_of_a_run(finished, tmp_path, capsys):
         ("box AP", "AP of merged", 32.0),
     ]
     assert "| decoder | 31.2 | 62.5 |" in card and "| roi | 33.5 | 60.0 |" in card
-    assert "| merged | 32.0 |  |" in card and "| roi | 21.5 |" in card
+    assert "`merged` joins" in card and "| merged | 32.0 |  |" in card and "| roi | 21.5 |" in card
     assert "| red cell | 40.0 |" in card and "after 20 iterations on 10 images" in card
     assert "`--detector roi`" in card and "| auxiliary heads | `atss`, `roi` |" in card
     assert sha256_of(folder / "model_best.pth") in card and "| classes (5) | red cell, " in card
@@ -107,7 +108,7 @@ def test_the_card_of_a_run(finished, tmp_path, capsys):
     )
     assert "Classes with few objects in training: red cell (6), white cell (3)." in card
     assert "evaluated on its training data" in card  # the two files are the same
-    assert f"| PyTorch | {torch.__version__} |" in card
+    assert f"| PyTorch | {torch.__version__} |" in card and "| GPU 0 | Some Card 80GB |" in card
     assert str(tmp_path) not in card
     assert "No license" not in capsys.readouterr().out
 
@@ -163,6 +164,14 @@ def test_masks(finished, masked, photos, monkeypatch):
     assert "9 of its objects have no mask" in card
 
 
+def test_masks_of_a_head_are_not_those_of_the_decoder(finished):
+    cfg = load_config(config_path("co_detr_r50_mask_rcnn"))
+    found = replace(read_run(finished()), cfg=cfg)
+    assert found.detector == "decoder" and not found.has_masks
+    cfg.model.evaluate_with = "roi"
+    assert found.detector == "roi" and found.has_masks
+
+
 def test_what_is_not_there_is_not_recorded(finished, tmp_path, capsys):
     folder = finished(metrics=None)
     for name in ("environment.txt", "run.json"):
@@ -202,7 +211,7 @@ def test_smaller_files(finished):
     torch.save(content, folder / "small.pth")
     card = model_card(read_run(folder, folder / "small.pth"), "small")
     assert "| auxiliary heads | stripped: the decoder alone |" in card
-    assert "| decoder | 7.0 |" in card
+    assert "| decoder | 7.0 |" in card and "the file has the decoder alone" in card
     assert "--detector" not in card
 
 
