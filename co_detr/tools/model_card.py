@@ -179,7 +179,7 @@ def _what_it_is(run: RecordedRun) -> str:
         ("file", f"`{weights.path.name}`, {weights.size / 2**20:.1f} MiB"),
         ("SHA-256", f"`{weights.sha256}`"),
         ("model", f"{weights.numbers:,} parameters and buffers"),
-        ("weights", "averaged over the training (EMA)" if weights.is_averaged else "as trained"),
+        ("weights", _kind_of_weights(run)),
         ("trained for", UNKNOWN if weights.steps is None else f"{weights.steps} iterations"),
         ("auxiliary heads", _heads_in_file(run)),
         ("state of the training", "in it: it can be resumed" if weights.can_resume else "none"),
@@ -192,6 +192,14 @@ def _what_it_is(run: RecordedRun) -> str:
         f"A detector that gives {what}, of the [Co-DETR](https://arxiv.org/abs/2211.12860) family: "
         f"{', '.join(parts)}.\n\n{_table(('', ''), rows)}"
     )
+
+
+def _kind_of_weights(run: RecordedRun) -> str:
+    if run.weights.is_averaged:
+        return "averaged over the training (EMA)"
+    if run.setting("train.ema.enabled", False):
+        return f"one set; whether it is the averaged one (EMA) is {UNKNOWN}"
+    return "as trained, not averaged"
 
 
 def _heads_in_file(run: RecordedRun) -> str:

@@ -201,12 +201,24 @@ def test_smaller_files(finished):
     history = {"4": {"AP": 7.0, "roi/AP": 8.0}}
     (folder / "evaluations.json").write_text(json.dumps(history))
     content = torch.load(folder / "model_final.pth") | {"iteration": 3, "trainer": {}}
-    torch.save(content, folder / "model_best.pth")
+    averaged = {f"module.{name}": value * 2 for name, value in content["model"].items()}
+    torch.save(
+        content | {"ema": averaged | {"n_averaged": torch.tensor(4)}}, folder / "model_best.pth"
+    )
+    whole = read_run(folder)
+    assert whole.weights.is_averaged and whole.weights.can_resume
+    assert "| weights | averaged over the training (EMA) |" in model_card(whole, "whole")
     page = (ROOT / "docs" / "checkpoints.md").read_text()
     (python,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     exec(python.replace("output/mine", str(folder)), {})
     found = read_run(folder, folder / "weights.pth")
     assert found.metrics == history["4"] and not found.weights.can_resume
+    assert found.weights.numbers == whole.weights.numbers
+    kept = torch.load(folder / "weights.pth")["model"]
+    assert all(torch.equal(value, averaged[f"module.{name}"]) for name, value in kept.items())
+    assert "| weights | as trained, not averaged |" in model_card(found, "kept")
+    found.cfg.train.ema.enabled = True
+    assert "whether it is the averaged one (EMA) is not recorded" in model_card(found, "kept")
     content["model"] = {k: v for k, v in content["model"].items() if "auxiliary." not in k}
     torch.save(content, folder / "small.pth")
     card = model_card(read_run(folder, folder / "small.pth"), "small")
