@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RENAMED = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
     "benchmarks/README.md": "benchmarks.md",
     "docs/README.md": "pages.md",
 }
