@@ -166,6 +166,13 @@ class Pairs:
     scores: Tensor
     labels: Tensor
 
+    def absolute(self, geometry: Geometry) -> Tensor:
+        """Boxes ``(B, N, 4)`` xyxy in pixels, clipped to the images; NaN stays NaN."""
+        # Half precision would move boxes by pixels.
+        boxes = self.boxes.to(torch.promote_types(self.boxes.dtype, torch.float32))
+        limits = geometry.factors[:, None].to(boxes.dtype)
+        return torch.minimum((cxcywh_to_xyxy(boxes) * limits).clamp(min=0), limits)
+
 
 def choose_pairs(logits: Tensor, boxes: Tensor, number: int) -> Pairs:
     """The ``number`` best pairs, or all if there are fewer; see `TopKPostprocessor`."""
@@ -181,10 +188,11 @@ def best_pairs(logits: Tensor, boxes: Tensor, geometry: Geometry, number: int) -
     """The ``number`` best (query, class) pairs of each image; see `TopKPostprocessor`."""
     pairs = choose_pairs(logits, boxes, number)
     require_finite(pairs.boxes)
+    boxes = pairs.absolute(geometry)
     return [
         Instances(
             size,
-            pred_boxes=absolute_boxes(pairs.boxes[image], geometry.factors[image], size),
+            pred_boxes=Boxes(boxes[image]),
             scores=pairs.scores[image],
             pred_classes=pairs.labels[image],
         )

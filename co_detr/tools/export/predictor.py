@@ -22,7 +22,6 @@ from co_detr.data.loader import in_format
 from co_detr.errors import ConfigError, ExportError
 from co_detr.modeling import CoDETR
 from co_detr.modeling.geometry import ImageBatch
-from co_detr.modeling.losses import cxcywh_to_xyxy
 from co_detr.modeling.postprocess import SoftNMSPostprocessor, choose_pairs, in_output_resolution
 from co_detr.structures import EncoderMemory
 from co_detr.tools.export import BOX_TOLERANCE, MASK_TOLERANCE, SCORE_TOLERANCE
@@ -222,9 +221,7 @@ def _detect(
     memory = model.encode(ImageBatch(tensor, batch.image_sizes))
     logits, boxes = model.decode(memory)
     pairs = choose_pairs(logits, boxes, num_pairs(model))
-    factor = memory.geometry.factors[0]
-    absolute = torch.minimum((cxcywh_to_xyxy(pairs.boxes) * factor).clamp(min=0), factor)
-    found = Detections(absolute, pairs.scores, pairs.labels)
+    found = Detections(pairs.absolute(memory.geometry), pairs.scores, pairs.labels)
     return _masked(model, memory, found, sample) if with_masks else found
 
 
