@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python
 export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-core lint clean
+.PHONY: help setup quickstart test test-core lint docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,7 +40,11 @@ lint: setup ## check style and formatting
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
+docs: setup ## build the pages of docs/ as a site in site/ (a dead link fails)
+	$(RUN) -m pip install -q --disable-pip-version-check -r requirements-docs.txt
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
 clean: ## remove build products (keeps the environment, data and results)
-	rm -rf build *.egg-info .pytest_cache .ruff_cache
+	rm -rf build site *.egg-info .pytest_cache .ruff_cache
 	find co_detr configs tests tools -type d -name __pycache__ -prune -exec rm -rf {} +
 	find co_detr -name '*.so' -delete

@@ -224,7 +224,7 @@ setup(
     extras_require={
         **{
             name: requirements(f"requirements-{name}.txt")
-            for name in ("demo", "export", "quickstart", "timm", "video")
+            for name in ("demo", "docs", "export", "quickstart", "timm", "video")
         },
         "supervision": ["supervision>=0.31"],
         # These need nothing more. They are here for who expects to have to ask for them.

@@ -114,7 +114,7 @@ def by_pycocotools(file: str, detections: list[dict], iou_type: str = "bbox") ->
     return {name: math.nan if number < 0 else 100 * number for name, number in numbers.items()}
 
 
-def evaluator_of(file: str, truth: dict[str, list[dict]]) -> evaluators.CocoBoxEvaluator:
+def evaluator_of(file: str, truth: dict[str, list[dict]]) -> evaluators.CocoDetectionEvaluator:
     """This project's, for a file without image files."""
     ids = sorted(category["id"] for category in truth["categories"])
     names = {category["id"]: category["name"] for category in truth["categories"]}
@@ -122,7 +122,7 @@ def evaluator_of(file: str, truth: dict[str, list[dict]]) -> evaluators.CocoBoxE
         thing_classes=[names[key] for key in ids],
         thing_dataset_id_to_contiguous_id={key: index for index, key in enumerate(ids)},
     )
-    return evaluators.CocoBoxEvaluator(file)
+    return evaluators.CocoDetectionEvaluator(file)
 
 
 def _timed(run: Callable[[], dict[str, float]]) -> tuple[float, dict[str, float]]:

@@ -9,7 +9,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from co_detr.tools.export import ExportedPredictor
+    from co_detr.tools.export.predictor import ExportedPredictor
     from co_detr.tools.predict.predictor import Predictor
 
 __version__ = "0.2.0"
@@ -37,7 +37,7 @@ def __getattr__(name: str) -> Any:
 
         return Predictor
     if name == "ExportedPredictor":
-        from co_detr.tools.export import ExportedPredictor
+        from co_detr.tools.export.predictor import ExportedPredictor
 
         return ExportedPredictor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -57,6 +57,7 @@ COMMANDS = {
     "combine": Command("co_detr.tools.combine.command_line", "fuse detections of several models"),
     "average": Command("co_detr.tools.average_checkpoints", "average checkpoints of one run"),
     "inspect": Command("co_detr.tools.inspect_data", "check a data set, and draw samples of it"),
+    "card": Command("co_detr.tools.model_card", "a model card of a run, as the hub reads it"),
     "analyze": Command("co_detr.tools.analyze.command_line", "measure what trained models do"),
     "ablate": Command("co_detr.tools.ablate.command_line", "train the variants of a grid"),
     "info": Command("co_detr.tools.collect_env", "what is installed, for a bug report"),

@@ -7,11 +7,14 @@ goes into a table here, and stays for at least one release.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 from co_detr.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 # Old dotted name of a module, class or function -> the new one. What lies below moves with it.
 MOVED: dict[str, str] = {
@@ -19,7 +22,15 @@ MOVED: dict[str, str] = {
     "co_detr.data.lvis": "co_detr.data.coco",
     "co_detr.data.mapper": "co_detr.data.loader",
     "co_detr.data.objects365": "co_detr.data.coco",
-    "co_detr.engine.evaluation.CocoBoxEvaluator": "co_detr.engine.evaluators.CocoBoxEvaluator",
+    "co_detr.engine.evaluation.CocoBoxEvaluator": (
+        "co_detr.engine.evaluators.CocoDetectionEvaluator"
+    ),
+    "co_detr.engine.evaluators.CocoBoxEvaluator": (
+        "co_detr.engine.evaluators.CocoDetectionEvaluator"
+    ),
+    "co_detr.engine.evaluators.LvisBoxEvaluator": (
+        "co_detr.engine.evaluators.LvisDetectionEvaluator"
+    ),
     "co_detr.engine.lvis_evaluation": "co_detr.engine.evaluators",
     "co_detr.modeling.auxiliary.CentreSamplingAssigner": (
         "co_detr.modeling.auxiliary.CenterSamplingAssigner"
@@ -178,3 +189,24 @@ def present_name(name: str) -> str:
         if (prefix := ".".join(parts[:length])) in MOVED:
             return present_name(".".join([MOVED[prefix], *parts[length:]]))
     return name
+
+
+def renamed_member(module: str, members: MutableMapping[str, Any], name: str) -> Any:
+    """A part that a module had under another name, with one warning.
+
+    For the ``__getattr__`` of a module whose parts configs in Python import.
+
+    Args:
+        module: its dotted name.
+        members: its ``globals()``, which have the old name, too, afterwards.
+        name: that is not among them.
+
+    Raises:
+        AttributeError: if nothing was ever called so.
+    """
+    present = present_name(f"{module}.{name}").rpartition(".")[2]
+    if present == name:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    logger.warning("%s is called %s now: import that one.", name, present)
+    members[name] = members[present]  # one import asks twice, and is to warn once
+    return members[name]

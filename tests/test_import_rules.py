@@ -13,8 +13,8 @@ TOOLS = "co_detr.tools"
 BELOW = {"layers": (), "modeling": ("layers",), "data": ()}
 # Files of the package, and of its core, around which the tools stand. A new one stands for
 # something new: what is read together stands together.
-MOST_FILES = 135
-MOST_CORE_FILES = 81
+MOST_FILES = 139
+MOST_CORE_FILES = 83
 
 
 def modules(folder: str) -> dict[str, Path]:
@@ -76,7 +76,7 @@ def needed(name: str, path: Path) -> set[str]:
 
 def test_the_core_does_not_know_the_tools() -> None:
     lazy = {
-        ("co_detr", "co_detr.tools.export", "ExportedPredictor"),
+        ("co_detr", "co_detr.tools.export.predictor", "ExportedPredictor"),
         ("co_detr", "co_detr.tools.predict.predictor", "Predictor"),
     }
     wrong = [

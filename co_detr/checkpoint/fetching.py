@@ -16,7 +16,6 @@ the checksum, where one is known, is compared.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import logging
 import os
 import pickle
@@ -39,7 +38,7 @@ from iopath.common.file_io import get_cache_dir
 from tqdm import tqdm
 
 from co_detr.errors import CheckpointError, first_line
-from co_detr.files import INCOMPLETE
+from co_detr.files import INCOMPLETE, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -295,15 +294,11 @@ class _Download:
         if expected is None and (named := _HASH_IN_NAME.search(self.path.name)):
             expected = named[1]
         if expected is not None:
-            digest = hashlib.sha256()
-            with open(self.partial, "rb") as file:
-                while chunk := file.read(_CHUNK):
-                    digest.update(chunk)
-            if not digest.hexdigest().startswith(expected):
+            digest = sha256_of(self.partial)
+            if not digest.startswith(expected):
                 self._remove()
                 self._fail(
-                    f"it is another file than it should be: its SHA-256 is {digest.hexdigest()}, "
-                    f"not {expected}"
+                    f"it is another file than it should be: its SHA-256 is {digest}, not {expected}"
                 )
         elif problem := _defect(self.partial):
             self._remove()

@@ -33,7 +33,7 @@ from co_detr.data.coco_file import (
     read_coco,
     shortened,
 )
-from co_detr.data.masks import MaskChecker
+from co_detr.data.segmentation import MaskChecker
 from co_detr.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def load_coco(
         One dict per image (images without boxes included), ordered by image id: `file_name`,
         `height`, `width`, `image_id`, and `annotations` with `bbox` (x, y, w, h in pixels),
         `bbox_mode`, contiguous `category_id` and `iscrowd`, with masks also `segmentation` as of
-        `co_detr.data.masks`, where there is one. Boxes are clipped to the image.
+        `co_detr.data.segmentation`, where there is one. Boxes are clipped to the image.
 
     Raises:
         DataError: in one sentence that names the file, image or annotation and the remedy.
@@ -152,9 +152,9 @@ def load_lvis(
     Raises:
         DataError: as `load_coco`; or if an image has no `coco_url`.
     """
-    path_of = partial(_path_of_url, annotation_file)
     return load_coco(
-        *(annotation_file, image_root, num_classes, invalid_boxes, path_of),
+        *(annotation_file, image_root, num_classes, invalid_boxes),
+        image_path=image_path_of(load_lvis, annotation_file),
         with_masks=with_masks,
         repeat_threshold=repeat_threshold,
     )
@@ -200,7 +200,8 @@ def repeat_rare_classes(
 
 def _path_of_url(annotation_file: str, image: dict[str, Any]) -> str:
     """.../train2017/000000391895.jpg -> train2017/000000391895.jpg"""
-    parts = urlparse(image.get("coco_url", "")).path.split("/")
+    url = image.get("coco_url")
+    parts = urlparse(url).path.split("/") if isinstance(url, str) else []
     if len(parts) < 2:
         raise DataError(
             f"image {image.get('id')} of {annotation_file} has no coco_url: use the annotation "
@@ -225,14 +226,44 @@ def load_objects365(
             the archives.
     """
     return load_coco(
-        *(annotation_file, image_root, num_classes, invalid_boxes, _path_in_archives),
+        *(annotation_file, image_root, num_classes, invalid_boxes),
+        image_path=image_path_of(load_objects365, annotation_file),
         with_masks=with_masks,
         repeat_threshold=repeat_threshold,
     )
 
 
-def _path_in_archives(image: dict[str, Any]) -> str:
-    return "/".join(image.get("file_name", "").split("/")[-2:])
+def _path_in_archives(annotation_file: str, image: dict[str, Any]) -> str:
+    name = image.get("file_name")
+    if not isinstance(name, str):
+        raise DataError(
+            f"image {image.get('id')} of {annotation_file} has the file_name {name!r}: write text."
+        )
+    return "/".join(name.split("/")[-2:])
+
+
+# How each loader finds the image of an entry; None: by its `file_name`.
+_WAYS: dict[Callable[..., Any], Callable[[str, dict[str, Any]], str] | None] = {
+    load_coco: None,
+    load_lvis: _path_of_url,
+    load_objects365: _path_in_archives,
+}
+
+
+def reads_coco_format(loader: Any) -> bool:
+    """Whether it is one of the loaders of this module."""
+    return callable(loader) and loader in _WAYS
+
+
+def image_path_of(
+    loader: Callable[..., Any], annotation_file: str
+) -> Callable[[dict[str, Any]], str] | None:
+    """The `image_path` that a loader of this module gives `load_coco` for a file.
+
+    It raises a DataError for an entry that does not say where its image is.
+    """
+    way = _WAYS[loader]
+    return None if way is None else partial(way, annotation_file)
 
 
 def dataset_name(annotation_file: str) -> str:

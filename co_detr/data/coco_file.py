@@ -18,14 +18,7 @@ from numbers import Real
 from typing import Any
 from urllib.parse import unquote
 
-from co_detr.data.masks import (
-    NO_PIXEL,
-    NOWHERE,
-    OUTSIDE,
-    check_mask,
-    extent_of,
-    run_lengths,
-)
+from co_detr.data.segmentation import check_mask, extent_of
 from co_detr.errors import DataError
 
 Entry = dict[str, Any]
@@ -247,25 +240,6 @@ def _correct_annotation(entry: Entry) -> list[tuple[Correction, str]]:
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, float) and value.is_integer()
-
-
-def encoded_mask(segmentation: Any, height: int, width: int) -> dict[str, Any] | None:
-    """COCO's compressed run-length form of polygons or of a run-length mask in any form.
-
-    Args:
-        segmentation: as it stands in a file.
-        height, width: of the image in pixels.
-
-    Returns:
-        what `pycocotools.mask` takes; None if the segmentation is missing, or is no mask of an
-        image of this size. A mask outside of its image, or without area, is one without pixels.
-    """
-    checked = check_mask(segmentation, height, width)
-    if checked.usable is not None:
-        return run_lengths(checked.usable, height, width)
-    if checked.flaws and {flaw for flaw, _ in checked.flaws} <= {OUTSIDE, NO_PIXEL}:
-        return run_lengths(NOWHERE, height, width)
-    return None
 
 
 def enclosing_box(segmentation: Any) -> list[float] | None:

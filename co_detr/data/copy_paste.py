@@ -20,6 +20,7 @@ from torch import Tensor
 from co_detr.data.loader import CheckedDatasetMapper, as_tensor, augment, with_whole_masks
 from co_detr.data.masks import CroppedMasks
 from co_detr.data.variation import PixelwiseTransform, TransposeTransform
+from co_detr.mask_patch import MaskPatch, first_to_last
 
 Window = tuple[slice, slice]  # rows and columns
 
@@ -121,10 +122,9 @@ def paste(
         return scene
     size = tuple(map(max, scene.instances.image_size, objects.image_size))
     covered = np.zeros(size, bool)
-    for window, bitmap in objects.gt_masks.parts():
-        covered[window] |= bitmap
-    low, high = objects.gt_masks.corners.min(axis=0), objects.gt_masks.corners.max(axis=0)
-    window = slice(low[1], high[3]), slice(low[0], high[2])
+    for patch in objects.gt_masks.patches:
+        covered[patch.window] |= patch.pixels
+    window = first_to_last(covered.any(axis=1)), first_to_last(covered.any(axis=0))
     over = torch.from_numpy(covered[window])
     image = _enlarged(scene.image, size, pad_value)
     image[(..., *window)] = torch.where(over, pixels(window), image[(..., *window)])
@@ -132,13 +132,13 @@ def paste(
     masks = CroppedMasks.placed(
         size,
         (
-            (place[0].start, place[1].start, bitmap & ~covered[place])
-            for place, bitmap in scene.instances.gt_masks.parts()
+            MaskPatch(patch.left, patch.top, patch.pixels & ~covered[patch.window])
+            for patch in scene.instances.gt_masks.patches
         ),
     )
     boxes = masks.boxes().tensor
     moved = (boxes - scene.instances.gt_boxes.tensor).abs().amax(dim=1)
-    left = torch.tensor(list(map(np.count_nonzero, masks.bitmaps)), dtype=torch.int64)
+    left = torch.tensor([patch.pixels.sum() for patch in masks.patches], dtype=torch.int64)
     stays = (left > 0) & ((moved <= most_moved) | (left > enough_left))
     instances = Instances(
         size,

@@ -1,23 +1,20 @@
-"""Masks of objects: what annotation files write, and the bitmaps that an augmentation leaves of it.
+"""Masks of an image while it is augmented: bitmaps of the parts that objects cover.
 
-A file may mix polygons with run lengths, compressed or not. A polygon or run-length mask is small;
-it becomes a bitmap only when its image is loaded. Then it is drawn at the size of the image, and
-every pixel of the augmented image takes the value of one pixel of it, as the reference does it
-(``LoadAnnotations(poly2mask=True)``, ``BitmapMasks``). Polygons that are cropped as such would need
-another package, give other training targets (about 3 % of their pixels), and are drawn on the host
-in every step. A bitmap has a byte per pixel and object: 7 MB for an image of COCO (7 objects in
-800x1200), 100 MB for 100 objects in 1024x1024. So augmentation only keeps the part that an object
-covers (`CroppedMasks`); whole bitmaps are made last, and only if the model learns masks.
+A polygon or run-length mask is small; it becomes a bitmap only when its image is loaded. Then it is
+drawn at the size of the image, and every pixel of the augmented image takes the value of one pixel
+of it, as the reference does it (``LoadAnnotations(poly2mask=True)``, ``BitmapMasks``). Polygons
+that are cropped as such would need another package, give other training targets (about 3 % of their
+pixels), and are drawn on the host in every step. A bitmap has a byte per pixel and object: 7 MB for
+an image of COCO (7 objects in 800x1200), 100 MB for 100 objects in 1024x1024. So augmentation only
+keeps the part that an object covers (`CroppedMasks`); whole bitmaps are made last, and only if the
+model learns masks.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any
 
 import detectron2.data.transforms as T
 import numpy as np
@@ -25,361 +22,42 @@ import pycocotools.mask as mask_utils
 import torch
 from detectron2.structures import BitMasks, Boxes
 
+from co_detr.data.segmentation import Segmentation, decompressed, extent_of, run_lengths
 from co_detr.data.variation import PlaceTransform, TransposeTransform
-from co_detr.errors import DataError
+from co_detr.mask_patch import MaskPatch, first_to_last
 
-logger = logging.getLogger(__name__)
-
-# Polygons ``[(2P,) float64, ..]`` in pixels, or ``{"size": [h, w], "counts": compressed text}``.
-Segmentation = list[np.ndarray] | dict[str, Any]
-
-# Sides of the image that a polygon may reach out of it. pycocotools walks along the edges step by
-# step, with a memory that grows with them.
-_FAR = 10
 _PLAIN_TRANSFORMS = (T.NoOpTransform, T.ColorTransform, T.BlendTransform)  # leave pixels in place
 
 
-@dataclass(frozen=True)
-class MaskFlaw:
-    """Something that is wrong with masks.
-
-    Attributes:
-        what: in the plural.
-        remedy: what to do.
-        stops: whether nothing goes on with it, as it is a mistake of the whole file. Otherwise it
-            is an error, or left out, as ``data.invalid_boxes`` says.
-        read_as: how it is read all the same; "" if it cannot be.
-    """
-
-    what: str
-    remedy: str
-    stops: bool = False
-    read_as: str = ""
-
-
-WRONG_TYPE = MaskFlaw(
-    "segmentations that are neither polygons nor run lengths",
-    'write [[x, y, x, y, ..]] with numbers, or {"size": [height, width], "counts": ..}',
-    stops=True,
-)
-OTHER_SIZE = MaskFlaw(
-    "run-length masks of another size than their image",
-    "write size as [height, width] of the image, and the run lengths for it",
-    stops=True,
-)
-WRONG_SUM = MaskFlaw(
-    "run-length masks whose counts do not sum to height times width", "write the mask again"
-)
-DAMAGED = MaskFlaw("run-length masks whose counts are damaged", "write the mask again")
-FEW_POINTS = MaskFlaw("polygons of fewer than three points", "remove them, or draw the object")
-ODD_NUMBER = MaskFlaw("polygons with an odd number of coordinates", "write x and y of every point")
-NOT_FINITE = MaskFlaw(
-    "polygons with coordinates that are NaN, infinite or null", "write numbers in their place"
-)
-OUTSIDE = MaskFlaw("masks outside of their image", "write them in pixels of this image")
-NO_PIXEL = MaskFlaw("masks without area", "draw the object, or remove the mask")
-NOT_NESTED = MaskFlaw(
-    "polygons that are no list in a list", "", read_as="read as one polygon for the object"
-)
-PAIRS = MaskFlaw(
-    "polygons that are lists of points", "", read_as="read as x and y of one point after the other"
-)
-
-
-@dataclass(frozen=True)
-class CheckedMask:
-    """The mask of one object.
-
-    Attributes:
-        usable: None if there is no mask, or nothing is left of it.
-        flaws: with what is there, as part of a sentence.
-    """
-
-    usable: Segmentation | None
-    flaws: tuple[tuple[MaskFlaw, str], ...] = ()
-
-
-def check_mask(segmentation: Any, height: int, width: int) -> CheckedMask:
-    """Reads the ``segmentation`` of an annotation.
-
-    Args:
-        segmentation: as it stands in the file; None and [] are no mask.
-        height, width: of the image in pixels.
-    """
-    if segmentation is None or (isinstance(segmentation, list) and not segmentation):
-        return CheckedMask(None)
-    if isinstance(segmentation, list):
-        return _check_polygons(segmentation, height, width)
-    if isinstance(segmentation, dict) and {"size", "counts"} <= segmentation.keys():
-        return _check_run_lengths(segmentation, height, width)
-    return _flawed(WRONG_TYPE, _shortly(segmentation))
-
-
-def _flawed(flaw: MaskFlaw, says: str) -> CheckedMask:
-    return CheckedMask(None, ((flaw, says),))
-
-
-def _shortly(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}.."
-
-
-def _check_polygons(polygons: list[Any], height: int, width: int) -> CheckedMask:
-    flaws: list[tuple[MaskFlaw, str]] = []
-    if all(value is None or _is_number(value) for value in polygons):
-        flaws.append((NOT_NESTED, _shortly(polygons)))
-        polygons = [polygons]
-    kept = []
-    for polygon in polygons:
-        points = _numbers_of(polygon)
-        if points is None:
-            return _flawed(WRONG_TYPE, _shortly(polygon))
-        if points.ndim == 2:
-            flaws.append((PAIRS, _shortly(polygon)))
-            points = points.reshape(-1)
-        if len(points) % 2:
-            flaws.append((ODD_NUMBER, f"{len(points)} numbers"))
-        elif len(points) < 6:
-            flaws.append((FEW_POINTS, f"{len(points) // 2} points"))
-        elif not np.isfinite(points).all():
-            flaws.append((NOT_FINITE, _shortly(polygon)))
-        else:
-            kept.append(points)
-    if not kept:
-        return CheckedMask(None, tuple(flaws))
-    left, top, right, bottom = extent_of(kept)
-    far = _FAR * max(height, width)
-    is_outside = left >= width or top >= height or right <= 0 or bottom <= 0
-    if is_outside or min(left, top) < -far or max(right, bottom) > far:
-        box = f"from ({left:g}, {top:g}) to ({right:g}, {bottom:g}) in {width}x{height} pixels"
-        return CheckedMask(None, (*flaws, (OUTSIDE, box)))
-    if not any(_area(points) for points in kept):
-        return CheckedMask(None, (*flaws, (NO_PIXEL, _shortly(kept[0].tolist()))))
-    return CheckedMask(kept, tuple(flaws))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _numbers_of(polygon: Any) -> np.ndarray | None:
-    """``(N,)`` or, of a list of points, ``(N, 2)`` float64, with NaN for null; None if it is
-    neither."""
-    if not isinstance(polygon, list | tuple | np.ndarray):
-        return None
-    try:
-        values = np.asarray(polygon)
-        if values.dtype == object and all(
-            value is None or _is_number(value) for value in values.flat
-        ):
-            values = values.astype(np.float64)
-    except (ValueError, OverflowError):  # lists of different lengths in it, or endless numbers
-        return None
-    if values.dtype.kind not in "iuf" or not (
-        values.ndim == 1 or (values.ndim == 2 and values.shape[1] == 2)
-    ):
-        return None
-    return values.astype(np.float64)
-
-
-def _area(points: np.ndarray) -> float:
-    """Of a polygon (2P,), by the shoelace formula."""
-    x, y = points[0::2], points[1::2]
-    return 0.5 * abs(float(x @ np.roll(y, 1) - y @ np.roll(x, 1)))
-
-
-def _check_run_lengths(mask: dict[str, Any], height: int, width: int) -> CheckedMask:
-    size, counts = mask["size"], mask["counts"]
-    if not isinstance(size, list | tuple) or not isinstance(counts, list | tuple | str | bytes):
-        return _flawed(WRONG_TYPE, _shortly(mask))
-    if list(size) != [height, width]:
-        turned = " (width and height are exchanged)" * (list(size) == [width, height])
-        image = f"{width}x{height}"
-        return _flawed(OTHER_SIZE, f"size {_shortly(size)} for an image of {image} pixels{turned}")
-    lengths = _decompressed(counts) if isinstance(counts, str | bytes) else _numbers_of(counts)
-    whole = lengths is not None and lengths.ndim == 1 and (lengths % 1 == 0).all()
-    if not whole or (lengths < 0).any():
-        return _flawed(DAMAGED, f"counts {_shortly(counts)}")
-    if lengths.sum() != height * width:
-        total = f"{int(lengths.sum())} instead of {height * width}"
-        return _flawed(WRONG_SUM, f"counts that sum to {total}")
-    if not lengths[1::2].any():
-        return _flawed(NO_PIXEL, f"counts {_shortly(counts)}")
-    plain = {"size": [height, width], "counts": lengths.astype(np.int64).tolist()}
-    packed = mask_utils.frPyObjects(plain, height, width)
-    return CheckedMask({"size": [height, width], "counts": packed["counts"].decode("ascii")})
-
-
-def _decompressed(counts: str | bytes) -> np.ndarray | None:
-    """The run lengths ``(N,)`` of COCO's compressed text; None if it is damaged.
-
-    pycocotools reads on behind the end of such a text, and gives a mask of what it finds there.
-    A number is written in groups of five bits from the lowest up, with a sixth that says that more
-    follow, as characters from "0" on; from the fourth run on, it is the difference to the run
-    before the last.
-    """
-    try:
-        raw = counts.encode("ascii") if isinstance(counts, str) else counts
-    except UnicodeEncodeError:
-        return None
-    codes = np.frombuffer(raw, np.uint8).astype(np.int64) - 48
-    if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
-        return None
-    ends = np.flatnonzero((codes & 32) == 0)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    if (ends - starts).max() > 6:  # more bits than any image has pixels
-        return None
-    places = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
-    numbers = np.add.reduceat((codes & 31) << (5 * places), starts)
-    negative = (codes[ends] & 16) != 0
-    numbers -= negative * (1 << (5 * (places[ends] + 1)))
-    numbers[1::2] = np.cumsum(numbers[1::2])
-    numbers[2::2] = np.cumsum(numbers[2::2])
-    return numbers
-
-
-def extent_of(usable: Segmentation) -> tuple[float, float, float, float]:
-    """The box ``(x0, y0, x1, y1)`` around a mask, in pixels."""
-    if isinstance(usable, dict):
-        x, y, width, height = mask_utils.toBbox(usable).tolist()
-        return x, y, x + width, y + height
-    points = np.concatenate(usable).reshape(-1, 2)
-    return (*points.min(axis=0).tolist(), *points.max(axis=0).tolist())
-
-
-class MaskChecker:
-    """Reads the masks of a file one by one, and counts what is wrong with them.
-
-    A mask that is damaged is an error, or left out if `invalid_boxes` is "skip": its object then
-    has a box only.
-    """
-
-    def __init__(self, annotation_file: str, invalid_boxes: str) -> None:
-        self.annotation_file = annotation_file
-        self.skip_invalid = invalid_boxes == "skip"
-        self.cases: dict[MaskFlaw, list[str]] = {}
-        self.found = 0
-        self.without: dict[str, int] = {}  # objects without a mask, by image
-
-    def read(self, annotation: dict[str, Any], record: dict[str, Any]) -> Segmentation | None:
-        """The mask of an object; None: it has none.
-
-        Args:
-            record: of its image, with `file_name`, `height` and `width`.
-
-        Raises:
-            DataError: if it is damaged, and of the wrong type or not to be left out.
-        """
-        checked = check_mask(annotation.get("segmentation"), record["height"], record["width"])
-        where = f"annotation {annotation.get('id')!r} of image {record['file_name']}"
-        for flaw, says in checked.flaws:
-            if flaw.stops or not (self.skip_invalid or flaw.read_as):
-                remedy = flaw.remedy
-                if not flaw.stops:
-                    remedy += ", or set data.invalid_boxes=skip to leave such masks out"
-                raise DataError(
-                    f"{where} in {self.annotation_file} has a mask that cannot be used "
-                    f"({flaw.what}: {says}): {remedy}."
-                )
-            self.cases.setdefault(flaw, []).append(f"{where}, {says}")
-        if checked.usable is None:
-            name = record["file_name"]
-            self.without[name] = self.without.get(name, 0) + 1
-        else:
-            self.found += 1
-        return checked.usable
-
-    def report(self) -> None:
-        """Logs at most one line per kind of flaw, and one about objects without a mask."""
-        for flaw, cases in self.cases.items():
-            done = flaw.read_as or f"left out ({flaw.remedy})"
-            logger.warning(
-                "%s: %s: %d (the first: %s); %s.",
-                *(self.annotation_file, flaw.what, len(cases), cases[0], done),
-            )
-        if not self.found:
-            logger.warning(
-                "%s has no masks: what learns masks is not trained on it, and nothing is pasted.",
-                self.annotation_file,
-            )
-        elif self.without:
-            logger.warning(
-                "%s: %d objects in %d images have no mask (the first: %s): the masks of these "
-                "images are not trained, their boxes are.",
-                self.annotation_file,
-                *(sum(self.without.values()), len(self.without), next(iter(self.without))),
-            )
-
-
-NOWHERE: Segmentation = []  # a mask without pixels
-
-
-def run_lengths(usable: Segmentation, height: int, width: int) -> dict[str, Any]:
-    """COCO's compressed form of a mask of `check_mask`, as pycocotools takes it."""
-    if isinstance(usable, dict):
-        return usable
-    if not usable:
-        return mask_utils.encode(np.zeros((height, width), np.uint8, order="F"))
-    return mask_utils.merge(mask_utils.frPyObjects(usable, height, width))
-
-
-def draw_mask(usable: Segmentation, height: int, width: int) -> np.ndarray:
-    """``(height, width)`` uint8 of 0 and 1: the pixels of a mask of `check_mask`."""
-    return mask_utils.decode(run_lengths(usable, height, width))
-
-
 class CroppedMasks:
-    """Masks of n objects of an image, each as a bitmap of the part that it covers.
-
-    A field of `Instances` while images are augmented: whole bitmaps would be ten times as large.
+    """Masks of n objects of an image, a field of its `Instances`.
 
     Args:
         image_size: (height, width).
-        corners: ``(n, 4)`` int64, x0, y0, x1, y1 of the tight box of each; zeros for one without
-            any pixel.
-        bitmaps: n of ``(y1 - y0, x1 - x0)`` bool.
+        patches: n, each trimmed, so that its window is the box around its pixels.
     """
 
-    def __init__(
-        self, image_size: tuple[int, int], corners: np.ndarray, bitmaps: list[np.ndarray]
-    ) -> None:
+    def __init__(self, image_size: tuple[int, int], patches: list[MaskPatch]) -> None:
         self.image_size = image_size
-        self.corners = corners
-        self.bitmaps = bitmaps
+        self.patches = patches
 
     @classmethod
-    def placed(
-        cls, image_size: tuple[int, int], parts: Iterable[tuple[int, int, np.ndarray]]
-    ) -> CroppedMasks:
-        """Of row, column and bitmap of parts of the image that hold all pixels of a mask each."""
-        corners, bitmaps = [], []
-        for y, x, bitmap in parts:
-            down, across = _span(bitmap.any(axis=1)), _span(bitmap.any(axis=0))
-            bitmaps.append(bitmap[down, across])
-            if bitmaps[-1].size:
-                corners.append((x + across.start, y + down.start, x + across.stop, y + down.stop))
-            else:
-                corners.append((0, 0, 0, 0))
-        return cls(image_size, np.array(corners, np.int64).reshape(-1, 4), bitmaps)
+    def placed(cls, image_size: tuple[int, int], patches: Iterable[MaskPatch]) -> CroppedMasks:
+        """Of patches that need not be trimmed."""
+        return cls(image_size, [patch.trimmed() for patch in patches])
 
     @classmethod
     def of_bitmaps(cls, bitmaps: np.ndarray, image_size: tuple[int, int]) -> CroppedMasks:
         """Of ``(n, height, width)`` bool."""
-        return cls.placed(image_size, ((0, 0, bitmap) for bitmap in bitmaps))
+        return cls.placed(image_size, (MaskPatch(0, 0, bitmap) for bitmap in bitmaps))
 
     def __len__(self) -> int:
-        return len(self.bitmaps)
+        return len(self.patches)
 
     def __getitem__(self, item: slice | torch.Tensor) -> CroppedMasks:
         chosen = item.numpy() if isinstance(item, torch.Tensor) else item
         numbers = np.arange(len(self))[chosen]
-        bitmaps = [self.bitmaps[number] for number in numbers]
-        return CroppedMasks(self.image_size, self.corners[numbers], bitmaps)
-
-    def parts(self) -> Iterator[tuple[tuple[slice, slice], np.ndarray]]:
-        """Rows and columns, and the bitmap there, of each mask."""
-        for (x0, y0, x1, y1), bitmap in zip(self.corners.tolist(), self.bitmaps, strict=True):
-            yield (slice(y0, y1), slice(x0, x1)), bitmap
+        return CroppedMasks(self.image_size, [self.patches[number] for number in numbers])
 
     @staticmethod
     def cat(every: Sequence[CroppedMasks]) -> CroppedMasks:
@@ -387,20 +65,27 @@ class CroppedMasks:
 
         `Instances.cat` calls it.
         """
-        corners = np.concatenate([masks.corners for masks in every])
-        bitmaps = [bitmap for masks in every for bitmap in masks.bitmaps]
-        return CroppedMasks(every[0].image_size, corners, bitmaps)
+        return CroppedMasks(
+            every[0].image_size, [patch for masks in every for patch in masks.patches]
+        )
 
     def boxes(self) -> Boxes:
         """Around the pixels of each mask, the last ones included; zeros without any."""
-        return Boxes(torch.from_numpy(self.corners.astype(np.float32)))
+        windows = (patch.window for patch in self.patches)
+        corners = [(x.start, y.start, x.stop, y.stop) for y, x in windows]
+        return Boxes(torch.tensor(corners, dtype=torch.float32).reshape(-1, 4))
 
     def whole(self) -> BitMasks:
         """Bitmaps of the whole image."""
         bitmaps = np.zeros((len(self), *self.image_size), bool)
-        for bitmap, (window, part) in zip(bitmaps, self.parts(), strict=True):
-            bitmap[window] = part
+        for bitmap, patch in zip(bitmaps, self.patches, strict=True):
+            bitmap[patch.window] = patch.pixels
         return BitMasks(torch.from_numpy(bitmaps))
+
+
+def draw_mask(usable: Segmentation, height: int, width: int) -> np.ndarray:
+    """``(height, width)`` uint8 of 0 and 1: the pixels of a mask of `check_mask`."""
+    return mask_utils.decode(run_lengths(usable, height, width))
 
 
 def transformed_masks(
@@ -421,33 +106,33 @@ def transformed_masks(
         whole = np.stack([transforms.apply_segmentation(draw_mask(mask, *size)) for mask in masks])
         return CroppedMasks.of_bitmaps(whole != 0, whole.shape[1:])
     size_after = len(picked.rows), len(picked.columns)
-    parts = (_picked_part(mask, size, picked.rows, picked.columns) for mask in masks)
+    patches = (_picked_patch(mask, size, picked.rows, picked.columns) for mask in masks)
     if picked.transposed:
         size_after = size_after[::-1]
-        parts = ((x, y, bitmap.T) for y, x, bitmap in parts)
-    return CroppedMasks.placed(size_after, parts)
+        patches = (MaskPatch(patch.top, patch.left, patch.pixels.T) for patch in patches)
+    return CroppedMasks.placed(size_after, patches)
 
 
-def _picked_part(
+def _picked_patch(
     mask: Segmentation, size: tuple[int, int], rows: np.ndarray, columns: np.ndarray
-) -> tuple[int, int, np.ndarray]:
-    """Row, column and bitmap of the part of ``mask[rows][:, columns]`` where the object is."""
+) -> MaskPatch:
+    """Where the object is in ``mask[rows][:, columns]``."""
     left, top, right, bottom = extent_of(mask)
     # A pixel around, as drawing rounds the edges.
-    down = _span((rows >= max(math.floor(top) - 1, 0)) & (rows <= bottom + 1))
-    across = _span((columns >= max(math.floor(left) - 1, 0)) & (columns <= right + 1))
+    down = first_to_last((rows >= max(math.floor(top) - 1, 0)) & (rows <= bottom + 1))
+    across = first_to_last((columns >= max(math.floor(left) - 1, 0)) & (columns <= right + 1))
     rows, columns = rows[down], columns[across]
     if not (len(rows) and len(columns)):
-        return 0, 0, np.zeros((0, 0), bool)
+        return MaskPatch(0, 0, np.zeros((0, 0), bool))
     height, first, last = size[0], columns.min(), columns.max() + 1
     # Runs go down the columns of the image; of these only the object's are drawn.
-    lengths = _decompressed(run_lengths(mask, *size)["counts"])
+    lengths = decompressed(run_lengths(mask, *size)["counts"])
     ends = lengths.cumsum().clip(first * height, last * height)
     lengths = np.diff(ends, prepend=first * height)
     drawn = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(-1, height)
     drawn = np.ascontiguousarray(drawn[:, rows.min() : rows.max() + 1].T)
     picked = drawn.take(rows - rows.min(), axis=0).take(columns - first, axis=1)
-    return down.start, across.start, picked
+    return MaskPatch(across.start, down.start, picked)
 
 
 @dataclass(frozen=True)
@@ -507,9 +192,3 @@ def picked_pixels(transforms: T.TransformList, size: tuple[int, int]) -> PickedP
 def _nearest(before: int, after: int) -> np.ndarray:
     """``(after,)``: as OpenCV computes it, with its rounding."""
     return np.minimum((np.arange(after) * (1 / (after / before))).astype(np.int64), before - 1)
-
-
-def _span(chosen: np.ndarray) -> slice:
-    """From the first to the last that is true; an empty slice without any."""
-    (places,) = np.nonzero(chosen)
-    return slice(places[0], places[-1] + 1) if len(places) else slice(0, 0)

@@ -23,6 +23,7 @@ from co_detr.data.loader import CheckedDatasetMapper, as_tensor, augment, with_w
 from co_detr.data.masks import CroppedMasks
 from co_detr.data.variation import PlaceTransform
 from co_detr.errors import ConfigError
+from co_detr.mask_patch import MaskPatch
 
 Record = dict[str, Any]
 Sample = dict[str, Any]
@@ -233,15 +234,13 @@ def _placed(instances: Instances, put: PlaceTransform, recompute_boxes: bool) ->
     if instances.has("gt_masks"):
         rows, columns = put.source
         right, down = put.shift
-        parts = []
-        for (x0, y0, x1, y1), bitmap in zip(
-            instances.gt_masks.corners.tolist(), instances.gt_masks.bitmaps, strict=True
-        ):
-            top, left = max(y0, rows.start), max(x0, columns.start)
-            bottom, end = max(min(y1, rows.stop), top), max(min(x1, columns.stop), left)
-            cut = bitmap[top - y0 : bottom - y0, left - x0 : end - x0]
-            parts.append((top + down, left + right, cut))
-        placed.gt_masks = CroppedMasks.placed(put.size, parts)
+        patches = []
+        for patch in instances.gt_masks.patches:
+            above, before = max(rows.start - patch.top, 0), max(columns.start - patch.left, 0)
+            below, behind = max(rows.stop - patch.top, 0), max(columns.stop - patch.left, 0)
+            shown = patch.pixels[above:below, before:behind]
+            patches.append(MaskPatch(patch.left + before + right, patch.top + above + down, shown))
+        placed.gt_masks = CroppedMasks.placed(put.size, patches)
         around = placed.gt_masks.boxes()
         shows &= around.nonempty()
         if recompute_boxes:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ from co_detr.errors import ConfigError
 
 # Of an image with more than 8 bits, so many values are looked at, evenly spread.
 _LOOKED_AT = 100_000
+# Of a set with more objects, so many masks are looked at: the 1.3 million of LVIS take minutes.
+MOST_MASKS = 200_000
 # Below this share of the range, what cameras of 14 bits leave in files of 16 is a small part, too.
 _SMALL_PART = 0.3
 # Such images keep a few pixels of their short side when they are resized.
@@ -41,8 +44,8 @@ class PreflightSettings:
     """The node data.preflight.
 
     Attributes:
-        images: "all" decodes every image, "sample" some of each split, "off" none. Whether the
-            files exist is looked up for all of them in any case.
+        images: "all" decodes every image and looks at every mask, "sample" at some of each split,
+            "off" decodes none. Whether the files exist is looked up for all of them in any case.
         sample_size: how many images of each split "sample" decodes.
         suspicion: "error" or "warning": what it is when boxes look, over the whole file, as if
             they were no (x, y, w, h) of these images.
@@ -68,12 +71,14 @@ class SplitFiles:
 
     Attributes:
         masks: whether masks are read, and so have to be right.
+        image_path: as that of `load_coco`; None: the `file_name` of an entry.
     """
 
     split: str
     annotations: str
     images: str
     masks: bool = False
+    image_path: Callable[[dict[str, Any]], str] | None = None
 
 
 def preflight(
@@ -93,8 +98,8 @@ def preflight(
         reader: opens the images; None: one with its defaults.
 
     Raises:
-        DataError: if an annotation file cannot be read at all. Everything else is in the report;
-            see `PreflightReport.raise_on_errors`.
+        DataError: if an annotation file cannot be read at all, or an image has no path. Everything
+            else is in the report; see `PreflightReport.raise_on_errors`.
     """
     settings = settings or PreflightSettings()
     reader = reader or ImageReader()
@@ -106,12 +111,16 @@ def preflight(
         report = SplitReport(files.split, files.annotations, suspicion=settings.suspicion)
         # Kept, as the file is loaded next.
         content = read_coco(files.annotations, keep=True)
+        if files.image_path is not None:
+            named = [image | {"file_name": files.image_path(image)} for image in content.images]
+            content = replace(content, images=named)
         images, annotations = check_annotations(report, content, unlabeled)
         if annotations is not None:
             good = check_boxes(report, annotations, images, invalid_boxes)
             count_objects(report, good, images, limits or Limits())
             if files.masks:
-                check_masks(report, good, images, invalid_boxes)
+                most = None if settings.images == "all" else MOST_MASKS
+                check_masks(report, good, images, invalid_boxes, most)
         count = {"all": None, "sample": settings.sample_size, "off": 0}[settings.images]
         checked = check_images(report, list(images.values()), files.images, count, reader)
         deep += checked.deep

@@ -6,6 +6,7 @@ have a file of their own, `preflight_boxes`.
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 from co_detr.data.coco import ROUNDING_PIXELS
 from co_detr.data.coco_file import CocoFile, Entry, display_names, is_id, is_number
-from co_detr.data.masks import MaskFlaw, check_mask, extent_of
+from co_detr.data.segmentation import MaskFlaw, check_mask, extent_of
 from co_detr.errors import DataError
 
 Level = Literal["error", "warning"]
@@ -62,6 +63,7 @@ class SplitReport:
         images: number of images; `empty` of them have no box to learn or evaluate.
         boxes: usable boxes that are no crowd regions; `crowd` is the number of those.
         masks: how many of the boxes have a usable mask; None: masks are not read.
+        sampled: how many objects `masks` is of, where not all were looked at; None: all.
         categories: (id in the file, name), in the order of the ids.
         decoded: number of images that were decoded.
         values: how values of more than 8 bits are read, one sentence for each range.
@@ -76,6 +78,7 @@ class SplitReport:
     boxes: int = 0
     crowd: int = 0
     masks: int | None = None
+    sampled: int | None = None
     categories: list[tuple[int | str, str]] = field(default_factory=list)
     decoded: int = 0
     values: list[str] = field(default_factory=list)
@@ -128,6 +131,12 @@ class PreflightReport:
         lines += [f"classes: {_listed(self.splits[0].categories)}"]
         lines += [f"values: {value}" for split in self.splits for value in split.values]
         lines += [f"{split.split}: {size}" for split in self.splits for size in split.sizes]
+        lines += [
+            f"{split.split}: masks of {split.sampled} objects of {split.boxes + split.crowd} were "
+            "looked at (all with data.preflight.images=all); loading looks at every mask it needs"
+            for split in self.splits
+            if split.sampled is not None
+        ]
         lines += [
             f"{finding.level:7}  {finding.split:5}  {finding.sentence()}"
             for finding in self.findings
@@ -389,14 +398,22 @@ class _Extent:
 
 
 def check_masks(
-    report: SplitReport, entries: list[Entry], images: Images, invalid_boxes: str
+    report: SplitReport,
+    entries: list[Entry],
+    images: Images,
+    invalid_boxes: str,
+    most: int | None = None,
 ) -> None:
     """Notes what is wrong with masks, and how many there are.
 
     Args:
         entries: annotations with a good box, crowds included.
         invalid_boxes: "error" or "skip", what `load_coco` does with masks that are damaged.
+        most: of more entries, so many are looked at, always the same ones; None: all are.
     """
+    if most is not None and len(entries) > most:
+        entries = random.Random(0).sample(entries, most)
+        report.sampled = most
     flaws: dict[MaskFlaw, list[str]] = {}
     extents: list[_Extent] = []
     without: list[Entry] = []

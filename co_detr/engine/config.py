@@ -101,6 +101,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
         sources = OmegaConf.to_container(cfg.model.queries, resolve=False)
         cfg.model.queries = named_sources(sources)
     cfg.dataloader.setdefault("tta", None)  # files of earlier versions do not know it
+    _reopen_masks(cfg)
     apply_overrides(cfg, overrides)
     _settle_masks(cfg)
     _check_texts(cfg)
@@ -108,6 +109,22 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     _check_batch(cfg)
     _check_channels(cfg)
     return cfg
+
+
+def _reopen_masks(cfg: DictConfig) -> None:
+    """Leaves open again what `_settle_masks` has fixed in the saved config of a run without masks.
+
+    An override that adds a mask head, or pastes objects, then has an effect; one that fixes it has
+    the last word.
+    """
+    train = cfg.dataloader.train
+    if learns_masks(cfg.model):
+        return
+    if train.get("copy_paste") is None and train.dataset.get("with_masks") is False:
+        train.dataset.with_masks = None
+    for part in (train.get("copy_paste"), train.get("mixing")):
+        if part is not None and part.get("keep_masks") is False:
+            part.keep_masks = None
 
 
 def _settle_masks(cfg: DictConfig) -> None:
@@ -131,6 +148,14 @@ def learns_masks(model: Any) -> bool:
     if not isinstance(model, DictConfig):
         return False
     return model.get("mask_head") is not None or any(map(learns_masks, model.values()))
+
+
+def predicts_masks(model: DictConfig) -> bool:
+    """Whether the detections of a model have masks; as ``CoDETR.predicts_masks``, of its config."""
+    if model.get("mask_head") is not None:
+        return True
+    detector = model.get("evaluate_with")
+    return detector is not None and learns_masks(OmegaConf.select(model, f"auxiliary.{detector}"))
 
 
 def config_files(folder: Path) -> dict[str, Path]:

@@ -13,14 +13,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from co_detr.checkpoint.reading import read_checkpoint, stored_class_names
 from co_detr.checkpoint.saving import has_checkpoints, last_readable
-from co_detr.data.coco import align_classes, class_names, load_coco
+from co_detr.data.coco import align_classes, class_names, image_path_of, reads_coco_format
 from co_detr.data.coco_file import read_coco, shortened
 from co_detr.data.images import ImageReader
 from co_detr.data.preflight import PreflightSettings, SplitFiles, preflight
 from co_detr.data.preflight_boxes import InputSize, Limit, Limits
-from co_detr.engine.config import learns_masks
+from co_detr.engine.config import learns_masks, predicts_masks
 from co_detr.engine.evaluators import COCO_LIMIT
 from co_detr.engine.launch import raise_jointly
+from co_detr.engine.validation import validates_masks
 from co_detr.errors import DataError, UserError
 
 logger = logging.getLogger(__name__)
@@ -71,8 +72,8 @@ def _trained_classes(cfg: DictConfig, resume: bool) -> list[str] | None:
 def check_data(cfg: DictConfig, eval_only: bool = False) -> None:
     """Inspects data.train and data.val (the latter alone with `eval_only`) and logs the report.
 
-    Only sets that `load_coco` reads: LVIS and Objects365 find their images in ways of their own,
-    and do not change. The main process looks, all processes raise what it found.
+    Only sets that a loader of `co_detr.data.coco` reads. The main process looks, all processes
+    raise what it found.
 
     Raises:
         DataError: if the data cannot be used, or would silently give an AP of 0.
@@ -83,13 +84,19 @@ def check_data(cfg: DictConfig, eval_only: bool = False) -> None:
         del nodes["train"]
     masks = {
         "train": bool(cfg.dataloader.train.dataset.get("with_masks", False)),
-        "val": learns_masks(cfg.model),
+        "val": predicts_masks(cfg.model) or (not eval_only and validates_masks(cfg)),
     }
-    splits = [
-        SplitFiles(split, cfg.data[split], cfg.data[f"{split}_images"], masks[split])
-        for split, node in nodes.items()
-        if _is_plain_coco(node.dataset)
-    ]
+    splits = []
+    for split, node in nodes.items():
+        loader, file = _target(node.dataset), cfg.data[split]
+        if reads_coco_format(loader):
+            way, folder = image_path_of(loader, file), cfg.data[f"{split}_images"]
+            splits.append(SplitFiles(split, file, folder, masks[split], way))
+    if not eval_only and learns_masks(cfg.model) and not masks["train"]:
+        logger.warning(
+            "The model has a mask head, but data.train is read without masks: the head is not "
+            "trained. dataloader.train.dataset.with_masks=true reads them."
+        )
     settings = PreflightSettings(**cfg.data.get("preflight", {}))
     reader = ImageReader.of_data(cfg.data)
     problem = None
@@ -201,10 +208,6 @@ def _query_limit(sources: DictConfig | None) -> Limit | None:
         ):
             return Limit(f"model.queries.{name}.num_queries", number)
     return None
-
-
-def _is_plain_coco(node: DictConfig) -> bool:
-    return _target(node) is load_coco
 
 
 def _target(node: DictConfig) -> Any:

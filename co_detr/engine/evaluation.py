@@ -28,7 +28,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from co_detr.data.coco import BoxChecker, dataset_name
-from co_detr.data.coco_file import CocoFile, Entry, encoded_mask, read_coco
+from co_detr.data.coco_file import CocoFile, Entry, read_coco
+from co_detr.data.segmentation import encoded_mask
 from co_detr.errors import ConfigError
 from co_detr.files import written_whole
 from co_detr.modeling.detectors import DECODER, TOP_K, TTA_KIND
@@ -76,7 +77,7 @@ class _Stoppable:
 def evaluate(
     model: nn.Module,
     loader: DataLoader,
-    evaluator: BoxEvaluator,
+    evaluator: DetectionEvaluator,
     output_dir: str,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
@@ -126,7 +127,7 @@ def evaluate(
     return defined
 
 
-class BoxEvaluator(DatasetEvaluator):
+class DetectionEvaluator(DatasetEvaluator):
     """Gathers the detections of all processes, writes them in COCO's result format, judges them.
 
     Detections are those of a file that `load_coco` has read, and are written with its ids of images
@@ -176,7 +177,7 @@ class BoxEvaluator(DatasetEvaluator):
         """Of the file with the detections."""
         return self.output_dir and os.path.join(self.output_dir, self.results_name)
 
-    def of_kind(self, kind: str) -> BoxEvaluator:
+    def of_kind(self, kind: str) -> DetectionEvaluator:
         """A copy that reads ``instances_<kind>``, writes its files to the directory ``<kind>``
         inside its own, and reports its metrics under ``kind`` instead of ``bbox``."""
         other = copy.copy(self)
@@ -186,7 +187,7 @@ class BoxEvaluator(DatasetEvaluator):
             other.output_dir = os.path.join(self.output_dir, kind)
         return other
 
-    def on_images(self, images: Collection[int | str]) -> BoxEvaluator:
+    def on_images(self, images: Collection[int | str]) -> DetectionEvaluator:
         """A copy that judges by these images of the file alone."""
         other = copy.copy(self)
         other.dataset = _of_images(self.dataset, images)

@@ -23,9 +23,10 @@ from detectron2.utils.logger import create_small_table
 from tabulate import tabulate
 
 from co_detr.data.coco_file import Entry
-from co_detr.engine.evaluation import BOXES, MASKS, BoxEvaluator
+from co_detr.engine.evaluation import BOXES, MASKS, DetectionEvaluator
 from co_detr.errors import ConfigError
 from co_detr.files import written_whole
+from co_detr.moved import renamed_member
 
 try:
     from faster_coco_eval import COCO, COCOeval_faster
@@ -46,7 +47,7 @@ MOST_PAIRS = 1_000_000  # of an image and a class, evaluated at a time: about 1 
 _OF_IMAGES = ("neg_category_ids", "not_exhaustive_category_ids")  # LVIS: categories of an image
 
 
-class CocoBoxEvaluator(BoxEvaluator):
+class CocoDetectionEvaluator(DetectionEvaluator):
     """The evaluation of the COCO API.
 
     Writes `coco_instances_results.json` and `per_class_ap.csv` to `output_dir`, for masks also
@@ -110,7 +111,7 @@ class CocoBoxEvaluator(BoxEvaluator):
         return evaluation
 
 
-class LvisBoxEvaluator(BoxEvaluator):
+class LvisDetectionEvaluator(DetectionEvaluator):
     """LVIS's own evaluation on a file that `load_lvis` has read.
 
     Reports AP, AP50, AP75, by size (APs, APm, APl) and by frequency of the class in the training
@@ -355,3 +356,8 @@ def _mean(precisions: np.ndarray) -> float:
 
 def _text(value: float, form: str) -> str:
     return "" if math.isnan(value) else format(value, form)
+
+
+def __getattr__(name: str) -> Any:
+    """Evaluators by the names that they had in an earlier version, for configs in Python."""
+    return renamed_member(__name__, globals(), name)

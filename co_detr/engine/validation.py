@@ -145,8 +145,8 @@ class ValidationSet:
     def __init__(self, cfg: DictConfig, max_images: int | None) -> None:
         self.test = copy.deepcopy(cfg.dataloader.test)
         # A loss of masks needs them here, too; the evaluation, which has the same node, does not.
-        if cfg.dataloader.train.dataset.get("with_masks", False):
-            self.test.dataset.with_masks = learns_masks(cfg.model)
+        if validates_masks(cfg):
+            self.test.dataset.with_masks = True
         records = instantiate(self.test.dataset)
         number = min(max_images or len(records), len(records))
         self.records = [records[index * len(records) // number] for index in range(number)]
@@ -160,6 +160,13 @@ class ValidationSet:
                 annotation["category_id"] = numbers[annotation["category_id"]]
         mapper = instantiate(self.test.mapper)
         return ValidationLoss(self.records, mapper, settings, self.test.num_workers)
+
+
+def validates_masks(cfg: DictConfig) -> bool:
+    """Whether the losses of `train.val_loss` are also those of masks, which data.val then needs."""
+    reads_masks = cfg.dataloader.train.dataset.get("with_masks", False)
+    enabled = cfg.train.get("val_loss", {}).get("enabled", False)
+    return bool(enabled and reads_masks and learns_masks(cfg.model))
 
 
 def load_validation_set(cfg: DictConfig) -> ValidationSet | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from co_detr.modeling.geometry import Geometry
-from co_detr.modeling.losses import cxcywh_to_xyxy, iou
+from co_detr.modeling.losses import iou
 from co_detr.modeling.postprocess import choose_pairs
 from co_detr.structures import Predictions, bitmaps_of, to_device
 
@@ -94,12 +94,8 @@ class RegionSampler(nn.Module):
 
     def propose(self, predictions: Predictions, geometry: Geometry) -> tuple[Tensor, Tensor]:
         """Boxes ``(B, N, 4)``, absolute and clipped to the images, and scores ``(B, N)``."""
-        logits, boxes = predictions.logits[-1], predictions.boxes[-1]
-        boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
-        pairs = choose_pairs(logits, boxes, self.num_proposals)
-        limits = geometry.factors[:, None].to(boxes.dtype)
-        absolute = cxcywh_to_xyxy(pairs.boxes) * limits
-        return torch.minimum(absolute.clamp(min=0), limits), pairs.scores
+        pairs = choose_pairs(predictions.logits[-1], predictions.boxes[-1], self.num_proposals)
+        return pairs.absolute(geometry), pairs.scores
 
     def assign(self, gt_boxes: Tensor, proposals: Tensor, usable: Tensor) -> Tensor:
         """Index of the ground truth of each candidate, -1 for none: ``(G + N,)`` int64.

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pycocotools.mask as mask_utils
 import torch
 import torch.nn.functional as F
 from detectron2.modeling.postprocessing import detector_postprocess
@@ -16,6 +15,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from co_detr.errors import NonFiniteError
+from co_detr.mask_patch import MaskPatch
 from co_detr.modeling.geometry import Geometry
 from co_detr.modeling.losses import cxcywh_to_xyxy, iou
 from co_detr.structures import to_device
@@ -166,6 +166,13 @@ class Pairs:
     scores: Tensor
     labels: Tensor
 
+    def absolute(self, geometry: Geometry) -> Tensor:
+        """Boxes ``(B, N, 4)`` xyxy in pixels, clipped to the images; NaN stays NaN."""
+        # Half precision would move boxes by pixels.
+        boxes = self.boxes.to(torch.promote_types(self.boxes.dtype, torch.float32))
+        limits = geometry.factors[:, None].to(boxes.dtype)
+        return torch.minimum((cxcywh_to_xyxy(boxes) * limits).clamp(min=0), limits)
+
 
 def choose_pairs(logits: Tensor, boxes: Tensor, number: int) -> Pairs:
     """The ``number`` best pairs, or all if there are fewer; see `TopKPostprocessor`."""
@@ -181,10 +188,11 @@ def best_pairs(logits: Tensor, boxes: Tensor, geometry: Geometry, number: int) -
     """The ``number`` best (query, class) pairs of each image; see `TopKPostprocessor`."""
     pairs = choose_pairs(logits, boxes, number)
     require_finite(pairs.boxes)
+    boxes = pairs.absolute(geometry)
     return [
         Instances(
             size,
-            pred_boxes=absolute_boxes(pairs.boxes[image], geometry.factors[image], size),
+            pred_boxes=Boxes(boxes[image]),
             scores=pairs.scores[image],
             pred_classes=pairs.labels[image],
         )
@@ -214,54 +222,6 @@ def absolute_boxes(boxes: Tensor, factor: Tensor, image_size: tuple[int, int]) -
 
 # Of the pasted pixels of one mask, at a time: their coordinates take 16 bytes each.
 _PASTED_AT_A_TIME = 1 << 22
-
-
-@dataclass(frozen=True)
-class MaskPatch:
-    """The part of an object's mask around its box; the rest of the image is background.
-
-    Attributes:
-        left, top: of its first pixel in the image.
-        pixels: ``(h, w)`` bool; can be empty.
-    """
-
-    left: int
-    top: int
-    pixels: np.ndarray
-
-    @classmethod
-    def of_bitmap(cls, bitmap: np.ndarray) -> MaskPatch:
-        """Of a mask ``(H, W)`` bool of the whole image: what lies between its pixels."""
-        rows, columns = (np.flatnonzero(bitmap.any(axis)) for axis in (1, 0))
-        if not len(rows):
-            return cls(0, 0, np.zeros((0, 0), bool))
-        top, left = int(rows[0]), int(columns[0])
-        return cls(left, top, bitmap[top : rows[-1] + 1, left : columns[-1] + 1].copy())
-
-    def rle(self, image_size: tuple[int, int]) -> dict[str, Any]:
-        """COCO's compressed run-length form of the mask in an image (height, width), as for json.
-
-        The runs are counted here and not by pycocotools, which wants the whole bitmap: that takes
-        a second for a dozen objects of a large photo.
-        """
-        height, width = image_size
-        columns = np.zeros((self.pixels.shape[1], self.pixels.shape[0] + 2), np.int8)
-        columns[:, 1:-1] = self.pixels.T
-        steps = np.diff(columns, axis=1)
-        # Places in the image, column after column, where a run begins and behind its end.
-        begins, ends = (
-            (column + self.left) * height + row + self.top
-            for column, row in (np.nonzero(steps == 1), np.nonzero(steps == -1))
-        )
-        bounds = np.stack([begins, ends], axis=1).ravel()
-        # A run that goes on at the top of the next column ends where the next one begins.
-        joints = np.flatnonzero(bounds[1:] == bounds[:-1])
-        bounds = np.delete(bounds, np.append(joints, joints + 1))
-        counts = np.diff(bounds, prepend=0, append=height * width).tolist()
-        if len(counts) > 1 and counts[-1] == 0:
-            counts.pop()
-        encoded = mask_utils.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-        return {"size": [height, width], "counts": encoded["counts"].decode()}
 
 
 class DetectedMasks:
@@ -374,9 +334,7 @@ class DetectedMasks:
 
     @staticmethod
     def _write(patch: MaskPatch, bitmap: Tensor) -> None:
-        height, width = patch.pixels.shape
-        rows = slice(patch.top, patch.top + height)
-        bitmap[rows, patch.left : patch.left + width] = torch.from_numpy(patch.pixels)
+        bitmap[patch.window] = torch.from_numpy(patch.pixels)
 
 
 def _sampled_at(start: int, stop: int, low: Tensor, high: Tensor) -> Tensor:

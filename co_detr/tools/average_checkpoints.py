@@ -17,21 +17,16 @@ import argparse
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import torch
 from tabulate import tabulate
-from torch import Tensor
 
-from co_detr.checkpoint.reading import (
-    choose_weights,
-    has_averaged,
-    plain_state,
-    read_checkpoint,
-    shorten,
-    stored_class_names,
-)
 from co_detr.errors import CheckpointError, ConfigError
 from co_detr.files import written_whole
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -59,6 +54,16 @@ def run(options: argparse.Namespace) -> None:
         CheckpointError: if a file cannot be read, or is of another model or other classes.
         ConfigError: if there are fewer than two files, or the output is one of them.
     """
+    import torch
+
+    from co_detr.checkpoint.reading import (
+        choose_weights,
+        has_averaged,
+        plain_state,
+        read_checkpoint,
+        stored_class_names,
+    )
+
     if len(options.checkpoints) < 2:
         raise ConfigError("an average needs at least two checkpoints: name another.")
     if os.path.exists(options.output) and not options.force:
@@ -104,6 +109,8 @@ class Average:
     """
 
     def __init__(self, state: Mapping[str, Tensor], class_names: list[str] | None) -> None:
+        import torch
+
         self.class_names = class_names
         self._last = dict(state)
         self._number = 0
@@ -115,6 +122,8 @@ class Average:
         self, state: Mapping[str, Tensor], class_names: list[str] | None, first: str, path: str
     ) -> None:
         """Raises a CheckpointError if the weights are of another model or other classes."""
+        from co_detr.checkpoint.reading import shorten
+
         if class_names != self.class_names:
             raise CheckpointError(
                 f"{path} was trained on the classes ({shorten(class_names or ['unknown'])}), "

@@ -3,6 +3,8 @@
 Every MSDeformAttn backend is tried, forward and backward, against the fp64 reference.
 """
 
+from __future__ import annotations
+
 import argparse
 import importlib.metadata
 import os
@@ -12,22 +14,20 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 import co_detr
-from co_detr.layers.deformable_attention import (
-    HAS_EXTENSION,
-    KERNEL_DEVICES,
-    ms_deform_attn,
-    ms_deform_attn_reference,
-)
+
+if TYPE_CHECKING:
+    import torch
 
 LEVEL_SHAPES = [(6, 7), (3, 4)]
 
 
 def attention_case(dtype: torch.dtype, device: str) -> list[torch.Tensor]:
     """Value, locations (some outside), weights; require gradients. Same numbers on every call."""
+    import torch
+
     generator = torch.Generator().manual_seed(0)
     pixels = sum(height * width for height, width in LEVEL_SHAPES)
     value = torch.randn(2, pixels, 2, 8, generator=generator, dtype=torch.float64)
@@ -38,6 +38,8 @@ def attention_case(dtype: torch.dtype, device: str) -> list[torch.Tensor]:
 
 def outputs_of(function, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
     """Output and the three gradients of ``function``, on the CPU in fp64."""
+    import torch
+
     value, locations, weights = attention_case(dtype, device)
     output = function(value, LEVEL_SHAPES, locations, weights)
     # A fixed but uneven gradient.
@@ -48,6 +50,10 @@ def outputs_of(function, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
 
 def check_backend(function, device: str) -> str:
     """One phrase: whether ``function`` equals the fp64 reference on ``device`` in fp32."""
+    import torch
+
+    from co_detr.layers import ms_deform_attn_reference
+
     expected = outputs_of(ms_deform_attn_reference, torch.float64, "cpu")
     try:
         actual = outputs_of(function, torch.float32, device)
@@ -62,6 +68,11 @@ def check_backend(function, device: str) -> str:
 
 def describe_backend(device: str) -> str:
     """Whether the compiled kernels for ``device`` exist and work."""
+    import torch
+
+    from co_detr.layers import ms_deform_attn
+    from co_detr.layers.deformable_attention import HAS_EXTENSION, KERNEL_DEVICES
+
     if device not in KERNEL_DEVICES:
         reason = "it was built without" if HAS_EXTENSION else "there is no co_detr._C"
         return f"not built ({reason}): the reference is used"
@@ -107,6 +118,8 @@ def describe_toolkit() -> str:
 
 def describe_gpus() -> str:
     """Names and compute capabilities of the visible CUDA devices."""
+    import torch
+
     if not torch.cuda.is_available():
         return "none visible"
     return "; ".join(
@@ -119,6 +132,10 @@ def describe_gpus() -> str:
 
 def collect() -> dict[str, str]:
     """Everything that is printed, in order."""
+    import torch
+
+    from co_detr.layers import ms_deform_attn_reference
+
     return {
         "platform": platform.platform(),
         "python": f"{platform.python_version()} ({sys.executable})",

@@ -16,13 +16,10 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from detectron2.config import instantiate
-
-from co_detr.data.coco import class_names
-from co_detr.engine.config import load_config
-from co_detr.engine.data_check import adopt_class_count, check_data
-from co_detr.tools.draw.boxes import Sample, plot_samples, sample_of
+if TYPE_CHECKING:
+    from co_detr.tools.draw.boxes import Sample
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -38,6 +35,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def first_samples(args: argparse.Namespace) -> tuple[list[Sample], list[str]]:
     """Checks the data; returns the samples and the class names."""
+    from detectron2.config import instantiate
+
+    from co_detr.data.coco import class_names
+    from co_detr.engine.config import load_config
+    from co_detr.engine.data_check import adopt_class_count, check_data
+    from co_detr.tools.draw.boxes import sample_of
+
     cfg = load_config(args.config_file, args.opts)
     adopt_class_count(cfg, args.opts)
     check_data(cfg)
@@ -50,6 +54,8 @@ def first_samples(args: argparse.Namespace) -> tuple[list[Sample], list[str]]:
 
 def run(args: argparse.Namespace) -> None:
     """Checks the data and draws samples of it."""
+    from co_detr.tools.draw.boxes import plot_samples
+
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("co_detr").setLevel(logging.INFO)
     samples, names = first_samples(args)

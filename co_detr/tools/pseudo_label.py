@@ -13,17 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pycocotools.mask as mask_utils
-import torch
 from tabulate import tabulate
-from torchvision.ops import batched_nms
 
-from co_detr.data.coco import BoxChecker
 from co_detr.data.coco_file import CocoFile, Entry, display_names, is_box, read_coco, shortened
 from co_detr.errors import ConfigError, DataError
-from co_detr.tools.combine.choosing import read_thresholds
 from co_detr.tools.results import (
     DetectionFile,
     ImageId,
@@ -34,6 +31,9 @@ from co_detr.tools.results import (
     require_other_file,
 )
 from co_detr.tools.split_dataset import write_json
+
+if TYPE_CHECKING:
+    from co_detr.data.coco import BoxChecker
 
 EPILOG = """
 examples:
@@ -184,6 +184,8 @@ def _rules(options: argparse.Namespace, reference: Reference) -> Rules:
             )
     thresholds = {}
     if options.thresholds is not None:
+        from co_detr.tools.combine.choosing import read_thresholds
+
         thresholds = read_thresholds(options.thresholds, reference)
     return Rules(
         options.score,
@@ -252,6 +254,8 @@ def make_labels(
         DataError: if classes of the detections are none of the user's, an image has no name or
             size, or an own annotation no box.
     """
+    from co_detr.data.coco import BoxChecker
+
     _require_complete(reference, own)
     categories = _categories(reference, rules, own)
     ids = {name: key for key, name in display_names(categories).items()}
@@ -399,6 +403,9 @@ def _best(
     counts: Mapping[str, Counter[str]],
 ) -> list[Candidate]:
     """Those of one image that are left by NMS and by the user's own annotations."""
+    import torch
+    from torchvision.ops import batched_nms
+
     if not candidates:
         return []
     entries = [candidate.entry for candidate in candidates]

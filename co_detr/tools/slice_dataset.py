@@ -11,20 +11,22 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pycocotools.mask as mask_utils
 from PIL import Image
 from tqdm import tqdm
 
-from co_detr.data.coco import BoxChecker
-from co_detr.data.coco_file import Entry, enclosing_box, encoded_mask, read_coco
+from co_detr.data.coco_file import Entry, enclosing_box, read_coco
 from co_detr.data.images import ImageReader
-from co_detr.data.preflight import SplitFiles, preflight
-from co_detr.engine.views import Tiles
+from co_detr.data.segmentation import encoded_mask
 from co_detr.errors import ConfigError, DataError
 from co_detr.tools.split_dataset import write_json
+
+if TYPE_CHECKING:
+    from co_detr.data.coco import BoxChecker
+    from co_detr.engine.views import Tiles
 
 EPILOG = """
 example:
@@ -68,6 +70,9 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: if an argument or the data set is wrong.
     """
+    from co_detr.data.preflight import SplitFiles, preflight
+    from co_detr.engine.views import Tiles
+
     if not 0 < options.min_visible <= 1:
         raise ConfigError(f"--min-visible {options.min_visible} must be above 0 and at most 1.")
     path = options.output / options.annotations.name
@@ -187,6 +192,8 @@ def slice_dataset(
         DataError: if an image or the file cannot be read. What else can be wrong with a file,
             `preflight` finds.
     """
+    from co_detr.data.coco import BoxChecker
+
     content = read_coco(str(annotation_file))
     boxes = BoxChecker(str(annotation_file), "skip")
     by_image: dict[Any, list[Entry]] = {image["id"]: [] for image in content.images}

@@ -24,7 +24,6 @@ import yaml
 from tabulate import tabulate
 
 from co_detr.data.coco_file import CocoFile, Entry, display_names, is_id, read_coco, shortened
-from co_detr.engine.overrides import text_override
 from co_detr.errors import ConfigError, DataError, WriteError
 from co_detr.files import written_whole
 
@@ -316,6 +315,8 @@ def _notes(
 
 def _write_grid(path: Path, files: Mapping[str, Path], options: argparse.Namespace) -> None:
     """A grid for tools/ablate.py whose variants are the folds."""
+    from co_detr.engine.overrides import text_override
+
     grid = {
         "config": options.config_file,
         "variants": [

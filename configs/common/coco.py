@@ -15,7 +15,7 @@ from co_detr.data.loader import (
 )
 from co_detr.data.mixing import Mixing
 from co_detr.data.variation import Variation
-from co_detr.engine.evaluators import CocoBoxEvaluator
+from co_detr.engine.evaluators import CocoDetectionEvaluator
 
 data = dict(
     train="datasets/coco/annotations/instances_train2017.json",
@@ -94,7 +94,7 @@ dataloader = dict(
     tta=None,
     # The best detections of each class in an image that count; 100 in COCO. For images with more
     # objects raise it, model.queries.matching.num_queries and model.postprocessor.max_detections.
-    evaluator=L(CocoBoxEvaluator)(
+    evaluator=L(CocoDetectionEvaluator)(
         annotation_file="${data.val}",
         output_dir="${train.output_dir}",
         max_detections=100,

@@ -3,7 +3,7 @@
 from detectron2.config import LazyCall as L
 
 from co_detr.data.coco import load_lvis
-from co_detr.engine.evaluators import LvisBoxEvaluator
+from co_detr.engine.evaluators import LvisDetectionEvaluator
 
 from .coco import data, dataloader
 
@@ -28,6 +28,6 @@ def _lvis(split):
 dataloader.train.dataset = _lvis("train")
 dataloader.train.dataset.with_masks = None  # as the model needs, see coco.py
 dataloader.test.dataset = _lvis("val")
-dataloader.evaluator = L(LvisBoxEvaluator)(
+dataloader.evaluator = L(LvisDetectionEvaluator)(
     annotation_file="${data.val}", output_dir="${train.output_dir}", max_detections=300
 )

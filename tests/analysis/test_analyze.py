@@ -251,9 +251,8 @@ def test_measures_keep_the_order_of_the_report():
 @pytest.mark.parametrize("name", MEASURES)
 def test_detectors_without_a_decoder(name):
     subjects = [encoder_only_subject(), tiny_subject(2)]
-    sections = [
-        MEASURES[name](chosen, tiny_samples(), plain) for chosen in (subjects[:1], subjects)
-    ]
+    (measure,) = choose_measures([name]).values()
+    sections = [measure(chosen, tiny_samples(), plain) for chosen in (subjects[:1], subjects)]
     for section in sections:
         assert "encoder only" in section.text or section.tables
         json.dumps(section.numbers, allow_nan=False)
@@ -267,5 +266,5 @@ def test_masks_play_no_part(tmp_path):
     save_config(cfg, str(tmp_path / "config.yaml"))
     torch.save({"model": model.state_dict()}, tmp_path / "model_final.pth")
     models = load_models([parse_model(f"mask={tmp_path}")], torch.device("cpu"))
-    for name in ("positives", "conflict"):
-        assert MEASURES[name](models.subjects, tiny_samples(), plain).tables
+    for measure in choose_measures(["positives", "conflict"]).values():
+        assert measure(models.subjects, tiny_samples(), plain).tables

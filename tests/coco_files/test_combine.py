@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.evaluation import by_pycocotools, evaluator_of
-from co_detr.data.coco_file import encoded_mask
+from co_detr.data.segmentation import encoded_mask
 from co_detr.errors import exit_code
+from co_detr.tools.combine import RULES
 from co_detr.tools.combine.command_line import parse_arguments, run
-from co_detr.tools.combine.fusing import RULES, scaled_score
+from co_detr.tools.combine.fusing import scaled_score
 from tests.coco_files.detections import apart, found_by, write, write_truth
 from tests.engine.masked import add_masks, ellipse
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from co_detr.data.coco import load_coco
-from co_detr.data.coco_file import encoded_mask
 from co_detr.data.preflight import SplitFiles, preflight
+from co_detr.data.segmentation import encoded_mask
 from co_detr.errors import exit_code
 from co_detr.tools.pseudo_label import parse_arguments, run
 from tests.coco_files.detections import apart, write

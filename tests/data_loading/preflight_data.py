@@ -11,7 +11,7 @@ from PIL import Image
 
 from co_detr.data.coco import align_classes, class_names, load_coco
 from co_detr.data.preflight import PreflightSettings, SplitFiles, preflight
-from co_detr.engine.evaluators import CocoBoxEvaluator
+from co_detr.engine.evaluators import CocoDetectionEvaluator
 from co_detr.errors import DataError
 
 WIDTH, HEIGHT = 48, 40
@@ -75,7 +75,7 @@ class Data:
         load_coco(val.annotations, val.images, invalid_boxes="skip")
         names = class_names(train.annotations)
         align_classes(val.annotations, names)
-        evaluator = CocoBoxEvaluator(val.annotations, str(self.root))
+        evaluator = CocoDetectionEvaluator(val.annotations, str(self.root))
         evaluator.reset()
         ids = {entry["id"]: names.index(entry["name"]) for entry in self.val["categories"]}
         for image in self.val["images"]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from co_detr.data.coco import load_coco, load_lvis, load_objects365, repeat_rare_classes
 from co_detr.engine import evaluators
-from co_detr.engine.evaluators import LvisBoxEvaluator
+from co_detr.engine.evaluators import LvisDetectionEvaluator
 from co_detr.errors import ConfigError, DataError
 from tests.engine.tiny_data import make_tiny_data
 
@@ -115,7 +115,7 @@ def test_objects365_images_lie_in_patches(tmp_path):
 def test_evaluation_without_the_package(lvis_file, monkeypatch):
     monkeypatch.setattr(evaluators, "COCOeval_faster", None)
     with pytest.raises(ConfigError, match="run pip install faster-coco-eval"):
-        LvisBoxEvaluator(str(lvis_file))
+        LvisDetectionEvaluator(str(lvis_file))
 
 
 def _as_floats(path):
@@ -147,7 +147,7 @@ def test_perfect_lvis_detections_score_100(lvis_file, tmp_path, corrected):
     if corrected:
         _as_floats(lvis_file)
     records = load_lvis(str(lvis_file), str(tmp_path))
-    evaluator = LvisBoxEvaluator(str(lvis_file), str(tmp_path / "out"))
+    evaluator = LvisDetectionEvaluator(str(lvis_file), str(tmp_path / "out"))
     evaluator.reset()
     for record in records:
         found = Instances((30, 40), pred_boxes=Boxes(torch.tensor([[5.0, 6.0, 15.0, 14.0]])))
@@ -167,7 +167,7 @@ def test_an_lvis_test_set_gets_a_result_file(lvis_file, tmp_path, caplog):
     del content["annotations"]
     lvis_file.write_text(json.dumps(content))
     records = load_lvis(str(lvis_file), str(tmp_path))
-    evaluator = LvisBoxEvaluator(str(lvis_file), str(tmp_path / "out"))
+    evaluator = LvisDetectionEvaluator(str(lvis_file), str(tmp_path / "out"))
     evaluator.reset()
     found = Instances((30, 40), pred_boxes=Boxes(torch.tensor([[5.0, 6.0, 15.0, 14.0]])))
     found.scores, found.pred_classes = torch.ones(1), torch.tensor([1])
@@ -180,7 +180,7 @@ def test_an_lvis_test_set_gets_a_result_file(lvis_file, tmp_path, caplog):
 def test_lvis_judges_several_kinds_of_detections(lvis_file, tmp_path, capsys, caplog):
     pytest.importorskip("faster_coco_eval")
     records = load_lvis(str(lvis_file), str(tmp_path))
-    evaluator = LvisBoxEvaluator(str(lvis_file), str(tmp_path / "out"))
+    evaluator = LvisDetectionEvaluator(str(lvis_file), str(tmp_path / "out"))
     both = [evaluator, evaluator.of_kind("roi")]
     found = Instances((30, 40), pred_boxes=Boxes(torch.tensor([[5.0, 6.0, 15.0, 14.0]])))
     found.scores, found.pred_classes = torch.ones(1), torch.tensor([0])

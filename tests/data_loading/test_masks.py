@@ -10,7 +10,6 @@ import torch
 from detectron2.structures import BitMasks, Instances
 
 from co_detr.data.coco import load_coco
-from co_detr.data.coco_file import encoded_mask
 from co_detr.data.loader import (
     CheckedDatasetMapper,
     detr_train_augmentation,
@@ -18,12 +17,12 @@ from co_detr.data.loader import (
 )
 from co_detr.data.masks import (
     CroppedMasks,
-    check_mask,
     draw_mask,
     picked_pixels,
     transformed_masks,
 )
 from co_detr.data.preflight import PreflightSettings, SplitFiles, preflight
+from co_detr.data.segmentation import check_mask, encoded_mask
 from co_detr.errors import DataError
 from co_detr.seeding import locally_seeded
 from tests.data_loading.preflight_data import HEIGHT, WIDTH
@@ -119,7 +118,8 @@ def report_of(data, invalid_boxes="skip", **settings):
         SplitFiles(split, str(data.root / f"{split}.json"), str(data.root / split), masks=True)
         for split in ("train", "val")
     ]
-    return preflight(splits, PreflightSettings(images="off", **settings), invalid_boxes)
+    settings = {"images": "off", **settings}
+    return preflight(splits, PreflightSettings(**settings), invalid_boxes)
 
 
 def records_of(data, invalid_boxes="skip"):
@@ -306,6 +306,17 @@ def test_other_transforms_are_applied_to_whole_masks():
         (one.numpy() == np.rot90(draw_mask(mask, *SIZE))).all()
         for one, mask in zip(found, MASKS, strict=True)
     )
+
+
+def test_of_many_masks_a_sample_is_looked_at(data, monkeypatch):
+    give_masks(data)
+    data.write()
+    monkeypatch.setattr("co_detr.data.preflight.MOST_MASKS", 5)
+    report, number = report_of(data), len(data.train["annotations"])
+    assert [split.masks for split in report.splits] == [5, 5] and number > 5
+    assert f"train: masks of 5 objects of {number} were looked at" in report.text()
+    every = report_of(data, images="all")
+    assert every.splits[0].masks == number and "were looked at" not in every.text()
 
 
 def test_cropped_masks_are_indexed_as_fields_of_instances():

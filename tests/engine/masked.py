@@ -6,7 +6,7 @@ import math
 import torch
 from detectron2.structures import Boxes, Instances
 
-from co_detr.data.coco_file import encoded_mask
+from co_detr.data.segmentation import encoded_mask
 from co_detr.modeling.postprocess import DetectedMasks
 from tests.engine.tiny_detector import ComparingDetector
 

@@ -16,10 +16,10 @@ from benchmarks.evaluation import (
     made_up_detections,
     made_up_truth,
 )
-from co_detr.data.coco_file import encoded_mask
+from co_detr.data.segmentation import encoded_mask
 from co_detr.engine import evaluators
 from co_detr.engine.evaluation import MASKS
-from co_detr.engine.evaluators import COCO_LIMIT, LvisBoxEvaluator, best_of_each_image
+from co_detr.engine.evaluators import COCO_LIMIT, LvisDetectionEvaluator, best_of_each_image
 from tests.engine.masked import add_masks, mask_results
 
 SIZES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -185,7 +185,7 @@ def test_every_number_of_lvis(tmp_path, limit, with_text):
         for image in truth["images"]:
             for key in ("neg_category_ids", "not_exhaustive_category_ids"):
                 image[key] = [f"{identifier:03d}" for identifier in image[key]]
-    evaluator = LvisBoxEvaluator(write(truth, tmp_path), max_detections=limit)
+    evaluator = LvisDetectionEvaluator(write(truth, tmp_path), max_detections=limit)
     assert_same(evaluator.judge(detections), LVIS_NUMBERS[limit])
 
 
@@ -194,7 +194,7 @@ def test_every_number_of_masks_in_lvis(tmp_path):
     truth = lvis_truth()
     detections = made_up_detections(truth, per_image=60)
     add_masks(truth["annotations"])
-    evaluator = LvisBoxEvaluator(write(truth, tmp_path))
+    evaluator = LvisDetectionEvaluator(write(truth, tmp_path))
     found = evaluator.judge(mask_results(detections, SIDE, SIDE), MASKS)
     assert_same(found, LVIS_MASK_NUMBERS)
 
@@ -217,7 +217,7 @@ def test_classes_are_evaluated_some_at_a_time(tmp_path, monkeypatch, pairs):
     whole = evaluator_of(file, truth).judge(detections)
     monkeypatch.setattr(evaluators, "MOST_PAIRS", pairs)
     assert_same(evaluator_of(file, truth).judge(detections), whole)
-    evaluator = LvisBoxEvaluator(write(lvis_truth(), tmp_path))
+    evaluator = LvisDetectionEvaluator(write(lvis_truth(), tmp_path))
     detections = made_up_detections(lvis_truth(), per_image=60)
     assert_same(evaluator.judge(detections), LVIS_NUMBERS[300])
 

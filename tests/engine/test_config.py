@@ -356,6 +356,36 @@ def test_masks_are_read_where_something_learns_or_moves_them(
     assert (train.copy_paste and train.copy_paste.keep_masks) is keep_masks
 
 
+HEAD = "model.mask_head={_target_: co_detr.modeling.masks.RefineMaskHead}"
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "with_masks", "keep_masks"),
+    [
+        ("co_dino_r50", [], False, (None, False)),
+        ("co_dino_r50", [HEAD], True, (None, True)),
+        ("co_dino_r50", [HEAD, "dataloader.train.dataset.with_masks=false"], False, (None, True)),
+        ("co_dino_r50_lsj_12ep", [HEAD], True, (True, True)),
+        ("co_dino_r50_instance", [], True, (None, True)),
+    ],
+)
+def test_a_mask_head_that_is_added_to_a_saved_config_reads_masks(
+    name, overrides, with_masks, keep_masks, tmp_path
+):
+    saved = str(tmp_path / "config.yaml")
+    save_config(load_config(config_path(name)), saved)
+    train = load_config(saved, overrides).dataloader.train
+    assert train.dataset.with_masks is with_masks
+    assert (train.copy_paste and train.copy_paste.keep_masks, train.mixing.keep_masks) == keep_masks
+
+
+def test_what_a_run_without_masks_left_out_stays_out(tmp_path):
+    saved = str(tmp_path / "config.yaml")
+    off = "dataloader.train.dataset.with_masks=false"
+    save_config(load_config(config_path("co_dino_r50_instance"), [off]), saved)
+    assert load_config(saved).dataloader.train.dataset.with_masks is False
+
+
 @pytest.mark.parametrize(
     ("overrides", "rate"),
     [

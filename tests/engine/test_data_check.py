@@ -7,7 +7,7 @@ import torch
 from detectron2.config import instantiate
 from omegaconf import OmegaConf
 
-from co_detr.data.coco import class_names
+from co_detr.data.coco import class_names, load_lvis, load_objects365
 from co_detr.data.preflight_boxes import InputSize, Limit
 from co_detr.engine.config import apply_overrides, load_config
 from co_detr.engine.data_check import (
@@ -302,3 +302,67 @@ def test_crowded_images_are_told_before_training(tiny_cfg, tiny_data, caplog):
     check_data(tiny_cfg())
     assert "than the evaluation looks at (100): 1 (the first: 0.png with 101)" in caplog.text
     assert "set dataloader.evaluator.max_detections=200" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("loader", "where"),
+    [
+        (load_lvis, {"coco_url": "http://images.cocodataset.org/images/{}"}),
+        (load_objects365, {"file_name": "images/v1/images/{}"}),
+    ],
+)
+def test_sets_that_find_their_images_in_their_own_way(tiny_cfg, tiny_data, loader, where, caplog):
+    def rename(content):
+        for image in content["images"]:
+            name = image.pop("file_name")
+            image |= {key: value.format(name) for key, value in where.items()}
+
+    root = f"={tiny_data.images.parent}"
+    cfg = tiny_cfg(f"data.train_images{root}", f"data.val_images{root}")
+    for split, node in (("train", cfg.dataloader.train), ("val", cfg.dataloader.test)):
+        _edit(tiny_data.root / f"{split}.json", rename)
+        node.dataset._target_ = loader
+    caplog.set_level("INFO")
+    check_data(cfg)
+    assert "Preflight of the data" in caplog.text and "do not exist" not in caplog.text
+    (tiny_data.images / "3.png").unlink()
+    with pytest.raises(DataError, match=r"image files that do not exist: 1 .*images/3\.png"):
+        check_data(cfg)
+    _edit(tiny_data.train, lambda content: content["images"][0].update(dict.fromkeys(where)))
+    with pytest.raises(DataError, match=rf"image 1 of .*train.json has .*{next(iter(where))}"):
+        check_data(cfg)
+
+
+@pytest.mark.parametrize(
+    ("model", "val_loss", "eval_only", "checked"),
+    [
+        ({"auxiliary": {"roi": {"mask_head": {}}}}, False, False, False),
+        ({"auxiliary": {"roi": {"mask_head": {}}}}, True, True, False),
+        ({"auxiliary": {"roi": {"mask_head": {}}}}, True, False, True),
+        ({"auxiliary": {"roi": {"mask_head": {}}}, "evaluate_with": "roi"}, False, True, True),
+        ({"auxiliary": {"roi": {}}, "evaluate_with": "roi"}, False, True, False),
+        ({"mask_head": {}}, False, True, True),
+    ],
+)
+def test_masks_of_val_are_looked_at_where_they_are_used(
+    tiny_cfg, tiny_data, model, val_loss, eval_only, checked
+):
+    _edit(
+        tiny_data.root / "val.json",
+        lambda content: content["annotations"][0].update(segmentation="no mask"),
+    )
+    cfg = tiny_cfg(f"train.val_loss.enabled={val_loss}")
+    cfg.model.update(model)
+    cfg.dataloader.train.dataset.with_masks = True
+    if checked:
+        with pytest.raises(DataError, match="data.val .* has segmentations that are neither"):
+            check_data(cfg, eval_only)
+    else:
+        check_data(cfg, eval_only)
+
+
+def test_a_mask_head_without_masks_to_learn_of_is_told(tiny_cfg, caplog):
+    cfg = tiny_cfg()
+    cfg.model.mask_head = {}
+    check_data(cfg)
+    assert "dataloader.train.dataset.with_masks=true reads them" in caplog.text

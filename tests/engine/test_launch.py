@@ -63,12 +63,12 @@ def fail_in_the_second_process():
 
 
 def fail_in_the_evaluation_of_the_main_process():
-    from co_detr.engine.evaluators import CocoBoxEvaluator
+    from co_detr.engine.evaluators import CocoDetectionEvaluator
 
     def fail(self, *arguments, **others):
         raise TypeError("a bug in the evaluation")
 
-    CocoBoxEvaluator.judge = fail
+    CocoDetectionEvaluator.judge = fail
 
 
 @pytest.mark.parametrize(

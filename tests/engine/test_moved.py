@@ -7,6 +7,7 @@ import pytest
 from detectron2.utils.registry import locate
 
 from co_detr import moved
+from co_detr.engine import evaluators
 from co_detr.engine.config import config_content, config_text, leaves, load_config
 from co_detr.engine.setup import description_of_resumed
 from co_detr.modeling import auxiliary
@@ -123,9 +124,25 @@ def test_an_old_key_and_an_old_class_in_a_config_in_python(tmp_path, caplog):
     assert f"{OLD_KEY} is called {NEW_KEY} now" in of_the_key
 
 
-def test_other_names_are_no_names_of_the_package():
+@pytest.mark.parametrize("kind", ["Coco", "Lvis"])
+def test_evaluators_by_their_old_names(kind, tmp_path, caplog):
+    """A finished run goes on without a word; who imports the old name is told the new one."""
+    old, new = f"{kind}BoxEvaluator", f"{kind}DetectionEvaluator"
+    cfg = load_config(config_path("co_dino_r50"))
+    cfg.dataloader.evaluator._target_ = f"co_detr.engine.evaluators.{old}"
+    (tmp_path / "config.yaml").write_text(config_text(cfg))
+    evaluator = load_config(str(tmp_path / "config.yaml")).dataloader.evaluator
+    assert evaluator._target_ == f"co_detr.engine.evaluators.{new}" and not warnings_of(caplog)
+
+    vars(evaluators).pop(old, None)  # there after its first import
+    assert getattr(evaluators, old) is getattr(evaluators, old) is getattr(evaluators, new)
+    assert warnings_of(caplog) == [f"{old} is called {new} now: import that one."]
+
+
+@pytest.mark.parametrize("module", [auxiliary, evaluators])
+def test_other_names_are_no_names_of_a_module(module):
     with pytest.raises(AttributeError, match="has no attribute 'CentralAssigner'"):
-        _ = auxiliary.CentralAssigner
+        _ = module.CentralAssigner
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from co_detr.tools.export import ExportedPredictor
+from co_detr.tools.export.predictor import ExportedPredictor
 from tests.export.agreement import assert_same
 from tests.modeling.builders import decoder_detections
 from tests.prediction.trained_run import CLASSES

@@ -4,12 +4,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
 from co_detr.errors import ConfigError, ExportError
 from co_detr.layers.deformable_attention import HAS_EXTENSION
-from co_detr.tools.export import ExportedPredictor
-from co_detr.tools.export.predictor import check_image
+from co_detr.tools.export.predictor import ExportedPredictor, check_image
 from tests.export.agreement import assert_same
 from tests.prediction.trained_run import CLASSES
 
@@ -78,6 +78,18 @@ def test_squares_with_a_visible_padding_and_soft_nms(train, photos, tmp_path):
         assert_same(exported(photo), predictor(photo), at_least=10)
     raw = exported.run(exported.prepare(photos[0]))
     assert exported(photos[0]).scores.sum() < raw.scores.sum() - 1e-3
+
+
+@pytest.mark.slow
+def test_soft_nms_behind_the_file_keeps_the_masks_of_what_it_leaves(train, photos, tmp_path):
+    settings = ["model.postprocessor.iou_threshold=0.05", "model.postprocessor.max_detections=12"]
+    trained = train("co_dino_r50_instance", *settings)
+    file = trained.export(tmp_path / "masks.pt2", "torch_export", FIXED)
+    exported, predictor = ExportedPredictor(file), trained.predictor()
+    raw, found = exported.run(exported.prepare(photos[0])), exported(photos[0])
+    assert raw.masks.shape[1] == predictor.model.inference_source.num_queries > len(found) == 12
+    assert not torch.equal(found.scores, raw.scores[0, :12])  # not just the best pairs
+    assert_same(found, predictor(photos[0]), at_least=10)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from co_detr.checkpoint.detector import load_detector
-from co_detr.tools.export import ExportSettings, export_detector
+from co_detr.tools.export.exporting import ExportSettings, export_detector
 from co_detr.tools.predict.predictor import Predictor
 
 

@@ -7,8 +7,8 @@ from detectron2.config import LazyConfig
 
 from co_detr.checkpoint.detector import load_detector
 from co_detr.checkpoint.saving import Checkpointer
-from co_detr.tools.export import ExportedPredictor, ExportSettings, export_detector
-from co_detr.tools.export.predictor import check_image
+from co_detr.tools.export.exporting import ExportSettings, export_detector
+from co_detr.tools.export.predictor import ExportedPredictor, check_image
 from co_detr.tools.predict.predictor import Predictor
 from tests.gpu.steps import build, step
 from tests.modeling.builders import tiny_config

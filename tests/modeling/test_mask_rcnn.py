@@ -10,6 +10,7 @@ from detectron2.structures import BitMasks
 
 from co_detr.engine.train import run_evaluation_only, run_training
 from co_detr.modeling.auxiliary.faster_rcnn import SharedBitMasks
+from co_detr.modeling.geometry import BatchPadding
 from co_detr.tools.predict.results import Classes, ImageResult
 from tests.device import DEVICE
 from tests.modeling.builders import (
@@ -127,6 +128,36 @@ def test_shared_bitmaps_are_those_of_detectron2():
     assert torch.equal(shared.crop_and_resize(boxes, 14), masks[rows].crop_and_resize(boxes, 14))
     positive = torch.tensor([True, False, True, False, True])
     assert torch.equal(shared[positive].tensor, masks.tensor[rows[positive]])
+
+
+def test_what_a_box_has_of_the_padding_is_background():
+    """An object that fills an image of 20x20, in a network input of 32x32 that is all image."""
+    masks = BitMasks(torch.ones(1, 20, 20, dtype=torch.bool))
+    shared = SharedBitMasks.of(masks, (32, 32))[torch.tensor([0, 0])]
+    assert shared.image_size == (32, 32)
+    boxes = torch.tensor([[4.0, 16.0, 12.0, 24.0], [16.0, 4.0, 24.0, 12.0]])
+    below, beside = shared.crop_and_resize(boxes, 32)  # cells of a quarter of a pixel
+    assert below[:16].all() and not below[16:].any()
+    assert beside[:, :16].all() and not beside[:, 16:].any()
+    assert SharedBitMasks.of(masks, (20, 20)).bitmaps is masks.tensor
+
+
+def test_padding_that_counts_as_image_is_background_of_masks(model):
+    """The same losses as with masks that are padded beforehand."""
+    model.padding = BatchPadding(square_size=160, masked=False)
+    batch, losses = make_batch(sizes=[(96, 128)] * 2), []
+    for sample in batch:  # all objects reach the end of their image
+        boxes = sample["instances"].gt_boxes.tensor
+        boxes[:, 2], boxes[:, 3] = 128, 96
+    for size in ((96, 128), (160, 160)):
+        for sample in batch:
+            boxes = sample["instances"].gt_boxes.tensor.round().int().tolist()
+            masks = torch.zeros(len(boxes), *size, dtype=torch.bool)
+            for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
+                mask[y0:y1, x0:x1] = True
+            sample["instances"]._fields["gt_masks"] = BitMasks(masks)
+        losses.append(train_step(model, batch)["roi.loss_mask"])
+    assert torch.equal(*losses)
 
 
 def test_boxes_of_detections_with_masks_are_evaluated(rectangles, tmp_path):

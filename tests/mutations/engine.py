@@ -74,8 +74,8 @@ MUTATIONS = (
     _mutation(
         "pasted-objects-hide-nothing",
         "data/copy_paste.py",
-        "bitmap & ~covered[place]",
-        "bitmap",
+        "patch.pixels & ~covered[patch.window]",
+        "patch.pixels",
         "parity/test_units_masks",
     ),
     _mutation(
@@ -87,7 +87,7 @@ MUTATIONS = (
     ),
     _mutation(
         "damaged-run-lengths-are-read",
-        "data/masks.py",
+        "data/segmentation.py",
         "or codes.max() > 63 or codes[-1] & 32:",
         "or codes.max() > 63:",
         "data_loading/test_masks",

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from co_detr.modeling.postprocess import MaskPatch
+from co_detr.mask_patch import MaskPatch
 from co_detr.tools.draw.boxes import Box, class_colors, draw_picture, paint_masks, text_color
 
 COLORS = class_colors(["cat", "dog"])

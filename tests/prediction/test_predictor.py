@@ -15,7 +15,7 @@ from co_detr.checkpoint.official import restore_official
 from co_detr.checkpoint.saving import Checkpointer
 from co_detr.engine.hooks import AveragedWeights, EmaSettings
 from co_detr.errors import CheckpointError, ConfigError, DataError
-from co_detr.tools.export import ExportedPredictor
+from co_detr.tools.export.predictor import ExportedPredictor
 from co_detr.tools.predict.predictor import Predictor
 from tests.device import NAME
 from tests.modeling.builders import randomize, tiny_config, tiny_model

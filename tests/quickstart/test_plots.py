@@ -9,7 +9,7 @@ import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from co_detr.data.coco_file import encoded_mask
+from co_detr.data.segmentation import encoded_mask
 from co_detr.tools.draw.boxes import load_images, plot_predictions
 from co_detr.tools.draw.curves import plot_training_curves, read_log, smooth
 

@@ -125,7 +125,7 @@ def test_failed_phase_shows_the_log_and_is_repeated(tmp_path: Path) -> None:
     assert "ready after" in run_setup(tmp_path, CO_DETR_NO_EXT="1").stdout
 
 
-@pytest.mark.parametrize("target", ["help", "setup", "quickstart", "test", "lint", "clean"])
+@pytest.mark.parametrize("target", ["help", "setup", "quickstart", "test", "lint", "docs", "clean"])
 def test_makefile_has_the_target(target: str) -> None:
     command = ["make", "--dry-run", "--directory", str(ROOT), target]
     assert subprocess.run(command, capture_output=True).returncode == 0

@@ -1,6 +1,5 @@
 """One-to-many heads that supervise the encoder, and can be asked to detect at test time."""
 
-import logging
 from typing import Any
 
 from co_detr.modeling.auxiliary.assigners import (
@@ -39,7 +38,7 @@ from co_detr.modeling.auxiliary.faster_rcnn import (
     CollaborativeRPN,
     FasterRCNNHead,
 )
-from co_detr.moved import present_name
+from co_detr.moved import renamed_member
 
 __all__ = [
     "ATSSAssigner",
@@ -73,9 +72,4 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Classes by the names that they had in an earlier version, for configs in Python."""
-    present = present_name(f"{__name__}.{name}").rpartition(".")[2]
-    if present == name:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    logging.getLogger(__name__).warning("%s is called %s now: import that one.", name, present)
-    found = globals()[name] = globals()[present]  # one import asks twice, and is to warn once
-    return found
+    return renamed_member(__name__, globals(), name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
 from detectron2.modeling.roi_heads import StandardROIHeads
@@ -56,6 +57,19 @@ class SharedBitMasks(BitMasks):
         self.bitmaps = bitmaps
         self.rows = torch.arange(len(bitmaps), device=bitmaps.device) if rows is None else rows
         self.image_size = bitmaps.shape[1:]
+
+    @classmethod
+    def of(cls, masks: BitMasks, image_size: tuple[int, int]) -> SharedBitMasks:
+        """Masks of the data in a network input of (height, width), which may count padding in.
+
+        RoIAlign repeats the last row and column of a bitmap for half a pixel, where a box that
+        reaches into the padding has background.
+        """
+        bitmaps = masks.tensor
+        missing = [size - own for size, own in zip(image_size, bitmaps.shape[1:], strict=True)]
+        if any(missing):
+            bitmaps = F.pad(bitmaps, (0, missing[1], 0, missing[0]))
+        return cls(bitmaps)
 
     @property
     def tensor(self) -> Tensor:
@@ -224,7 +238,9 @@ class FasterRCNNHead(nn.Module):
                 truth.remove("gt_masks")
                 if self.reads_masks:
                     is_bitmap = isinstance(masks, BitMasks)
-                    truth.gt_masks = SharedBitMasks(masks.tensor) if is_bitmap else masks
+                    truth.gt_masks = (
+                        SharedBitMasks.of(masks, given.image_size) if is_bitmap else masks
+                    )
             truths.append(truth)
         return truths
 

@@ -1,1 +1,4 @@
-"""Grids of trainings that are compared in one table."""
+"""Many trainings in one table. The words of its command line that grids know, too."""
+
+NO_HEADS = "none"
+ON, OFF = "on", "off"

@@ -7,24 +7,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from co_detr.errors import ConfigError, WriteError
-from co_detr.tools.ablate.grid import (
-    NO_HEADS,
-    OFF,
-    ON,
-    Axes,
-    Grid,
-    RunSpec,
-    check_configs,
-    check_seeds,
-    combine,
-    plan_runs,
-    read_grid_file,
-)
-from co_detr.tools.ablate.run import RunState
-from co_detr.tools.ablate.runner import Pace, Report, Runner, exclusive
-from co_detr.tools.ablate.table import TABLE_FILE, write_results
+from co_detr.tools.ablate import NO_HEADS, OFF, ON
+
+if TYPE_CHECKING:
+    from co_detr.tools.ablate.grid import Grid, RunSpec
+    from co_detr.tools.ablate.runner import Pace, Report
 
 DESCRIPTION = """Trains the variants of a grid with their seeds, and compares them in one table.
 
@@ -90,6 +80,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from co_detr.tools.ablate.grid import check_configs, plan_runs
+    from co_detr.tools.ablate.run import RunState
+    from co_detr.tools.ablate.runner import Runner, exclusive
+
     pace = _pace(options)
     grid = _grid(options)
     specs = plan_runs(grid, options.output_dir)
@@ -111,6 +105,8 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _pace(options: argparse.Namespace) -> Pace:
+    from co_detr.tools.ablate.runner import Pace
+
     for flag, value in (("--jobs", options.jobs), ("--threads-per-job", options.threads_per_job)):
         if value is not None and value < 1:
             raise ConfigError(f"{flag} {value} must be at least 1.")
@@ -122,6 +118,8 @@ def _pace(options: argparse.Namespace) -> Pace:
 
 
 def _grid(options: argparse.Namespace) -> Grid:
+    from co_detr.tools.ablate.grid import Axes, check_seeds, combine, read_grid_file
+
     if options.grid is not None:
         for name in _AXES:
             if getattr(options, name) is not None:
@@ -140,10 +138,15 @@ def _grid(options: argparse.Namespace) -> Grid:
 
 
 def _table(specs: Sequence[RunSpec], output_dir: Path) -> str:
+    from co_detr.tools.ablate.run import RunState
+    from co_detr.tools.ablate.table import write_results
+
     return write_results([RunState.read(spec) for spec in specs], output_dir)
 
 
 def _exit_status(report: Report, output_dir: Path) -> int:
+    from co_detr.tools.ablate.table import TABLE_FILE
+
     for state in report.failed:
         print(f"error: {state.spec.title}: {state.record.problem}", file=sys.stderr)
     if report.left:

@@ -23,14 +23,13 @@ from co_detr.engine.config import load_config
 from co_detr.engine.overrides import text_override
 from co_detr.errors import ConfigError, first_line
 from co_detr.modeling.auxiliary import HybridAssignmentHeads
+from co_detr.tools.ablate import NO_HEADS, OFF, ON
 
 # The grid gives each run its own.
 _OWN_KEYS = ("train.seed", "train.output_dir")
 
 _GRID_KEYS = ("config", "overrides", "seeds", "variants")
 _VARIANT_KEYS = ("name", "config", "overrides", "seeds")
-NO_HEADS = "none"
-ON, OFF = "on", "off"
 _AUXILIARY = "model.auxiliary"
 _QUERIES = f"{_AUXILIARY}.positive_queries"
 

@@ -9,44 +9,27 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
 from tqdm import tqdm
 
 import co_detr
 from co_detr.errors import ConfigError, add_debug_argument
-from co_detr.layers.deformable_attention import HAS_EXTENSION
-from co_detr.seeding import seed_everything
-from co_detr.tools.analyze.attention import measure_attention
-from co_detr.tools.analyze.conflict import measure_conflict
-from co_detr.tools.analyze.detection_errors import measure_errors
-from co_detr.tools.analyze.discriminability import measure_discriminability
-from co_detr.tools.analyze.matching import measure_instability
-from co_detr.tools.analyze.positives import measure_positives
-from co_detr.tools.analyze.report import (
-    Frame,
-    RenderedSection,
-    Section,
-    Table,
-    render,
-    report_page,
-    write_file,
-    write_json,
-    write_section,
-)
-from co_detr.tools.analyze.subjects import (
-    MappedSamples,
-    ModelArgument,
-    Models,
-    Progress,
-    Sample,
-    Subject,
-    load_models,
-    load_samples,
-    parse_model,
-)
 from co_detr.tools.predict.command_line import add_device_argument
-from co_detr.tools.predict.predictor import choose_device
+
+if TYPE_CHECKING:
+    import torch
+
+    from co_detr.tools.analyze.report import RenderedSection, Section, Table
+    from co_detr.tools.analyze.subjects import (
+        MappedSamples,
+        ModelArgument,
+        Models,
+        Progress,
+        Sample,
+        Subject,
+    )
 
 DESCRIPTION = """Measures what trained models do, and writes a report as one HTML file.
 
@@ -65,14 +48,15 @@ examples:
 exit status: 0; 2 after an error that is explained in one sentence.
 """
 
-Measure = Callable[[Sequence[Subject], Sequence[Sample], Progress], Section]
-MEASURES: dict[str, Measure] = {
-    "discriminability": measure_discriminability,
-    "attention": measure_attention,
-    "conflict": measure_conflict,
-    "positives": measure_positives,
-    "instability": measure_instability,
-    "errors": measure_errors,
+Measure: TypeAlias = "Callable[[Sequence[Subject], Sequence[Sample], Progress], Section]"
+_HERE = "co_detr.tools.analyze"
+MEASURES = {  # name -> function, in the order of the report
+    "discriminability": f"{_HERE}.discriminability:measure_discriminability",
+    "attention": f"{_HERE}.attention:measure_attention",
+    "conflict": f"{_HERE}.conflict:measure_conflict",
+    "positives": f"{_HERE}.positives:measure_positives",
+    "instability": f"{_HERE}.matching:measure_instability",
+    "errors": f"{_HERE}.detection_errors:measure_errors",
 }
 
 
@@ -85,7 +69,8 @@ def choose_measures(names: Sequence[str] | None) -> dict[str, Measure]:
     unknown = [name for name in names or () if name not in MEASURES]
     if unknown:
         raise ConfigError(f"there is no measure {unknown[0]}: choose {', '.join(MEASURES)}.")
-    return {name: run for name, run in MEASURES.items() if names is None or name in names}
+    chosen = [name for name in MEASURES if names is None or name in names]
+    return {name: resolve_name(MEASURES[name]) for name in chosen}
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -137,6 +122,10 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: if an argument is wrong, or something cannot be read or written.
     """
+    from co_detr.tools.analyze.report import Frame, report_page, write_file, write_json
+    from co_detr.tools.analyze.subjects import load_models, load_samples, parse_model
+    from co_detr.tools.predict.predictor import choose_device
+
     measures = choose_measures(options.only)
     arguments = [parse_model(text) for text in options.model]
     device = choose_device(options.device)
@@ -179,6 +168,9 @@ def run(options: argparse.Namespace) -> None:
 def _measured(
     key: str, measure: Measure, models: Models, samples: MappedSamples, seed: int, folder: Path
 ) -> RenderedSection:
+    from co_detr.seeding import seed_everything
+    from co_detr.tools.analyze.report import render, write_section
+
     seed_everything("analysis", seed, key)  # whatever was measured before
     progress = functools.partial(tqdm, desc=key, unit="image", leave=False, disable=None)
     rendered = render(measure(models.subjects, samples, progress))
@@ -188,6 +180,8 @@ def _measured(
 
 
 def _model_table(arguments: Sequence[ModelArgument], models: Models) -> Table:
+    from co_detr.tools.analyze.report import Table
+
     rows = []
     for argument, subject in zip(arguments, models.subjects, strict=True):
         auxiliary = subject.model.auxiliary
@@ -226,6 +220,10 @@ def _images_sentence(options: argparse.Namespace, models: Models, samples: Mappe
 
 
 def _environment(device: torch.device, seed: int) -> dict[str, str]:
+    import torch
+
+    from co_detr.layers.deformable_attention import HAS_EXTENSION
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "co_detr": co_detr.__version__,

@@ -21,10 +21,11 @@ from co_detr.data.coco import register_classes
 from co_detr.data.coco_file import CocoFile, Entry, is_number, read_json, shortened
 from co_detr.data.preflight_annotations import PreflightReport, SplitReport, check_annotations
 from co_detr.data.preflight_boxes import check_boxes
-from co_detr.engine.evaluation import BOXES, MASKS, BoxEvaluator, as_masks, missing_masks
-from co_detr.engine.evaluators import CocoBoxEvaluator
+from co_detr.engine.evaluation import BOXES, MASKS, DetectionEvaluator, as_masks, missing_masks
+from co_detr.engine.evaluators import CocoDetectionEvaluator
 from co_detr.errors import ConfigError, DataError
-from co_detr.tools.combine.fusing import RULES, Settings, combined
+from co_detr.tools.combine import RULES
+from co_detr.tools.combine.fusing import Settings, combined
 from co_detr.tools.results import DetectionFile, ImageId, Reference, by_image
 
 SWEPT_IOUS = (0.45, 0.55, 0.65, 0.75)
@@ -60,8 +61,8 @@ class Judge:
         self.tune = every if tune is None else tune
         self.report = every if tune is None else every - tune
         register_classes(truth.path)
-        self._whole = CocoBoxEvaluator(truth.path, None, max_detections)
-        self._parts: dict[frozenset[ImageId], BoxEvaluator] = {every: self._whole}
+        self._whole = CocoDetectionEvaluator(truth.path, None, max_detections)
+        self._parts: dict[frozenset[ImageId], DetectionEvaluator] = {every: self._whole}
         self.is_labeled = self._whole.labeled
 
     @property
@@ -86,7 +87,7 @@ class Judge:
         """Ground truth of each image."""
         return by_image(self._of(images).ground_truth(BOXES)["annotations"])
 
-    def _of(self, images: frozenset[ImageId]) -> BoxEvaluator:
+    def _of(self, images: frozenset[ImageId]) -> DetectionEvaluator:
         if images not in self._parts:
             self._parts[images] = self._whole.on_images(images)
         return self._parts[images]

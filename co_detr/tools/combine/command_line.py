@@ -6,22 +6,13 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
 from co_detr.data.coco_file import CocoFile, Entry, read_coco, read_json, shortened
-from co_detr.engine.evaluation import MASKS
-from co_detr.engine.evaluators import COCO_LIMIT, best_of_each_image
 from co_detr.errors import ConfigError, DataError
-from co_detr.tools.combine.choosing import (
-    Judge,
-    above,
-    find_thresholds,
-    fit_temperatures,
-    read_thresholds,
-    sweep,
-)
-from co_detr.tools.combine.fusing import BLENDING, RULES, Settings, combined
+from co_detr.tools.combine import BLENDING, RULES
 from co_detr.tools.results import (
     DetectionFile,
     ImageId,
@@ -30,6 +21,10 @@ from co_detr.tools.results import (
     require_other_file,
 )
 from co_detr.tools.split_dataset import divide, group_images, write_json
+
+if TYPE_CHECKING:
+    from co_detr.tools.combine.choosing import Judge
+    from co_detr.tools.combine.fusing import Settings
 
 EPILOG = """
 examples:
@@ -71,7 +66,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--leave-one-out", action="store_true", help="AP without each of the files")
     add("--sweep", action="store_true", help="choose rule, IoU and weights by AP")
     add("--tune-on", metavar="half|FILE", help="images that choices are made on: half, or a json")
-    add("--max-detections", type=int, default=COCO_LIMIT, help="of AP (default: 100)")
+    add("--max-detections", type=int, default=100, help="of AP (default: COCO's 100)")
     return parser.parse_args(argv)
 
 
@@ -81,6 +76,17 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: if an argument or a file is wrong.
     """
+    from co_detr.engine.evaluators import best_of_each_image
+    from co_detr.tools.combine.choosing import (
+        Judge,
+        above,
+        find_thresholds,
+        fit_temperatures,
+        read_thresholds,
+        sweep,
+    )
+    from co_detr.tools.combine.fusing import combined
+
     _check_options(options)
     require_other_file(options.output, options.files)
     truth = None if options.annotations is None else read_coco(options.annotations)
@@ -156,6 +162,8 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 def _settings(options: argparse.Namespace, number: int) -> Settings:
+    from co_detr.tools.combine.fusing import Settings
+
     weights = options.weights or [1.0] * number
     temperatures = options.temperatures or ["1"]
     if temperatures in (["fit"], ["1"]):
@@ -244,6 +252,9 @@ def _report(
     options: argparse.Namespace,
 ) -> None:
     """AP of every file, of all together and without each, on the images that are reported on."""
+    from co_detr.engine.evaluation import MASKS
+    from co_detr.tools.combine.fusing import combined
+
     lists: dict[str, Sequence[Entry]] = {}
     if len(sources) > 1:
         lists |= {source.path: source.entries for source in sources}

@@ -16,13 +16,12 @@ from co_detr.errors import ConfigError
 from co_detr.modeling.fusion import Fusion, NmsFusion, SoftNmsFusion, WeightedBoxesFusion
 from co_detr.tools.results import DetectionFile, ImageId, by_image, corners, with_score
 
-RULES: dict[str, Callable[[float], Fusion]] = {
+_FUSIONS: dict[str, Callable[[float], Fusion]] = {
     "nms": NmsFusion,
     "soft-nms": SoftNmsFusion,
     "wbf": WeightedBoxesFusion,
     "wbf-max": partial(WeightedBoxesFusion, score="max"),
 }
-BLENDING = ("wbf", "wbf-max")  # boxes become others, whose masks nobody has predicted
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Settings:
     """How files become one.
 
     Attributes:
-        rule: a key of `RULES`.
+        rule: one of `co_detr.tools.combine.RULES`.
         iou: overlap that the rule goes by, in (0, 1].
         weights: trust in each file, above 0; only ratios count.
         temperatures: of each file; its scores become sigmoid(logit(score) / temperature), which
@@ -54,7 +53,7 @@ class Settings:
                 raise ConfigError(f"--{name} {shown}: all must be above 0.")
 
     def fusion(self) -> Fusion:
-        return RULES[self.rule](self.iou)
+        return _FUSIONS[self.rule](self.iou)
 
     def without(self, number: int) -> Settings:
         """Those of the other files."""

@@ -7,20 +7,12 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from co_detr.data.preflight import SplitFiles, preflight
-from co_detr.data.preflight_annotations import Finding, printable
 from co_detr.errors import ConfigError, DataError
-from co_detr.tools.convert.dataset import (
-    ConvertedSplit,
-    Layout,
-    convert,
-    read_class_names,
-    save,
-    share_out,
-)
-from co_detr.tools.convert.voc import VocRules, find_voc
-from co_detr.tools.convert.yolo import find_yolo
+
+if TYPE_CHECKING:
+    from co_detr.tools.convert.dataset import ConvertedSplit, Layout
 
 _CONFIG = "configs/co_detr_r50.py"
 # Text that an override can hold without quotes, and that cannot be a number or a truth value.
@@ -63,6 +55,10 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: if an argument or the data set is wrong.
     """
+    from co_detr.data.preflight import SplitFiles, preflight
+    from co_detr.data.preflight_annotations import printable
+    from co_detr.tools.convert.dataset import convert, save, share_out
+
     layout = _find(options)
     for note in layout.notes:
         print(printable(f"note: {note}"))
@@ -107,6 +103,10 @@ def _override(key: str, value: str) -> str:
 
 
 def _find(options: argparse.Namespace) -> Layout:
+    from co_detr.tools.convert.dataset import read_class_names
+    from co_detr.tools.convert.voc import VocRules, find_voc
+    from co_detr.tools.convert.yolo import find_yolo
+
     source = options.source
     if not source.exists():
         raise DataError(f"{source} does not exist: correct the path.")
@@ -135,6 +135,8 @@ def _has_xml(source: Path) -> bool:
 
 
 def _report(split: ConvertedSplit, path: Path) -> None:
+    from co_detr.data.preflight_annotations import Finding, printable
+
     content = split.content
     crowd = sum(annotation["iscrowd"] for annotation in content["annotations"])
     counts = f"{len(content['images'])} images, {len(content['annotations']) - crowd} boxes"
@@ -145,4 +147,6 @@ def _report(split: ConvertedSplit, path: Path) -> None:
 
 
 def _counted(paths: list[Path]) -> str:
+    from co_detr.data.preflight_annotations import printable
+
     return printable(f"{len(paths)} (the first: {paths[0]})")

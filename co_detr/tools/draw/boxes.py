@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,10 @@ from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw
 from scipy.ndimage import minimum_filter
 
-from co_detr.data.coco_file import (
-    display_names,
-    encoded_mask,
-    is_box,
-    locate_files,
-    read_coco,
-)
+from co_detr.data.coco_file import Entry, display_names, is_box, locate_files, read_coco
 from co_detr.data.images import ImageReader, as_rgb
-from co_detr.modeling.postprocess import MaskPatch
+from co_detr.data.segmentation import encoded_mask
+from co_detr.mask_patch import MaskPatch
 from co_detr.structures import bitmaps_of
 from co_detr.tools.draw.fonts import PictureFont, save_figure
 
@@ -163,8 +158,7 @@ def paint_masks(
     # Small objects last: they often lie in front of large ones.
     for box in sorted(masked, key=lambda box: -np.count_nonzero(box.mask.pixels)):
         pixels = box.mask.pixels
-        rows = slice(box.mask.top, box.mask.top + pixels.shape[0])
-        region = painted[rows, box.mask.left : box.mask.left + pixels.shape[1]]
+        region = painted[box.mask.window]
         color = np.array(_bytes_of(colors[box.class_name]), np.float32)
         soft = (1 - _MASK_OPACITY) * region[pixels] + _MASK_OPACITY * color
         region[pixels] = soft.round().astype(np.uint8)
@@ -210,9 +204,6 @@ class AnnotatedImage:
     predictions: list[Box] = field(default_factory=list)
 
 
-_Entry = tuple[Box, Any]  # with the segmentation of its file
-
-
 def load_images(
     annotations: Path, image_dir: Path, results: Path, *, score_threshold: float, count: int
 ) -> list[AnnotatedImage]:
@@ -239,10 +230,12 @@ def load_images(
         names = {number: f"class {number}" for number in numbers}
     known = {image["id"] for image in coco.images}
 
-    truth: dict[int, list[_Entry]] = defaultdict(list)
+    # Entries of the files by image; boxes and masks are made of those that are drawn.
+    truth: dict[int | str, list[Entry]] = defaultdict(list)
     for entry in filter(lambda each: is_box(each.get("bbox")), coco.annotations):
-        truth[entry["image_id"]].append(_to_box(entry, names, annotations))
-    found: dict[int, list[_Entry]] = defaultdict(list)
+        _require_category(entry, names, annotations)
+        truth[entry["image_id"]].append(entry)
+    found: dict[int | str, list[Entry]] = defaultdict(list)
     for entry in predictions:
         if entry["image_id"] not in known:
             raise ValueError(
@@ -250,7 +243,8 @@ def load_images(
                 "does not list; give the annotation file that the run was evaluated on."
             )
         if entry["score"] >= score_threshold:
-            found[entry["image_id"]].append(_to_box(entry, names, results))
+            _require_category(entry, names, results)
+            found[entry["image_id"]].append(entry)
 
     number = min(max(1, count), len(coco.images))
     chosen = np.linspace(0, len(coco.images) - 1, number).round().astype(int)
@@ -264,31 +258,30 @@ def load_images(
                 f"The image {path} does not exist; check the image folder of {annotations}."
             )
         drawn = (
-            [_decoded(entry, image) for entry in entries[image["id"]]] for entries in (truth, found)
+            [_to_box(entry, names, image) for entry in entries[image["id"]]]
+            for entries in (truth, found)
         )
         images.append(AnnotatedImage(path, *drawn))
     return images
 
 
-def _decoded(entry: _Entry, image: dict[str, Any]) -> Box:
-    """A box of an image with its mask, which is only decoded if it is drawn."""
-    box, segmentation = entry
-    size = image.get("height"), image.get("width")
-    encoded = None if None in size else encoded_mask(segmentation, *size)
-    if encoded is None:
-        return box
-    return replace(box, mask=MaskPatch.of_bitmap(mask_utils.decode(encoded).astype(bool)))
-
-
-def _to_box(entry: dict[str, Any], names: dict[int, str], source: Path) -> _Entry:
+def _require_category(entry: Entry, names: Mapping[int | str, str], source: Path) -> None:
     category = entry["category_id"]
     if category not in names:
         raise ValueError(
             f"{source} uses category {category}, which the annotation file does not define; "
             "give the annotation file that the run was evaluated on."
         )
-    box = Box(tuple(entry["bbox"]), names[category], entry.get("score"))
-    return box, entry.get("segmentation")
+
+
+def _to_box(entry: Entry, names: Mapping[int | str, str], image: Entry) -> Box:
+    """An entry of either file as a box of its image, with its mask."""
+    size = image.get("height"), image.get("width")
+    encoded = None if None in size else encoded_mask(entry.get("segmentation"), *size)
+    mask = None
+    if encoded is not None:
+        mask = MaskPatch(0, 0, mask_utils.decode(encoded).astype(bool)).trimmed()
+    return Box(tuple(entry["bbox"]), names[entry["category_id"]], entry.get("score"), mask)
 
 
 def _read_json(path: Path, remedy: str) -> Any:
@@ -352,7 +345,7 @@ def sample_of(mapped: dict[str, Any], class_names: Sequence[str], image_format: 
     masks: list[MaskPatch | None] = [None] * len(instances)
     if instances.has("gt_masks"):
         masks = [
-            MaskPatch.of_bitmap(bitmap.numpy())
+            MaskPatch(0, 0, bitmap.numpy()).trimmed()
             for bitmap in bitmaps_of(instances.gt_masks, pixels.shape[:2])
         ]
     boxes = [

@@ -6,27 +6,16 @@ import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from co_detr.checkpoint.detector import Detector, load_detector
-from co_detr.data.images import ImageReader, image_suffixes
 from co_detr.errors import ConfigError, ExportError
-from co_detr.tools.export.exporting import (
-    SUFFIXES,
-    ExportSettings,
-    export_detector,
-    square_side,
-)
-from co_detr.tools.export.graph import Description
-from co_detr.tools.export.predictor import (
-    BOX_TOLERANCE,
-    MASK_TOLERANCE,
-    SCORE_TOLERANCE,
-    Check,
-    ExportedPredictor,
-    check_image,
-)
+from co_detr.tools.export import BOX_TOLERANCE, MASK_TOLERANCE, SCORE_TOLERANCE, SUFFIXES
 from co_detr.tools.predict.command_line import add_model_arguments
-from co_detr.tools.predict.inputs import find_inputs
+
+if TYPE_CHECKING:
+    from co_detr.checkpoint.detector import Detector
+    from co_detr.tools.export.graph import Description
+    from co_detr.tools.export.predictor import Check
 
 DESCRIPTION = """Writes a trained detector to an ONNX or torch.export file.
 
@@ -101,6 +90,11 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: if something cannot be read or exported, or the file differs from the model.
     """
+    from co_detr.checkpoint.detector import load_detector
+    from co_detr.data.images import image_suffixes
+    from co_detr.tools.export.exporting import ExportSettings, export_detector, square_side
+    from co_detr.tools.predict.inputs import find_inputs
+
     images = find_inputs(options.check, image_suffixes(), options.output) if options.check else None
     if images is not None and images.problems:
         raise ConfigError(" ".join(images.problems))
@@ -148,6 +142,9 @@ def check(path: Path, detector: Detector, images: list[Path]) -> None:
     Raises:
         ExportError: if they differ by more than the tolerances.
     """
+    from co_detr.data.images import ImageReader
+    from co_detr.tools.export.predictor import ExportedPredictor, check_image
+
     limit = ImageReader.of_data(detector.cfg.data).max_pixels
     predictor = ExportedPredictor(path, max_image_pixels=limit)
     image_format = detector.cfg.dataloader.test.mapper.image_format

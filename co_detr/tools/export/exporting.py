@@ -27,6 +27,7 @@ from co_detr.modeling import CoDETR
 from co_detr.modeling.backbones import SwinTransformer
 from co_detr.modeling.detectors import DECODER
 from co_detr.modeling.postprocess import SoftNMSPostprocessor
+from co_detr.tools.export import SUFFIXES
 from co_detr.tools.export.graph import (
     INPUTS,
     OUTPUTS,
@@ -38,7 +39,6 @@ from co_detr.tools.export.graph import (
     trace,
 )
 
-SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2"}
 OPSET = 20  # the lowest whose GridSample has no successor that onnxruntime runs
 _DESCRIPTION = "co_detr.json"
 

@@ -24,7 +24,6 @@ from co_detr.errors import ConfigError, ExportError
 from co_detr.layers.deformable_attention import KERNEL_DEVICES, standard_operators
 from co_detr.modeling import CoDETR
 from co_detr.modeling.geometry import Geometry, ImageBatch
-from co_detr.modeling.losses import cxcywh_to_xyxy
 from co_detr.modeling.mask_losses import refine, values_at
 from co_detr.modeling.masks import RefineMaskHead, Regions, pool_level
 from co_detr.modeling.postprocess import SoftNMSPostprocessor, choose_pairs
@@ -147,9 +146,7 @@ class DetectionGraph(nn.Module):
         memory = model.encode(ImageBatch(pixels, [padded], geometry))
         logits, boxes = model.decode(memory)
         pairs = choose_pairs(logits, boxes, self.number)
-        extent = geometry.factors[:, None]
-        absolute = (cxcywh_to_xyxy(pairs.boxes) * extent).clamp(min=0)
-        absolute = torch.minimum(absolute, extent)
+        absolute = pairs.absolute(geometry)
         found = absolute, pairs.scores, pairs.labels
         if not self.with_masks:
             return found

@@ -22,16 +22,13 @@ from co_detr.data.loader import in_format
 from co_detr.errors import ConfigError, ExportError
 from co_detr.modeling import CoDETR
 from co_detr.modeling.geometry import ImageBatch
-from co_detr.modeling.losses import cxcywh_to_xyxy
 from co_detr.modeling.postprocess import SoftNMSPostprocessor, choose_pairs, in_output_resolution
 from co_detr.structures import EncoderMemory
+from co_detr.tools.export import BOX_TOLERANCE, MASK_TOLERANCE, SCORE_TOLERANCE
 from co_detr.tools.export.exporting import OnnxModel, TorchModel
 from co_detr.tools.export.graph import Description, Detections, num_pairs
 from co_detr.tools.predict.predictor import Sample, make_sample
 
-SCORE_TOLERANCE = 1e-3
-BOX_TOLERANCE = 0.5  # pixels of the network input
-MASK_TOLERANCE = 0.02  # of probabilities in a box on average, and of the IoU of a mask
 _APART = 1e9  # cost of a pair of two classes, or of a NaN
 Result = TypeVar("Result")
 
@@ -39,7 +36,7 @@ Result = TypeVar("Result")
 class ExportedPredictor:
     """Detects objects in images with an exported file, as `co_detr.Predictor` does with a model.
 
-    Usage::
+    Usage:
 
         predictor = ExportedPredictor("model.onnx")
         found = predictor("street.jpg")
@@ -224,9 +221,7 @@ def _detect(
     memory = model.encode(ImageBatch(tensor, batch.image_sizes))
     logits, boxes = model.decode(memory)
     pairs = choose_pairs(logits, boxes, num_pairs(model))
-    factor = memory.geometry.factors[0]
-    absolute = torch.minimum((cxcywh_to_xyxy(pairs.boxes) * factor).clamp(min=0), factor)
-    found = Detections(absolute, pairs.scores, pairs.labels)
+    found = Detections(pairs.absolute(memory.geometry), pairs.scores, pairs.labels)
     return _masked(model, memory, found, sample) if with_masks else found
 
 

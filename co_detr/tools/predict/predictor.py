@@ -48,7 +48,7 @@ class Sample:
 class Predictor:
     """Detects objects in images, resized as in the evaluation of the config.
 
-    Usage::
+    Usage:
 
         predictor = co_detr.Predictor("co_detr_r50", "output/co_detr_r50/model_final.pth")
         found = predictor("street.jpg")

@@ -12,14 +12,8 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from co_detr.data.copy_paste import CopyPaste, Scene, paste
-from co_detr.data.masks import (
-    CroppedMasks,
-    check_mask,
-    draw_mask,
-    extent_of,
-    picked_pixels,
-    transformed_masks,
-)
+from co_detr.data.masks import CroppedMasks, draw_mask, picked_pixels, transformed_masks
+from co_detr.data.segmentation import check_mask, extent_of
 from tests.parity.oracle.report import Unit, equality
 from tests.parity.oracle.tolerances import HIDDEN_OBJECTS
 
