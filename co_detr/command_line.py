@@ -89,18 +89,18 @@ def start(command: str, arguments: Sequence[str] | None = None, program: str | N
         program: what its help calls it; by default the script that was started.
     """
     chosen = COMMANDS[command]
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if program is not None:
+        sys.argv[0] = program  # what argparse calls the program
     try:
         module = import_module(chosen.module)
+        options = module.parse_arguments([*chosen.first, *given])
+        return exit_code(lambda: module.run(options), getattr(options, "debug", False))
     except ModuleNotFoundError:
         if not co_detr.lacks_detectron2():
             raise
         print(f"error: {co_detr.WITHOUT_DETECTRON2}", file=sys.stderr)
         return 2
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if program is not None:
-        sys.argv[0] = program  # what argparse calls the program
-    options = module.parse_arguments([*chosen.first, *given])
-    return exit_code(lambda: module.run(options), getattr(options, "debug", False))
 
 
 def _usage() -> str:
