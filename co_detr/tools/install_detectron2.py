@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _install() -> None:
-    if importlib.util.find_spec("pip") is None:
+    # Not importlib.util.find_spec, which makes setuptools let go of distutils, as in pip itself.
+    if PathFinder.find_spec("pip") is None:
         raise UserError(
             "this environment has no pip to install Detectron2 with: add it "
             "(python -m ensurepip), or install Detectron2 yourself."

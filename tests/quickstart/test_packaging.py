@@ -105,6 +105,6 @@ def test_a_detectron2_that_does_not_work_is_named(monkeypatch):
 
 def test_an_environment_without_pip_is_told(monkeypatch):
     monkeypatch.setattr(install_detectron2, "installed_detectron2", lambda: None)
-    monkeypatch.setattr(install_detectron2.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(install_detectron2.PathFinder, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="no pip to install Detectron2 with"):
         install_detectron2.run(install_detectron2.parse_arguments([]))
