@@ -28,7 +28,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from co_detr.checkpoint.saving import MARKER, RUN_FILE
-from co_detr.engine.config import config_content, in_present_terms, leaves, read_yaml, to_text
+from co_detr.engine.config_yaml import (
+    config_content,
+    in_present_terms,
+    leaves,
+    read_yaml,
+    to_text,
+)
 from co_detr.engine.launch import raise_jointly
 from co_detr.errors import ConfigError, UserError, WriteError
 from co_detr.files import time_stamp, written_whole

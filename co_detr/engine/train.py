@@ -20,7 +20,8 @@ from torch import nn
 from co_detr.checkpoint.reading import AVERAGED
 from co_detr.checkpoint.saving import RUN_ID, Checkpointer, RunIdentity, read_identity
 from co_detr.data.coco import align_classes, class_names
-from co_detr.engine.config import config_text, load_config, suggest_rate
+from co_detr.engine.config import load_config, suggest_rate
+from co_detr.engine.config_yaml import config_text
 from co_detr.engine.data_check import adopt_class_count, align_with_checkpoint, check_data
 from co_detr.engine.evaluation import evaluate, log_best_detector
 from co_detr.engine.hooks import (

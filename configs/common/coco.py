@@ -26,8 +26,9 @@ data = dict(
     # warning (COCO itself has a few, and the reference skips them); "error" stops.
     invalid_boxes="skip",
     # Before training: every file is looked up; of the images, "sample" decodes sample_size of each
-    # set, "all" all of them (with a progress bar), "off" none. Where boxes look over the whole file
-    # as if they were corners or centers, that is an "error", or, for who knows better, a "warning".
+    # set, "all" all of them (with a progress bar) and every mask of a large set, "off" none. Where
+    # boxes look over the whole file as if they were corners or centers, that is an "error", or, for
+    # who knows better, a "warning".
     preflight=dict(images="sample", sample_size=64, suspicion="error"),
     image_format="RGB",  # "BGR" for backbones that were trained on it
     # Of images with more than 8 bits per channel: the values [BLACK, WHITE] that become 0 and 255.

@@ -9,7 +9,8 @@ import torch
 from detectron2.config import instantiate
 
 from co_detr.checkpoint.saving import Checkpointer, RunIdentity
-from co_detr.engine.config import load_config, save_config
+from co_detr.engine.config import load_config
+from co_detr.engine.config_yaml import save_config
 from co_detr.errors import ConfigError, DataError, exit_code
 from co_detr.tools.analyze.command_line import MEASURES, choose_measures, parse_arguments, run
 from co_detr.tools.analyze.subjects import load_models, load_samples, parse_model

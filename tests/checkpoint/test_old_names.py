@@ -15,7 +15,8 @@ from co_detr.checkpoint.detector import load_detector
 from co_detr.checkpoint.loading import load_weights, with_present_names
 from co_detr.checkpoint.official import restore_official
 from co_detr.checkpoint.saving import Checkpointer
-from co_detr.engine.config import config_text, load_config, save_config
+from co_detr.engine.config import load_config
+from co_detr.engine.config_yaml import config_text, save_config
 from co_detr.engine.hooks import AveragedWeights, EmaSettings
 from co_detr.errors import CheckpointError, ConfigError
 from co_detr.modeling.queries import QuerySources

@@ -11,7 +11,8 @@ from PIL import Image
 from co_detr.checkpoint.saving import Checkpointer
 from co_detr.data.images import ImageReader, as_rgb
 from co_detr.data.loader import ChannelResize, CheckedDatasetMapper, ResizeShortestEdge
-from co_detr.engine.config import load_config, save_config
+from co_detr.engine.config import load_config
+from co_detr.engine.config_yaml import save_config
 from co_detr.errors import ConfigError, DataError
 from co_detr.tools.predict.predictor import Predictor
 from tests.device import DEVICE, NAME

@@ -10,7 +10,8 @@ from detectron2.config import LazyCall, instantiate
 from detectron2.solver import WarmupParamScheduler
 from omegaconf import OmegaConf
 
-from co_detr.engine.config import load_config, save_config, suggest_rate
+from co_detr.engine.config import load_config, suggest_rate
+from co_detr.engine.config_yaml import save_config
 from co_detr.engine.optim import LearningRateFactor, StepSchedule, WarmUp
 from co_detr.engine.overrides import TEXT_OR_NULL, text_override
 from co_detr.engine.setup import build_model

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from torch.nn import LazyLinear
 
 import co_detr
-from co_detr.engine.config import PACKAGES_VARIABLE, config_content, load_config, save_config
+from co_detr.engine.config import load_config
+from co_detr.engine.config_yaml import PACKAGES_VARIABLE, config_content, save_config
 from co_detr.errors import ConfigError
 from co_detr.tools.ablate.grid import read_grid_file
 from co_detr.tools.analyze.subjects import load_models, parse_model
@@ -108,7 +109,7 @@ def test_targets_and_references_that_no_config_needs_are_refused(folder, node):
 def test_a_refused_target_leaves_python_as_it_was(folder):
     """A training after it, which imports setuptools through PyTorch, failed in the same process."""
     script = """
-from co_detr.engine.config import _is_allowed
+from co_detr.engine.config_yaml import _is_allowed
 assert not _is_allowed("pip.main")
 import setuptools
 """

@@ -8,7 +8,8 @@ from detectron2.utils.registry import locate
 
 from co_detr import moved
 from co_detr.engine import evaluators
-from co_detr.engine.config import config_content, config_text, leaves, load_config
+from co_detr.engine.config import load_config
+from co_detr.engine.config_yaml import config_content, config_text, leaves
 from co_detr.engine.setup import description_of_resumed
 from co_detr.modeling import auxiliary
 from tests.paths import config_path

@@ -7,7 +7,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from co_detr.engine.config import load_config, read_yaml
+from co_detr.engine.config import load_config
+from co_detr.engine.config_yaml import read_yaml
 from co_detr.engine.train import run_training
 from co_detr.engine.writers import purge_events
 from co_detr.errors import CheckpointError

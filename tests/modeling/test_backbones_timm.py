@@ -11,7 +11,8 @@ from detectron2.modeling import Backbone
 from safetensors.torch import save_file
 
 from co_detr.checkpoint.saving import Checkpointer
-from co_detr.engine.config import config_text, load_config, save_config
+from co_detr.engine.config import load_config
+from co_detr.engine.config_yaml import config_text, save_config
 from co_detr.engine.optim import LearningRateFactor
 from co_detr.errors import CheckpointError, ConfigError
 from co_detr.modeling.backbones import TimmBackbone
