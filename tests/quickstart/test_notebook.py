@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from co_detr.engine.config import load_config
 from tests.paths import ROOT, python_path
 
 NOTEBOOK = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text(encoding="utf-8"))
@@ -18,6 +19,13 @@ TINY = {"ITERATIONS": "2", "IMAGES": "8"}
 def test_it_has_no_outputs() -> None:
     code = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
     assert all(not cell["outputs"] and cell["execution_count"] is None for cell in code)
+
+
+def test_it_states_the_length_of_the_quick_start() -> None:
+    (stated,) = re.findall(
+        r"^ITERATIONS = \d+ .*the quick start has (\d+)$", CELLS[0], re.MULTILINE
+    )
+    assert int(stated) == load_config(str(ROOT / "configs" / "quickstart.py")).train.max_iter
 
 
 @pytest.mark.slow
