@@ -221,7 +221,7 @@ def test_foreign_annotation_files_are_kept(tmp_path: Path, content: str) -> None
 def test_missing_photograph_names_the_file() -> None:
     with pytest.raises(FileNotFoundError, match="nothing.png is missing .* reinstall skimage"):
         load_photograph("skimage/data/nothing.png")
-    with pytest.raises(FileNotFoundError, match="no_such_package is not installed"):
+    with pytest.raises(ModuleNotFoundError, match="No module named 'no_such_package'"):
         load_photograph("no_such_package/a.png")
 
 

@@ -1,6 +1,7 @@
 """The two command-line tools of the quick start."""
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -42,6 +43,15 @@ def test_make_digits_reports_errors(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "train.json").write_text("{}")
     assert main(["--out", str(tmp_path), *DIGITS]) == 2
     assert "choose another folder with --out" in capsys.readouterr().err
+
+
+def test_make_digits_says_what_to_install(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert load_tool("make_digits").main(["--out", str(tmp_path), *DIGITS]) == 2
+    assert "pip install scikit-image scikit-learn" in capsys.readouterr().err
 
 
 def test_plot_results_reads_the_saved_config(
