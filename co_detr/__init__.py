@@ -22,6 +22,7 @@ WITHOUT_DETECTRON2 = (
 
 
 def lacks_detectron2() -> bool:
+    """Whether there is no Detectron2 in this environment."""
     return importlib.util.find_spec("detectron2") is None
 
 
