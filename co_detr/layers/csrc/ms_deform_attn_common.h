@@ -33,7 +33,8 @@ inline Sizes check_sizes(
       "got ", listed(weights.sizes()));
   CO_DETR_CHECK(
       static_cast<int64_t>(level_shapes.size()) == 2 * sizes.levels,
-      "level_shapes must hold height and width of ", sizes.levels, " levels, got ", listed(level_shapes));
+      "level_shapes must hold height and width of ", sizes.levels, " levels, got ",
+      listed(level_shapes));
   // Before the sizes of the levels: with it, their products fit in 64 bits.
   CO_DETR_CHECK(
       sizes.pixels < std::numeric_limits<int32_t>::max(),
@@ -51,8 +52,8 @@ inline Sizes check_sizes(
       sizes.pixels);
   const auto value_type = value.scalar_type();
   CO_DETR_CHECK(
-      value_type == ScalarType::Float || value_type == ScalarType::Double || value_type == ScalarType::BFloat16 ||
-          value_type == ScalarType::Half,
+      value_type == ScalarType::Float || value_type == ScalarType::Double ||
+          value_type == ScalarType::BFloat16 || value_type == ScalarType::Half,
       "value must be fp32, fp64, bf16 or fp16, got ", value_type);
   const auto type = accumulation_type(value_type);
   CO_DETR_CHECK(
