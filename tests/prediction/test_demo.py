@@ -21,9 +21,11 @@ pytest.importorskip("flask")
 pytest.importorskip("waitress")
 
 from co_detr.data.images import ImageReader
+from co_detr.engine.views import Tiles
 from co_detr.errors import ConfigError, NonFiniteError
 from co_detr.tools.demo import command_line
 from co_detr.tools.demo.server import MEGABYTES, create_app, listen
+from co_detr.tools.predict.predictor import Predictor
 from tests.device import CHILD, NAME
 from tests.paths import python_path
 
@@ -191,6 +193,29 @@ def test_several_users_at_once_get_their_own_boxes(client, predictor):
         answers = [answer.json["coco"] for answer in pool.map(send, images)]
     assert [answer["images"][0]["width"] for answer in answers] == [50 + 3 * i for i in range(6)]
     assert [answer["annotations"][0]["bbox"][0] for answer in answers] == expected
+
+
+def test_views_of_the_page_are_those_of_predict(trained, monkeypatch, pixels):
+    """The page looks as often, and at as much at once, as it was asked to."""
+    model = ["--config-file", trained.config, "--checkpoint", trained.checkpoint]
+    with pytest.raises(ConfigError, match="--overlap is of tiles"):
+        command_line.run(command_line.parse_arguments([*model, "--overlap", "0.5"]))
+    served = []
+
+    class Stopped(Exception):
+        pass
+
+    def stop(predictor, *_):
+        served.append(predictor)
+        raise Stopped
+
+    monkeypatch.setattr("co_detr.tools.demo.server.create_app", stop)
+    with pytest.raises(Stopped):
+        command_line.run(
+            command_line.parse_arguments([*model, "--tiles", "40", "--overlap", "0.5"])
+        )
+    same = Predictor(trained.config, trained.checkpoint, tiles=Tiles(40, overlap=0.5))
+    assert served[0](pixels).scores.tolist() == same(pixels).scores.tolist()
 
 
 def test_arguments_and_ports_are_explained(client, trained, monkeypatch):

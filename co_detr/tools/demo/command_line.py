@@ -13,6 +13,9 @@ from co_detr.tools.predict.command_line import (
     add_image_arguments,
     add_mask_argument,
     add_model_arguments,
+    add_view_arguments,
+    check_view_arguments,
+    predictor_of,
 )
 
 LOCAL_HOST = "127.0.0.1"
@@ -41,6 +44,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_amp_argument(parser)
     add_image_arguments(parser)
     add_mask_argument(parser)
+    add_view_arguments(parser)
     add = parser.add_argument
     add("--score", type=float, default=0.3, help="where the slider starts (default: 0.3)")
     add("--port", type=int, default=7860, help="port of the page (default: 7860)")
@@ -63,24 +67,14 @@ def run(options: argparse.Namespace) -> None:
     """
     require_packages()
     from co_detr.tools.demo.server import create_app, listen
-    from co_detr.tools.predict.predictor import Predictor
 
     if not 0 <= options.score <= 1:
         raise ConfigError(f"--score {options.score} must be from 0 to 1.")
     if not 1 <= options.port <= 65535:
         raise ConfigError(f"--port {options.port} must be from 1 to 65535.")
+    check_view_arguments(options)
     # The slider starts from all boxes, so that none is missing when it moves.
-    predictor = Predictor(
-        options.config_file,
-        options.checkpoint,
-        detector=options.detector,
-        device=options.device,
-        overrides=options.set,
-        unsafe=options.unsafe,
-        max_image_pixels=options.max_image_pixels,
-        mask_threshold=options.mask_threshold,
-        amp=options.amp,
-    )
+    predictor = predictor_of(options, score_threshold=0.0)
     if predictor.reader.channels != 3:
         raise ConfigError(
             f"the model is for images of {predictor.reader.channels} channels, which browsers do "

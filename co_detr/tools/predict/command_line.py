@@ -71,11 +71,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--score", type=float, default=0.3, help="lowest score to keep (default: 0.3)")
     add_mask_argument(parser)
-    add("--batch-size", type=int, default=1, help="images of equal size at once (default: 1)")
     add("--video", action="store_true", help="the inputs are videos (needs OpenCV)")
-    add("--tta", choices=["flip", "multiscale"], help="test-time augmentation: 2 or 6 views each")
-    add("--tiles", type=int, metavar="N", help="cut images into tiles of N pixels, and see each")
-    add("--overlap", type=float, metavar="P", help="of tiles, a share of N (default: 0.2)")
+    add_view_arguments(parser)
     return parser.parse_intermixed_args(argv)
 
 
@@ -126,6 +123,15 @@ def add_mask_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_view_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds how often an image is looked at, and how much of it at once."""
+    add = parser.add_argument
+    add("--batch-size", type=int, default=1, help="images of equal size at once (default: 1)")
+    add("--tta", choices=["flip", "multiscale"], help="test-time augmentation: 2 or 6 views each")
+    add("--tiles", type=int, metavar="N", help="cut images into tiles of N pixels, and see each")
+    add("--overlap", type=float, metavar="P", help="of tiles, a share of N (default: 0.2)")
+
+
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds which images are read."""
     parser.add_argument(
@@ -150,8 +156,7 @@ def run(options: argparse.Namespace) -> int:
 
     if options.num_gpus < 1:
         raise ConfigError(f"--num-gpus {options.num_gpus} must be at least 1.")
-    if options.overlap is not None and options.tiles is None:
-        raise ConfigError("--overlap is of tiles: add --tiles N, their side in pixels.")
+    check_view_arguments(options)
     if options.num_gpus == 1 and not under_torchrun():
         return predict(options)
     if options.video:
@@ -197,7 +202,7 @@ def predict(options: argparse.Namespace) -> int:
         print(inputs.remark(), file=sys.stderr)
     problem = None
     try:
-        predictor = _predictor(options)
+        predictor = predictor_of(options, options.score)
     except UserError as error:
         problem = error
     raise_jointly(problem)
@@ -245,7 +250,18 @@ def predict(options: argparse.Namespace) -> int:
     return int(bool(unreadable))
 
 
-def _predictor(options: argparse.Namespace) -> Predictor:
+def check_view_arguments(options: argparse.Namespace) -> None:
+    """Raises a ConfigError if one is given without the other that it belongs to."""
+    if options.overlap is not None and options.tiles is None:
+        raise ConfigError("--overlap is of tiles: add --tiles N, their side in pixels.")
+
+
+def predictor_of(options: argparse.Namespace, score_threshold: float) -> Predictor:
+    """The predictor that the arguments of the `add_*_arguments` describe.
+
+    Raises:
+        UserError: as `Predictor`.
+    """
     from co_detr.engine.views import Tiles
     from co_detr.tools.predict.predictor import Predictor
 
@@ -257,7 +273,7 @@ def _predictor(options: argparse.Namespace) -> Predictor:
         options.checkpoint,
         detector=options.detector,
         device=options.device,
-        score_threshold=options.score,
+        score_threshold=score_threshold,
         batch_size=options.batch_size,
         overrides=options.set,
         unsafe=options.unsafe,
