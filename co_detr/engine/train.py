@@ -60,6 +60,7 @@ from co_detr.engine.views import DetectorWithTTA, MapperWithViews, named_tta
 from co_detr.engine.writers import WriterHook, build_writers
 from co_detr.errors import CheckpointError, ConfigError, UserError
 from co_detr.files import remove_incomplete
+from co_detr.modeling.detectors import TTA_KIND
 from co_detr.process_setup import outlive_signals
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,8 @@ def run_training(cfg: DictConfig, resume: bool, log: RunLog | None = None) -> di
 
     # Model and optimizer.
     model = build_model(cfg)
-    selection = build_selection(cfg, names, getattr(model, "predicts_masks", False))
+    kinds = [*getattr(model, "compared", ()), *([TTA_KIND] if cfg.dataloader.get("tta") else [])]
+    selection = build_selection(cfg, names, getattr(model, "predicts_masks", False), kinds)
     trainer = build_trainer(cfg, model, train_loader, train_loader.batch_sampler.accumulation_steps)
     logger.info(trainer.plan.text())
     averaged = build_averaged(model, cfg)

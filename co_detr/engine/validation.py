@@ -37,6 +37,7 @@ from co_detr.engine.setup import pin_for
 from co_detr.engine.trainer import StepSettings, Trainer
 from co_detr.errors import CheckpointError, ConfigError
 from co_detr.files import written_whole
+from co_detr.modeling.detectors import TTA_KIND
 from co_detr.seeding import locally_seeded, seed_everything
 
 logger = logging.getLogger(__name__)
@@ -343,12 +344,13 @@ def evaluations_without_gain(values: Iterable[float], min_delta: float) -> int:
 
 
 def build_selection(
-    cfg: DictConfig, class_names: Sequence[str], predicts_masks: bool
+    cfg: DictConfig, class_names: Sequence[str], predicts_masks: bool, kinds: Sequence[str] = ()
 ) -> ModelSelection | None:
     """What `train.best_metric` and `train.early_stop` ask for; None: nothing.
 
     Args:
         predicts_masks: whether the model does.
+        kinds: of detections that evaluations report beside the decoder's.
 
     Raises:
         ConfigError: if an evaluation will not have the metric, or a setting is out of its range.
@@ -361,11 +363,18 @@ def build_selection(
             )
         return None
     # Checked now: the training would learn of it only at the first evaluation.
-    of_masks = metric.startswith(f"{MASKS}/")
-    own = metric.removeprefix(f"{MASKS}/") if predicts_masks else metric
+    kind, _, of_kind = metric.partition("/")
+    own = of_kind if kind in kinds else metric
+    of_masks = own.startswith(f"{MASKS}/")
+    # Of the kinds, only test-time augmentation keeps masks.
+    has_masks = predicts_masks and (kind not in kinds or kind == TTA_KIND)
+    name = own.removeprefix(f"{MASKS}/") if has_masks else own
     losses = [TOTAL] if cfg.train.val_loss.enabled else []
-    if own not in _METRICS and metric not in losses and own not in map("AP-{}".format, class_names):
-        remark = f" or {MASKS}/ before one of these," if predicts_masks else ""
+    of_class = [f"AP-{class_name}" for class_name in class_names]
+    if name not in (*_METRICS, *of_class) and metric not in losses:
+        remarks = [f"{MASKS}/"] if predicts_masks else []
+        remarks += [f"{kind}/" for kind in kinds]
+        remark = f" or {', '.join(remarks)} before one of these," if remarks else ""
         why = "; this model predicts no masks" if of_masks and not predicts_masks else ""
         raise ConfigError(
             f"train.best_metric={metric} is no metric of the evaluation{why}: choose "

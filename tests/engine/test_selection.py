@@ -57,6 +57,17 @@ def test_other_metrics_and_undefined_ones(tiny_cfg, tmp_path, prescribe, caplog)
     assert "AP50 is undefined in this evaluation" in caplog.text
 
 
+COMPARING = ("model._target_=tests.engine.tiny_detector.ComparingDetector", "dataloader.tta=flip")
+
+
+@pytest.mark.parametrize("metric", ["roi/AP50", "tta/AP-cell"])
+def test_metrics_of_other_detections(tiny_cfg, tmp_path, metric):
+    settings = (f"train.best_metric={metric}", "train.max_iter=1", *COMPARING)
+    run_training(tiny_cfg(*settings), resume=False)
+    assert metric in json.loads((tmp_path / "out" / "evaluations.json").read_text())["1"]
+    assert _load(tmp_path / "out", "model_best")["iteration"] == 0
+
+
 def test_a_resumed_run_remembers_its_best(tiny_cfg, tmp_path, prescribe):
     prescribe(10.0, 30.0, 20.0, 25.0, 28.0, 29.0)
     run_training(tiny_cfg(*EVERY_STEP, "train.max_iter=3"), resume=False)
@@ -130,6 +141,9 @@ def test_evaluations_without_gain(values, min_delta, waited):
         (["train.best_metric=mAP"], "train.best_metric=mAP is no metric .* choose AP, AP50"),
         (["train.best_metric=val_loss/total"], "is no metric of the evaluation"),
         (["train.best_metric=AP-dog"], "is no metric of the evaluation"),
+        (["train.best_metric=tta/AP"], "tta/AP is no metric of the evaluation"),
+        (["train.best_metric=roi/mAP", *COMPARING], "or roi/, tta/ before one of these"),
+        (["train.best_metric=roi/segm/AP", *COMPARING], "is no metric of the evaluation"),
         (["train.early_stop.patience=0"], "train.early_stop.patience=0 must be"),
         (["train.early_stop.min_delta=-1"], "train.early_stop.min_delta=-1 must be"),
         (["train.best_metric=null", "train.early_stop.patience=1"], "set train.best_metric=AP"),
