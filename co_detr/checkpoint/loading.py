@@ -3,7 +3,7 @@
 A file may hold a model of this project, one of the reference implementation, or only a backbone
 from ImageNet training in several frameworks. Every tensor of it must be used and every one of the
 model's must be in it, unless the caller allows for differences; `LoadReport` says what was done.
-Class heads are carried over to another list of classes row by row, by class name.
+Class heads are carried over to another list of classes by `co_detr.checkpoint.classes`.
 """
 
 from __future__ import annotations
@@ -20,25 +20,24 @@ import torch
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from torch import Tensor, nn
 
-from co_detr.checkpoint.official import convert_official, is_official, rename_official
-from co_detr.checkpoint.reading import (
-    plain_state,
-    shorten,
-    stored_class_names,
-    with_present_names,
+from co_detr.checkpoint.classes import (
+    NUM_LISTED,
+    ClassMap,
+    class_lines,
+    match_stored_classes,
+    remap_classes,
 )
+from co_detr.checkpoint.official import convert_official, is_official, rename_official
+from co_detr.checkpoint.reading import plain_state, with_present_names
 from co_detr.errors import CheckpointError
 from co_detr.modeling import CoDETR
 from co_detr.modeling.backbones.timm import TimmBackbone, pixel_mean, pixel_std
 from co_detr.modeling.queries.sources import training_module_names
-from co_detr.structures import ClassRows
 
 logger = logging.getLogger(__name__)
 
 Mismatch = Literal["error", "by_name", "reset"]
 Parts = Literal["any", "whole", "inference"]
-
-_NUM_LISTED = 6
 
 
 def load_weights(
@@ -49,6 +48,7 @@ def load_weights(
     parts: Parts = "any",
     mismatch: Mismatch = "error",
     class_names: Sequence[str] | None = None,
+    class_sources: Mapping[str, str] | None = None,
     resuming: bool = False,
 ) -> LoadReport:
     """Loads the weights of a checkpoint into ``model``, which stays as it is if they do not fit.
@@ -66,6 +66,8 @@ def load_weights(
             the class heads over by class name and refuses other differences; "reset" loads what
             fits and leaves the rest at its initial values.
         class_names: of the data, in order; None: not to be compared with those of the file.
+        class_sources: with "by_name", of classes of the data that start from the rows of a class of
+            another name, that name.
         resuming: whether a training goes on, for what the error advises.
 
     Raises:
@@ -92,7 +94,8 @@ def load_weights(
         state = _backbone_state(state, content, model)
         report.scope, report.num_tensors = "backbone", len(state)
     if not backbone_alone:
-        report.classes = match_stored_classes(content, class_names, path, mismatch == "by_name")
+        by_name = mismatch == "by_name"
+        report.classes = match_stored_classes(content, class_names, path, by_name, class_sources)
         if report.classes is not None:
             remap_classes(state, model, report.classes)
 
@@ -191,7 +194,7 @@ class LoadReport:
         lines = [f"{self.file}: {self.num_loaded} of {self.num_tensors} {what} loaded."]
         lines += ignored_lines(self.ignored)
         if self.classes is not None:
-            lines += _class_lines(self.classes)
+            lines += class_lines(self.classes)
         if self.kept:
             lines += [f"  {len(self.kept)} keep their initial values:", *_listed(self.kept)]
         if self.unused:
@@ -314,176 +317,14 @@ def _is_statistic(key: str) -> bool:
 
 def _mismatch_error(problems: list[str], remedy: str) -> CheckpointError:
     """The error of a checkpoint that does not fit: the first problems, and what to do."""
-    shown = "; ".join(problems[:_NUM_LISTED])
-    if len(problems) > _NUM_LISTED:
-        shown += f"; and {len(problems) - _NUM_LISTED} more"
+    shown = "; ".join(problems[:NUM_LISTED])
+    if len(problems) > NUM_LISTED:
+        shown += f"; and {len(problems) - NUM_LISTED} more"
     return CheckpointError(f"the checkpoint does not fit the model ({shown}): {remedy}.")
 
 
-def _class_lines(classes: ClassMap) -> list[str]:
-    lines = [
-        f"  {len(classes.kept)} of {classes.num_ours} classes taken over by name, in "
-        f"{len(classes.tensors)} tensors{_names(classes.kept)}"
-    ]
-    if classes.new:
-        lines.append(f"  {len(classes.new)} start from initial values{_names(classes.new)}")
-    if classes.unused:
-        lines.append(
-            f"  {len(classes.unused)} of {classes.num_theirs} classes of the file are not used"
-            f"{_names(classes.unused)}"
-        )
-    return lines
-
-
-def _names(names: list[str]) -> str:
-    return f": {shorten(names, _NUM_LISTED)}" if names else ""
-
-
 def _listed(entries: list[str]) -> list[str]:
-    lines = [f"    {entry}" for entry in entries[:_NUM_LISTED]]
-    if len(entries) > _NUM_LISTED:
-        lines.append(f"    and {len(entries) - _NUM_LISTED} more")
+    lines = [f"    {entry}" for entry in entries[:NUM_LISTED]]
+    if len(entries) > NUM_LISTED:
+        lines.append(f"    and {len(entries) - NUM_LISTED} more")
     return lines
-
-
-@dataclass(frozen=True)
-class ClassMap:
-    """Which class of a checkpoint is which class of the model.
-
-    Attributes:
-        pairs: (index in the checkpoint, index in the model) of the classes with the same name.
-        kept: names of the classes that both have.
-        new: names that only the model has; their rows keep their initial values.
-        unused: names that only the checkpoint has.
-        tensors: names of the tensors whose rows were carried over.
-    """
-
-    pairs: list[tuple[int, int]]
-    kept: list[str]
-    new: list[str]
-    unused: list[str]
-    tensors: list[str] = field(default_factory=list)
-
-    @property
-    def num_theirs(self) -> int:
-        """Number of classes of the checkpoint."""
-        return len(self.kept) + len(self.unused)
-
-    @property
-    def num_ours(self) -> int:
-        """Number of classes of the model."""
-        return len(self.kept) + len(self.new)
-
-
-def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> ClassMap:
-    """Pairs classes whose names are equal but for upper and lower case.
-
-    Raises:
-        CheckpointError: if a list names a class twice.
-    """
-    by_name = _indices(theirs, "checkpoint")
-    own = _indices(ours, "data set")
-    kept = [name for name in own if name in by_name]
-    return ClassMap(
-        pairs=[(by_name[name], own[name]) for name in kept],
-        kept=[ours[own[name]] for name in kept],
-        new=[ours[index] for name, index in own.items() if name not in by_name],
-        unused=[theirs[index] for name, index in by_name.items() if name not in own],
-    )
-
-
-def match_stored_classes(
-    content: Mapping[str, Any], ours: Sequence[str] | None, path: str, by_name: bool
-) -> ClassMap | None:
-    """Pairs the classes of a loaded file with those of the data, or warns that they differ.
-
-    Args:
-        content: of the file.
-        ours: names of the data's classes; None: unknown.
-        path: of the file, for the warning.
-        by_name: whether to pair them; else class heads keep their order.
-
-    Raises:
-        CheckpointError: if they are to be paired and one side does not name its classes.
-    """
-    theirs = stored_class_names(content)
-    if by_name:
-        if not theirs or not ours:
-            side = "checkpoint" if not theirs else "data set"
-            raise CheckpointError(
-                f"the {side} does not say the names of its classes, which "
-                "train.init_checkpoint_mismatch=by_name needs: set it to reset."
-            )
-        return match_classes(theirs, ours)
-    if theirs and ours and _folded(theirs) != _folded(ours):
-        logger.warning(
-            "%s was trained on %d classes (%s), the data has %d (%s): class heads are taken over "
-            "%s; train.init_checkpoint_mismatch=by_name would match them.",
-            *(os.path.basename(path), len(theirs), shorten(theirs)),
-            *(len(ours), shorten(ours), "by position, not by name"),
-        )
-    return None
-
-
-def remap_classes(state: dict[str, Tensor], model: nn.Module, classes: ClassMap) -> None:
-    """Replaces the class tensors of ``state``, in place, by those of ``model`` with the rows of the
-    paired classes (and of the background) taken from ``state``.
-
-    Tensors whose rows are not those of the two lists of classes are left as they are.
-    """
-    kinds = {
-        f"{path}.{layer}.": kind
-        for path, module in model.named_modules()
-        for layer, kind in getattr(module, "class_layers", {}).items()
-    }
-    for key, own in model.state_dict().items():
-        kind = next((kind for prefix, kind in kinds.items() if key.startswith(prefix)), None)
-        if kind is None or key not in state:
-            continue
-        old = state[key]
-        repeats = kind.repeats(len(own), classes.num_ours)
-        if not repeats or repeats != kind.repeats(len(old), classes.num_theirs):
-            continue
-        if old.shape[1:] != own.shape[1:]:
-            continue
-        sources, targets = _rows(kind, classes, by_position=_is_objectness(key, model))
-        new = own.clone()
-        for theirs, ours in zip(old.chunk(repeats), new.chunk(repeats), strict=True):
-            ours[targets] = theirs[sources].to(ours)
-        state[key] = new
-        classes.tensors.append(key)
-
-
-def _rows(kind: ClassRows, classes: ClassMap, by_position: bool) -> tuple[list[int], list[int]]:
-    if by_position:
-        pairs = [(index, index) for index in range(min(classes.num_theirs, classes.num_ours))]
-    else:
-        pairs = classes.pairs
-    width = kind.width
-    sources = [width * theirs + row for theirs, _ in pairs for row in range(width)]
-    targets = [width * ours + row for _, ours in pairs for row in range(width)]
-    if kind.background:
-        sources.append(classes.num_theirs)
-        targets.append(classes.num_ours)
-    return sources, targets
-
-
-def _is_objectness(key: str, model: nn.Module) -> bool:
-    """Whether row 0 stands for "object", whatever class 0 is (see `TwoStageQueries.ranking`)."""
-    source, _, _ = key.rpartition(".class_head.")
-    return bool(source) and getattr(model.get_submodule(source), "ranking", "") == "first_class"
-
-
-def _indices(names: Sequence[str], where: str) -> dict[str, int]:
-    indices = {name.casefold(): index for index, name in enumerate(names)}
-    if len(indices) < len(names):
-        twice = next(name for i, name in enumerate(names) if indices[name.casefold()] != i)
-        raise CheckpointError(
-            f'the {where} has the class "{twice}" twice (upper and lower case aside), so classes '
-            "cannot be told by name: set train.init_checkpoint_mismatch=reset."
-        )
-    return indices
-
-
-def _folded(names: Sequence[str]) -> list[str]:
-    return [name.casefold() for name in names]

@@ -12,7 +12,7 @@ import os
 import re
 import uuid
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from co_detr.checkpoint.fetching import local_file
-from co_detr.checkpoint.loading import Mismatch, load_weights, timm_content
+from co_detr.checkpoint.loading import LoadReport, Mismatch, load_weights, timm_content
 from co_detr.checkpoint.reading import (
     AVERAGED,
     Weights,
@@ -66,12 +66,15 @@ class Checkpointer:
         weights: which weights to load of a file that has two sets (train.init_checkpoint_weights);
             None: those that training goes on from.
         class_names: of the data, in order; saved in every checkpoint.
+        class_sources: with mismatch "by_name", of classes that start from the rows of a class of
+            another name, that name (train.init_checkpoint_classes).
         checkpointables: what else to save and to resume; each has `state_dict` and
             `load_state_dict`.
 
     Attributes:
         run_id: of the run, saved in every checkpoint; None: of none.
         resumed_from: path of the checkpoint that `resume_or_load` has resumed from, or "".
+        report: of the last file that was loaded; None: none was.
 
     Raises:
         ConfigError: if `mismatch` is none of the three.
@@ -86,11 +89,17 @@ class Checkpointer:
         unsafe: bool = False,
         weights: Weights | None = "ema",
         class_names: Sequence[str] | None = None,
+        class_sources: Mapping[str, str] | None = None,
         **checkpointables: Any,
     ) -> None:
         if mismatch not in ("error", "by_name", "reset"):
             raise ConfigError(
                 f'train.init_checkpoint_mismatch={mismatch} must be "error", "by_name" or "reset".'
+            )
+        if class_sources and mismatch != "by_name":
+            raise ConfigError(
+                "train.init_checkpoint_classes pairs classes of other names, which only "
+                "train.init_checkpoint_mismatch=by_name does: set that, too."
             )
         self.model = model
         self.save_dir = save_dir
@@ -99,8 +108,10 @@ class Checkpointer:
         self.unsafe = unsafe
         self.weights = weights
         self.class_names = None if class_names is None else list(class_names)
+        self.class_sources = class_sources
         self.run_id: str | None = None
         self.resumed_from = ""
+        self.report: LoadReport | None = None
 
     def save(self, name: str, *, tag: bool = True, **kwargs: Any) -> None:
         """Writes `<name>.pth` and makes it the last checkpoint, unless `tag` is false.
@@ -209,8 +220,10 @@ class Checkpointer:
             path,
             mismatch=self.mismatch,
             class_names=self.class_names,
+            class_sources=self.class_sources,
             resuming=resuming,
         )
+        self.report = report
         logger.log(logging.INFO if report.complete else logging.WARNING, report.text())
         for key in self.checkpointables if checkpointables is None else checkpointables:
             if key in content:

@@ -16,8 +16,11 @@ from typing import Any
 
 import torch
 from fvcore.common.param_scheduler import ParamScheduler
-from torch import nn
+from omegaconf import DictConfig
+from torch import Tensor, nn
 
+from co_detr.checkpoint.loading import LoadReport
+from co_detr.checkpoint.reading import shorten
 from co_detr.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -162,6 +165,92 @@ class WarmUp(ParamScheduler):
     def __call__(self, where: float) -> float:
         progress = min(where / self.end, 1.0) if self.end > 0 else 1.0
         return (self.factor * (1 - progress) + progress) * self.scheduler(where)
+
+
+class NewClassRate:
+    """Lets the rows of new classes learn faster than the rest of their tensors.
+
+    New are the classes that a checkpoint of other classes has no rows for. What a step of the
+    optimizer changes in their rows is multiplied, weight decay included, which is what a higher
+    learning rate does. Frozen tensors stay as they are.
+
+    Saved with the run: what was new, a resumed training could not tell any more.
+
+    Args:
+        model: whose tensors they are.
+        optimizer: whose steps are changed.
+        factor: of the learning rate.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, factor: float) -> None:
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.factor = factor
+        self.rows: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}
+        optimizer.register_step_pre_hook(self._keep)
+        optimizer.register_step_post_hook(self._stretch)
+
+    def find_in(self, report: LoadReport | None) -> None:
+        """Takes the rows that a loaded file had no classes for; logs them.
+
+        Args:
+            report: None: no file was loaded, so that all classes are as new as all else.
+        """
+        classes = None if report is None else report.classes
+        if classes is None or not classes.new:
+            logger.info("train.new_class_rate does nothing: no class is new to the checkpoint.")
+            return
+        self.load_state_dict({"rows": classes.tensors})
+        logger.info(
+            "Rows of %d new classes learn %g times as fast: %s.",
+            *(len(classes.new), self.factor, shorten(classes.new)),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": {name: rows.tolist() for name, rows in self.rows.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        taken: set[int] = set()  # a tensor that has several names is stretched once
+        self.rows = {}
+        for name, rows in state["rows"].items():
+            parameter = self.parameters.get(name)
+            if parameter is None or id(parameter) in taken or not len(rows):
+                continue
+            taken.add(id(parameter))
+            self.rows[name] = torch.as_tensor(rows, device=parameter.device)
+
+    def _keep(self, *_: Any) -> None:
+        self._before = {
+            name: self.parameters[name].detach()[rows] for name, rows in self.rows.items()
+        }
+
+    @torch.no_grad()
+    def _stretch(self, *_: Any) -> None:
+        for name, before in self._before.items():
+            parameter, rows = self.parameters[name], self.rows[name]
+            parameter[rows] = torch.lerp(before, parameter[rows], self.factor)
+        self._before = {}
+
+
+def build_new_class_rate(
+    cfg: DictConfig, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> NewClassRate | None:
+    """What ``train.new_class_rate`` asks for; None: nothing.
+
+    Raises:
+        ConfigError: if it is not above 0, or the checkpoint is not taken over by class names.
+    """
+    factor = cfg.train.get("new_class_rate", 1.0)
+    if factor == 1:
+        return None
+    if not 0 < factor < float("inf"):
+        raise ConfigError(f"train.new_class_rate={factor} must be above 0, 1 for none.")
+    if cfg.train.init_checkpoint_mismatch != "by_name":
+        raise ConfigError(
+            f"train.new_class_rate={factor} is for classes that a checkpoint does not have: set "
+            "train.init_checkpoint_mismatch=by_name, too."
+        )
+    return NewClassRate(model, optimizer, factor)
 
 
 def layout_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from co_detr.engine.memory_use import (
     explain_out_of_memory,
     training_advice,
 )
+from co_detr.engine.optim import build_new_class_rate
 from co_detr.engine.setup import (
     CONFIG_FILE,
     RunLog,
@@ -136,8 +137,13 @@ def run_training(cfg: DictConfig, resume: bool, log: RunLog | None = None) -> di
     if log is not None and not jointly(lambda: holds_training(output_dir)):
         log.open(output_dir)
     states = {"trainer": trainer} | ({} if averaged is None else {AVERAGED: averaged})
+    new_classes = build_new_class_rate(cfg, model, trainer.optimizer)
+    if new_classes is not None:
+        states["new_classes"] = new_classes
     checkpointer = _checkpointer(model, cfg, cfg.data.train, **states)
     start_iter, identity = _load_start(checkpointer, trainer, cfg, resume)
+    if new_classes is not None and not start_iter:
+        new_classes.find_in(checkpointer.report)
     if start_iter:
         description = jointly(lambda: description_of_resumed(cfg, output_dir))
     if averaged is not None:
@@ -288,6 +294,7 @@ def _checkpointer(
         unsafe=cfg.train.init_checkpoint_unsafe,
         weights=cfg.train.get("init_checkpoint_weights", "ema"),
         class_names=class_names(annotation_file),
+        class_sources=cfg.train.get("init_checkpoint_classes"),
         **checkpointables,
     )
 

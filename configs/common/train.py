@@ -9,6 +9,10 @@ train = dict(
     # If it does not fit the model: "error"; "by_name", for other classes: class heads take over the
     # rows of classes with the same name; "reset": what does not fit keeps its initial values.
     init_checkpoint_mismatch="error",
+    # With by_name: of classes that shall start from the rows of a class with another name, that
+    # name, as {lorry: truck}; and how many times faster the rows of those learn that have none.
+    init_checkpoint_classes={},
+    new_class_rate=1.0,
     init_checkpoint_unsafe=False,  # True: let it run code; only for files of people you trust
     # Of a file that has averaged weights, too: "ema" or "raw". --resume continues with both.
     init_checkpoint_weights="ema",

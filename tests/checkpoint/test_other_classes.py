@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.config import instantiate
 
-from co_detr.checkpoint.loading import match_classes, remap_classes
+from co_detr.checkpoint.classes import match_classes, remap_classes
 from co_detr.checkpoint.official import restore_official
 from co_detr.checkpoint.saving import Checkpointer
 from co_detr.engine.config import load_config
@@ -93,6 +93,53 @@ def test_rows_come_again_for_every_anchor(tmp_path):
             assert torch.equal(ours[1], initial[1])  # zebra
 
 
+def test_rows_of_a_class_with_another_name(source, tmp_path, caplog):
+    path = saved(source, tmp_path / "m.pth", class_names=THEIRS)
+    model = model_of(OURS)
+    caplog.set_level(logging.INFO, "co_detr")
+    sources = {"Zebra": "dog", "CAT": "dog"}
+    checkpointer = Checkpointer(model, mismatch="by_name", class_names=OURS, class_sources=sources)
+    checkpointer.load(path)
+    for key, rows in (("decoder.class_heads.0.weight", 1), (f"{ROI}.bbox_pred.weight", 4)):
+        loaded = model.state_dict()[key].split(rows)
+        theirs = source.state_dict()[key].split(rows)
+        assert torch.equal(loaded[0], theirs[1]) and torch.equal(loaded[1], theirs[1])
+        assert torch.equal(loaded[2], theirs[0])  # person
+    assert "3 of 3 classes taken over by name" in caplog.text
+    assert "2 of them are of another name: zebra from Dog, CAT from Dog" in caplog.text
+    assert "2 of 4 classes of the file are not used: cat, car" in caplog.text
+    assert not any(checkpointer.report.classes.tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ({"lion": "cat"}, "names lion, which is no class of the data: choose from CAT, zebra, per"),
+        ({"zebra": "lion"}, "names lion, which is no class of the checkpoint: choose from person"),
+    ],
+)
+def test_wrong_class_sources(sources, message):
+    with pytest.raises(CheckpointError, match=message):
+        match_classes(THEIRS, OURS, sources)
+    with pytest.raises(ConfigError, match="mismatch=by_name does"):
+        Checkpointer(torch.nn.Linear(1, 1), class_sources=sources)
+
+
+def test_rows_without_counterpart_are_known(tmp_path):
+    """What a higher learning rate for new classes goes by: zebra is row 1 of 3."""
+    models = [tiny_model(6, [f"model.num_classes={n}"], seed=n) for n in (4, 3)]
+    path = saved(models[0], tmp_path / "m.pth", class_names=THEIRS)
+    checkpointer = Checkpointer(models[1], mismatch="by_name", class_names=OURS)
+    checkpointer.load(path)
+    rows = checkpointer.report.classes.tensors
+    assert rows["decoder.class_heads.0.weight"] == [1]
+    assert rows[f"{ROI}.cls_score.weight"] == [1]  # not the background, row 3
+    assert rows[f"{ROI}.bbox_pred.weight"] == [4, 5, 6, 7]
+    anchors = rows["auxiliary.heads.retinanet.network.cls_score.bias"]
+    assert anchors == [1 + 3 * anchor for anchor in range(9)]
+    assert rows["queries.matching.class_head.weight"] == []  # row 0 is "object", whatever is new
+
+
 def test_a_released_file_in_a_model_with_more_heads(source, tmp_path):
     official = restore_official(source.state_dict(), source).state_dict
     torch.save({"state_dict": official}, tmp_path / "m.pth")
@@ -116,7 +163,7 @@ def test_the_label_embedding_follows_the_names():
     remap_classes(state, model, classes)
     assert torch.equal(state[key][[0, 2]], old[[2, 0]])
     assert torch.equal(state[key][1], model.state_dict()[key][1])
-    assert classes.tensors == [key]
+    assert classes.tensors == {key: [1]}
 
 
 def test_as_many_classes_in_another_order(source, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from co_detr.checkpoint.loading import match_classes, remap_classes
+from co_detr.checkpoint.classes import match_classes, remap_classes
 from co_detr.errors import ConfigError
 from co_detr.modeling import BatchPadding
 from co_detr.modeling.mask_losses import RegionSampler
