@@ -238,8 +238,8 @@ def detr_train_augmentation(
     short_edges: Sequence[int] = DETR_SHORT_EDGES,
     max_size: int = 1333,
     crop_probability: float = 0.5,
-    crop_short_edges: Sequence[int] = (400, 500, 600),
-    crop_size: tuple[int, int] = (384, 600),
+    crop_short_edges: Sequence[int] | None = (400, 500, 600),
+    crop_size: tuple[int, int] | None = (384, 600),
     flip_probability: float = 0.5,
     crop_max_size: int = 4200,
 ) -> list[T.Augmentation]:
@@ -251,12 +251,19 @@ def detr_train_augmentation(
         short_edges: lengths of the shorter side, in pixels, to choose from.
         max_size: upper limit of the longer side, in pixels.
         crop_probability: how often the crop branch is taken.
-        crop_short_edges: lengths of the shorter side to choose from before cropping.
-        crop_size: (min, max) side of the crop, in pixels; a smaller image is not cropped.
+        crop_short_edges: lengths of the shorter side to choose from before cropping; None: 1/2,
+            5/8 and 3/4 of the largest of `short_edges`, as DETR's are of its 800.
+        crop_size: (min, max) side of the crop, in pixels; a smaller image is not cropped. None:
+            0.48 and 0.75 of the largest of `short_edges`, as DETR's.
         flip_probability: how often the image is mirrored.
         crop_max_size: upper limit of the longer side before cropping, in pixels, which only
             images reach that are seven times as long as wide; the reference's.
     """
+    largest = max(short_edges)
+    if crop_short_edges is None:
+        crop_short_edges = [round(share * largest) for share in (0.5, 0.625, 0.75)]
+    if crop_size is None:
+        crop_size = (round(0.48 * largest), round(0.75 * largest))
     crop = T.AugmentationList(
         [
             ResizeShortestEdge(

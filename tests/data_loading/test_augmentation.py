@@ -3,6 +3,7 @@
 import detectron2.data.transforms as T
 import numpy as np
 import pytest
+from detectron2.config import instantiate
 from PIL import Image
 
 from co_detr.data.loader import (
@@ -13,7 +14,9 @@ from co_detr.data.loader import (
     detr_train_augmentation,
     lsj_train_augmentation,
 )
+from co_detr.engine.config import load_config
 from co_detr.errors import DataError
+from tests.paths import config_path
 
 THIN = [(1, 1000), (3, 4000), (20000, 2), (1, 1), (1, 60000)]
 
@@ -35,6 +38,28 @@ def test_usual_images_are_resized_as_by_detectron2(size):
         assert drawn(ours, size, seed) == drawn(T.ResizeShortestEdge(**edges), size, seed)
         scales = (0.1, 2.0, 1024, 1024)
         assert drawn(ResizeScale(*scales), size, seed) == drawn(T.ResizeScale(*scales), size, seed)
+
+
+def test_crops_in_proportion_to_the_input():
+    """None are DETR's numbers at its 800 pixels, and follow `short_edges` elsewhere."""
+
+    def crop_of(*short_edges, **settings):
+        resize, crop = detr_train_augmentation(short_edges, **settings)[1].aug.augs
+        return tuple(resize.short_edge_length), tuple(crop.crop_size)
+
+    relative = {"crop_short_edges": None, "crop_size": None}
+    assert crop_of(480, 800, **relative) == crop_of(480, 800) == crop_of(96, 192)
+    assert crop_of(192, 160, **relative) == ((96, 120, 144), (92, 144))
+    key = "dataloader.train.mapper.augmentations"
+    for edge in (192, 400):  # what the preflight advises for small objects
+        cfg = load_config(config_path("co_detr_small"), [f"{key}.short_edges=[{edge}]"])
+        resize, crop = instantiate(cfg.dataloader.train.mapper.augmentations)[1].aug.augs
+        assert resize.short_edge_length[-1] == crop.crop_size[1] == edge * 3 / 4
+    cfg = load_config(config_path("co_detr_small"), [f"{key}.crop_size=[64,96]"])
+    assert instantiate(cfg.dataloader.train.mapper.augmentations)[1].aug.augs[1].crop_size == (
+        64,
+        96,
+    )
 
 
 @pytest.mark.parametrize("size", [(3, 4000), (4000, 3), (200, 2200)])
