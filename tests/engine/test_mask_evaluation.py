@@ -203,5 +203,5 @@ def test_the_best_masks_need_masks(tiny_cfg, tiny_data):
     with pytest.raises(ConfigError, match="best_metric=segm/AP: .*val.json has no mask for its"):
         run_training(tiny_cfg(MASKED, best), resume=False)
     write_masks(tiny_data)
-    with pytest.raises(ConfigError, match="segm/APx is no metric .* or segm/ before one of these"):
+    with pytest.raises(ConfigError, match="segm/APx is no metric .* or segm/, roi/ before one"):
         run_training(tiny_cfg(MASKED, "train.best_metric=segm/APx"), resume=False)
