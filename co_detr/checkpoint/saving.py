@@ -193,8 +193,10 @@ class Checkpointer:
 
         Raises:
             CheckpointError: if the file is missing, unreadable or does not fit the model.
+            ConfigError: if `class_sources` names classes and there are no class heads to load.
         """
         if not path:
+            self._refuse_class_sources("there is no checkpoint to start from", resuming)
             logger.info("No checkpoint is given: the weights stay as they were initialized.")
             return {}
         logger.info("Loading %s", path)
@@ -224,6 +226,8 @@ class Checkpointer:
             resuming=resuming,
         )
         self.report = report
+        if report.classes is None:
+            self._refuse_class_sources(f"{path} holds a backbone alone", resuming)
         logger.log(logging.INFO if report.complete else logging.WARNING, report.text())
         for key in self.checkpointables if checkpointables is None else checkpointables:
             if key in content:
@@ -234,6 +238,14 @@ class Checkpointer:
                 self.checkpointables[key].load_state_dict(saved)
         content.pop("model", None)
         return content | {"class_names": stored_class_names(content)}
+
+    def _refuse_class_sources(self, why: str, resuming: bool) -> None:
+        """Raises a ConfigError if classes were to start from rows that were not loaded."""
+        if self.class_sources and not resuming:
+            raise ConfigError(
+                f"train.init_checkpoint_classes is for class heads of a checkpoint, but {why}: "
+                "leave it out."
+            )
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,10 @@ class NewClassRate:
         """
         classes = None if report is None else report.classes
         if classes is None or not classes.new:
-            logger.info("train.new_class_rate does nothing: no class is new to the checkpoint.")
+            logger.info(
+                "train.new_class_rate does nothing: what was loaded has rows for all classes, or "
+                "for none."
+            )
             return
         self.load_state_dict({"rows": classes.tensors})
         logger.info(

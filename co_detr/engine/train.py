@@ -57,11 +57,10 @@ from co_detr.engine.setup import (
 from co_detr.engine.tracking import build_trackers, require_trackers
 from co_detr.engine.trainer import Trainer, build_trainer
 from co_detr.engine.validation import build_selection, load_validation_set
-from co_detr.engine.views import DetectorWithTTA, MapperWithViews, named_tta
+from co_detr.engine.views import DetectorWithTTA, MapperWithViews, compared_kinds, named_tta
 from co_detr.engine.writers import WriterHook, build_writers
 from co_detr.errors import CheckpointError, ConfigError, UserError
 from co_detr.files import remove_incomplete
-from co_detr.modeling.detectors import TTA_KIND
 from co_detr.process_setup import outlive_signals
 
 logger = logging.getLogger(__name__)
@@ -126,7 +125,7 @@ def run_training(cfg: DictConfig, resume: bool, log: RunLog | None = None) -> di
 
     # Model and optimizer.
     model = build_model(cfg)
-    kinds = [*getattr(model, "compared", ()), *([TTA_KIND] if cfg.dataloader.get("tta") else [])]
+    kinds = compared_kinds(model, with_tta=cfg.dataloader.get("tta") is not None)
     selection = build_selection(cfg, names, getattr(model, "predicts_masks", False), kinds)
     trainer = build_trainer(cfg, model, train_loader, train_loader.batch_sampler.accumulation_steps)
     logger.info(trainer.plan.text())
@@ -140,7 +139,14 @@ def run_training(cfg: DictConfig, resume: bool, log: RunLog | None = None) -> di
     new_classes = build_new_class_rate(cfg, model, trainer.optimizer)
     if new_classes is not None:
         states["new_classes"] = new_classes
-    checkpointer = _checkpointer(model, cfg, cfg.data.train, **states)
+    checkpointer = _checkpointer(
+        model,
+        cfg,
+        cfg.data.train,
+        # Not for evaluations, whose checkpoints have the classes of the run.
+        class_sources=cfg.train.get("init_checkpoint_classes"),
+        **states,
+    )
     start_iter, identity = _load_start(checkpointer, trainer, cfg, resume)
     if new_classes is not None and not start_iter:
         new_classes.find_in(checkpointer.report)
@@ -284,9 +290,13 @@ def build_evaluation(cfg: DictConfig, folder: str | None = None) -> Callable[...
 
 
 def _checkpointer(
-    model: nn.Module, cfg: DictConfig, annotation_file: str, **checkpointables: Any
+    model: nn.Module, cfg: DictConfig, annotation_file: str, **settings: Any
 ) -> Checkpointer:
-    """Reads and writes checkpoints of a model for the classes of a loaded annotation file."""
+    """Reads and writes checkpoints of a model for the classes of a loaded annotation file.
+
+    Args:
+        settings: other arguments of `Checkpointer`, and what else it saves and resumes.
+    """
     return Checkpointer(
         model,
         cfg.train.output_dir,
@@ -294,8 +304,7 @@ def _checkpointer(
         unsafe=cfg.train.init_checkpoint_unsafe,
         weights=cfg.train.get("init_checkpoint_weights", "ema"),
         class_names=class_names(annotation_file),
-        class_sources=cfg.train.get("init_checkpoint_classes"),
-        **checkpointables,
+        **settings,
     )
 
 

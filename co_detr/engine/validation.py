@@ -344,7 +344,7 @@ def evaluations_without_gain(values: Iterable[float], min_delta: float) -> int:
 
 
 def build_selection(
-    cfg: DictConfig, class_names: Sequence[str], predicts_masks: bool, kinds: Sequence[str] = ()
+    cfg: DictConfig, class_names: Sequence[str], predicts_masks: bool, kinds: Sequence[str]
 ) -> ModelSelection | None:
     """What `train.best_metric` and `train.early_stop` ask for; None: nothing.
 
@@ -372,9 +372,8 @@ def build_selection(
     losses = [TOTAL] if cfg.train.val_loss.enabled else []
     of_class = [f"AP-{class_name}" for class_name in class_names]
     if name not in (*_METRICS, *of_class) and metric not in losses:
-        remarks = [f"{MASKS}/"] if predicts_masks else []
-        remarks += [f"{kind}/" for kind in kinds]
-        remark = f" or {', '.join(remarks)} before one of these," if remarks else ""
+        before = [f"{prefix}/" for prefix in ([MASKS] if predicts_masks else []) + list(kinds)]
+        remark = f" or {', '.join(before)} before one of these," if before else ""
         why = "; this model predicts no masks" if of_masks and not predicts_masks else ""
         raise ConfigError(
             f"train.best_metric={metric} is no metric of the evaluation{why}: choose "

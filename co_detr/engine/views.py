@@ -459,6 +459,15 @@ class MapperWithViews:
         return sample | {"views": see(self.plan, pixels, self.mapper.augmentations, name)}
 
 
+def compared_kinds(model: nn.Module, with_tta: bool) -> list[str]:
+    """Kinds of detections that an evaluation of `model` reports beside its ``instances``.
+
+    Args:
+        with_tta: whether it also looks with test-time augmentation.
+    """
+    return [*getattr(model, "compared", ()), *([TTA_KIND] if with_tta else [])]
+
+
 class DetectorWithTTA(nn.Module):
     """A detector that also tells what it finds with test-time augmentation, as ``instances_tta``.
 
@@ -475,7 +484,7 @@ class DetectorWithTTA(nn.Module):
 
     @property
     def compared(self) -> list[str]:
-        return [*getattr(self.model, "compared", ()), TTA_KIND]
+        return compared_kinds(self.model, with_tta=True)
 
     def forward(self, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """See `CoDETR.forward`, in eval mode."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from co_detr.checkpoint.saving import Checkpointer
 from co_detr.engine.optim import NewClassRate
+from co_detr.engine.train import run_evaluation_only
 from co_detr.engine.train import run_training as run_unseeded
 from co_detr.errors import CheckpointError, ConfigError
 from co_detr.structures import ClassRows
@@ -98,12 +99,32 @@ def test_a_run_that_did_not_know_them_cannot_go_on_with_them(tiny_cfg, other):
         run_training(tiny_cfg(*SETTINGS, other), resume=True)
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_the_run_is_evaluated_as_it_was_trained(tiny_cfg, tmp_path, other, resume):
+    """Its own checkpoints have its classes, whatever it was started from."""
+    settings = [*SETTINGS, "train.init_checkpoint_classes={cell: dog}"]
+    trained = run_training(tiny_cfg(*settings, other, "train.max_iter=1"), resume=False)
+    own = f"train.init_checkpoint={tmp_path / 'out' / 'model_final.pth'}"
+    assert run_evaluation_only(tiny_cfg(*settings, own), resume=resume) == trained
+
+
 def test_nothing_is_new(tiny_cfg, tmp_path, other, caplog):
     caplog.set_level(logging.INFO, "co_detr")
     sources = "train.init_checkpoint_classes={cell: dog}"
     run_training(tiny_cfg(*SETTINGS, other, sources, "train.max_iter=1"), resume=False)
     assert "1 of them are of another name: cell from dog" in caplog.text
-    assert "train.new_class_rate does nothing: no class is new" in caplog.text
+    assert "train.new_class_rate does nothing: what was loaded has rows" in caplog.text
+
+
+def test_sources_without_class_heads_are_refused(tiny_cfg, tmp_path):
+    sources = "train.init_checkpoint_classes={cell: dog}"
+    with pytest.raises(ConfigError, match="but there is no checkpoint to start from: leave it out"):
+        run_training(tiny_cfg(*SETTINGS, sources), resume=False)
+    backbone = ClassyDetector(2).backbone.state_dict()
+    torch.save({"model": {f"backbone.{k}": v for k, v in backbone.items()}}, tmp_path / "b.pth")
+    start = f"train.init_checkpoint={tmp_path / 'b.pth'}"
+    with pytest.raises(ConfigError, match=r"b\.pth holds a backbone alone: leave it out"):
+        run_training(tiny_cfg(*SETTINGS, sources, start), resume=False)
 
 
 @pytest.mark.parametrize(
