@@ -79,11 +79,20 @@ class GroundTruth:
         labels: ``(G,)`` int64 in [0, K).
         boxes: ``(G, 4)`` normalized cxcywh.
         factor: ``(4,)`` of `Geometry.factors`, to get back to pixels.
+        weights: ``(G,)`` what the losses of each are multiplied by; None: 1.
     """
 
     labels: Tensor
     boxes: Tensor
     factor: Tensor
+    weights: Tensor | None = None
+
+
+def loss_weights(instances: Instances) -> Tensor:
+    """``(G,)`` what the losses of objects are multiplied by: their ``gt_weights``, or 1."""
+    if instances.has("gt_weights"):
+        return instances.gt_weights
+    return instances.gt_boxes.tensor.new_ones(len(instances))
 
 
 def bitmaps_of(masks: BitMasks | PolygonMasks, image_size: tuple[int, int]) -> Tensor:

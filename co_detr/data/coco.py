@@ -51,6 +51,7 @@ def load_coco(
     partial_classes: bool = False,
     with_masks: bool = False,
     repeat_threshold: float = 0.0,
+    score_weights: bool = False,
 ) -> list[dict[str, Any]]:
     """Reads a COCO-format json and registers its classes under `dataset_name(annotation_file)`.
 
@@ -68,12 +69,15 @@ def load_coco(
         with_masks: keep the masks of objects, for heads that learn masks; crowds keep none.
         repeat_threshold: images with a class that is in less than this share of all images are
             listed several times, see `repeat_rare_classes`; 0: every image once.
+        score_weights: objects with a `score`, as pseudo-labels have it, weigh as much in training;
+            others weigh 1.
 
     Returns:
         One dict per image (images without boxes included), ordered by image id: `file_name`,
         `height`, `width`, `image_id`, and `annotations` with `bbox` (x, y, w, h in pixels),
         `bbox_mode`, contiguous `category_id` and `iscrowd`, with masks also `segmentation` as of
-        `co_detr.data.segmentation`, where there is one. Boxes are clipped to the image.
+        `co_detr.data.segmentation`, where there is one, and `weight` with `score_weights`. Boxes
+        are clipped to the image.
 
     Raises:
         DataError: in one sentence that names the file, image or annotation and the remedy.
@@ -119,6 +123,8 @@ def load_coco(
                 "category_id": contiguous_ids[category_id],
                 "iscrowd": int(crowd),
             }
+            if score_weights:
+                kept["weight"] = _weight_of(annotation, where)
             if with_masks and not kept["iscrowd"]:
                 mask = masks.read(annotation, record)
                 if mask is not None:
@@ -130,9 +136,31 @@ def load_coco(
     dataset = [records[image_id] for image_id in sorted(records)]
     count = sum(len(record["annotations"]) for record in dataset)
     logger.info("%s: %d images, %d boxes.", annotation_file, len(dataset), count)
+    if score_weights:
+        _log_weights(dataset)
     if repeat_threshold:
         return repeat_rare_classes(dataset, repeat_threshold, class_names(annotation_file))
     return dataset
+
+
+def _weight_of(annotation: dict[str, Any], where: str) -> float:
+    score = annotation.get("score", 1.0)
+    if not is_number(score) or not 0 < score <= 1:
+        raise DataError(
+            f"{where} has the score {score!r}, by which its loss cannot be weighed: write a number "
+            "above 0 and up to 1, or set dataloader.train.dataset.score_weights=false."
+        )
+    return float(score)
+
+
+def _log_weights(dataset: Sequence[dict[str, Any]]) -> None:
+    weights = [entry["weight"] for record in dataset for entry in record["annotations"]]
+    lower = [weight for weight in weights if weight < 1]
+    logger.info(
+        "Losses are weighed by scores: %d of %d boxes have one below 1%s.",
+        *(len(lower), len(weights)),
+        f", {sum(lower) / len(lower):.2f} on average" if lower else "",
+    )
 
 
 def load_lvis(
@@ -142,6 +170,7 @@ def load_lvis(
     invalid_boxes: str = "error",
     repeat_threshold: float = 0.0,
     with_masks: bool = False,
+    score_weights: bool = False,
 ) -> list[dict[str, Any]]:
     """Reads an LVIS v1 json, of 1203 classes; as `load_coco` with another way to the images.
 
@@ -157,6 +186,7 @@ def load_lvis(
         image_path=image_path_of(load_lvis, annotation_file),
         with_masks=with_masks,
         repeat_threshold=repeat_threshold,
+        score_weights=score_weights,
     )
 
 
@@ -217,6 +247,7 @@ def load_objects365(
     invalid_boxes: str = "error",
     repeat_threshold: float = 0.0,
     with_masks: bool = False,
+    score_weights: bool = False,
 ) -> list[dict[str, Any]]:
     """Reads Objects365 v2, `zhiyuan_objv2_train.json` or `.._val.json`; as `load_coco`.
 
@@ -230,6 +261,7 @@ def load_objects365(
         image_path=image_path_of(load_objects365, annotation_file),
         with_masks=with_masks,
         repeat_threshold=repeat_threshold,
+        score_weights=score_weights,
     )
 
 

@@ -21,6 +21,7 @@ from co_detr.data.loader import CheckedDatasetMapper, as_tensor, augment, with_w
 from co_detr.data.masks import CroppedMasks
 from co_detr.data.variation import PixelwiseTransform, TransposeTransform
 from co_detr.mask_patch import MaskPatch, first_to_last
+from co_detr.structures import loss_weights
 
 Window = tuple[slice, slice]  # rows and columns
 
@@ -146,6 +147,9 @@ def paste(
         gt_classes=torch.cat([scene.instances.gt_classes[stays], objects.gt_classes]),
         gt_masks=CroppedMasks.cat([masks[stays], objects.gt_masks]),
     )
+    if scene.instances.has("gt_weights") or objects.has("gt_weights"):
+        kept = loss_weights(scene.instances)[stays]
+        instances.gt_weights = torch.cat([kept, loss_weights(objects)])
     return Scene(image, instances)
 
 

@@ -127,6 +127,9 @@ class CheckedDatasetMapper(DatasetMapper):
             [annotation["category_id"] for annotation in objects], dtype=torch.int64
         )
         instances = Instances(after, gt_boxes=Boxes(torch.from_numpy(boxes)), gt_classes=classes)
+        if any("weight" in annotation for annotation in objects):
+            weights = [annotation.get("weight", 1.0) for annotation in objects]
+            instances.gt_weights = torch.tensor(weights, dtype=torch.float32)
         shows = instances.gt_boxes.nonempty(threshold=1e-5)
         if masks and all(mask is not None for mask in masks):
             instances.gt_masks = transformed_masks(masks, before, transforms)

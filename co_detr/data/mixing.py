@@ -230,6 +230,8 @@ def _placed(instances: Instances, put: PlaceTransform, recompute_boxes: bool) ->
     boxes = instances.gt_boxes.tensor.double().reshape(-1, 2).numpy()
     boxes = torch.from_numpy(put.apply_coords(boxes)).float().reshape(-1, 4)
     placed = Instances(put.size, gt_boxes=Boxes(boxes), gt_classes=instances.gt_classes)
+    if instances.has("gt_weights"):
+        placed.gt_weights = instances.gt_weights
     shows = placed.gt_boxes.nonempty(threshold=1e-5)
     if instances.has("gt_masks"):
         rows, columns = put.source

@@ -209,7 +209,9 @@ class CoDETR(nn.Module):
         Args:
             images: normalized and padded.
             gt_instances: with ``gt_boxes`` (absolute) and ``gt_classes``, for heads that learn
-                masks also ``gt_masks``, on any device.
+                masks also ``gt_masks``, on any device. Where they have ``gt_weights``, these
+                multiply what each object adds to the losses of queries and to the gradients of
+                auxiliary heads (not of RPNs, and not of masks).
             counts: of all micro-batches of the step; None: this batch is all of it.
         """
         gt_masks = [
@@ -225,6 +227,7 @@ class CoDETR(nn.Module):
                 instances.gt_classes,
                 normalize_boxes(instances.gt_boxes.tensor.to(dtype), factor),
                 factor,
+                instances.gt_weights if instances.has("gt_weights") else None,
             )
             for instances, factor in zip(gt_instances, geometry.factors, strict=True)
         ]
@@ -328,6 +331,8 @@ class CoDETR(nn.Module):
             truth = Instances(tuple(size))
             truth.gt_boxes = Boxes(to_device(instances.gt_boxes.tensor, device))
             truth.gt_classes = to_device(instances.gt_classes, device)
+            if instances.has("gt_weights"):
+                truth.gt_weights = to_device(instances.gt_weights, device)
             if instances.has("gt_masks") and auxiliary is not None and auxiliary.reads_masks:
                 masks = instances.gt_masks
                 is_bitmap = isinstance(masks, BitMasks)

@@ -7,7 +7,7 @@ normalized.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -51,10 +51,7 @@ def assign_targets(
     num_classes: int,
 ) -> Assignment:
     """Matches, in one go, all groups and encoder proposals that have no targets yet."""
-    as_object = [
-        GroundTruth(torch.zeros_like(truth.labels), truth.boxes, truth.factor)
-        for truth in ground_truth
-    ]
+    as_object = [replace(truth, labels=torch.zeros_like(truth.labels)) for truth in ground_truth]
     problems = {}
     for index, (group, predicted) in enumerate(zip(groups, predictions, strict=True)):
         if group.targets is None:
@@ -74,7 +71,12 @@ def assign_targets(
 
 
 def _repeated(truth: GroundTruth, times: int) -> GroundTruth:
-    return GroundTruth(truth.labels.repeat(times), truth.boxes.repeat(times, 1), truth.factor)
+    return replace(
+        truth,
+        labels=truth.labels.repeat(times),
+        boxes=truth.boxes.repeat(times, 1),
+        weights=None if truth.weights is None else truth.weights.repeat(times),
+    )
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ class HungarianAssigner(nn.Module):
         """Solves all problems of a step.
 
         Returns:
-            per problem, targets with labels ``(D, B, Q)``, boxes ``(D, B, Q, 4)``, weights 1.
+            per problem, targets with labels ``(D, B, Q)``, boxes ``(D, B, Q, 4)`` and weights,
+            which are 1 or those of the matched ground truths.
         """
         costs = [
             self.cost(problem.predictions, image, truth)
@@ -188,10 +191,17 @@ def _targets(matched: Tensor, problem: MatchingProblem) -> AssignedTargets:
     image_index = torch.arange(len(truths), device=matched.device)[None, :, None]
     row = matched.clamp(min=0)
     is_matched = matched >= 0
+    weights = boxes.new_ones(()).expand(is_matched.shape)
+    if any(truth.weights is not None for truth in truths):
+        of_truths = boxes.new_ones(len(truths), rows)
+        for image, truth in enumerate(truths):
+            if truth.weights is not None:
+                of_truths[image, : len(truth.labels)] = truth.weights.to(boxes.dtype)
+        weights = torch.where(is_matched, of_truths[image_index, row], weights)
     return AssignedTargets(
         labels=torch.where(is_matched, labels[image_index, row], problem.num_classes),
         boxes=boxes[image_index, row],
-        weights=boxes.new_ones(()).expand(is_matched.shape),
+        weights=weights,
     )
 
 
@@ -456,6 +466,33 @@ class _InParts(torch.autograd.Function):
                 (found,) = torch.autograd.grad(ctx.loss(some, *rest), some, grad_part)
             into.copy_(found)
         return None, None, result, *(None for _ in others)
+
+
+def scale_gradient(values: Tensor, weights: Tensor) -> Tensor:
+    """The values themselves, whose gradients are multiplied by weights.
+
+    For losses of other people's making, which know no weights: sums over rows get the gradients
+    of weighted sums, while what they report stays as it is.
+
+    Args:
+        values: ``(..., X)``; weights: ``(...)``, one for each row.
+    """
+    return _ScaleGradient.apply(values, weights[..., None])
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """See `scale_gradient`."""
+
+    @staticmethod
+    def forward(ctx, values, weights):
+        ctx.save_for_backward(weights)
+        return values.view_as(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (weights,) = ctx.saved_tensors
+        return grad * weights.to(grad.dtype), None
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:

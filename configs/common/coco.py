@@ -56,6 +56,7 @@ dataloader = dict(
             with_masks=None,  # None: if the model has a mask head, or objects are pasted
             # Images with a class that fewer than this share of all images have are seen more often.
             repeat_threshold=0.0,
+            score_weights=False,  # whether the scores of pseudo-labels weigh their losses
         ),
         mapper=L(CheckedDatasetMapper)(
             is_train=True,

@@ -26,7 +26,7 @@ def _lvis(split):
 
 
 dataloader.train.dataset = _lvis("train")
-dataloader.train.dataset.with_masks = None  # as the model needs, see coco.py
+dataloader.train.dataset.update(with_masks=None, score_weights=False)  # see coco.py
 dataloader.test.dataset = _lvis("val")
 dataloader.evaluator = L(LvisDetectionEvaluator)(
     annotation_file="${data.val}", output_dir="${train.output_dir}", max_detections=300

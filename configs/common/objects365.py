@@ -24,5 +24,6 @@ def _objects365(split):
 
 
 dataloader.train.dataset = _objects365("train")
-dataloader.train.dataset.update(with_masks=None, repeat_threshold=0.0)  # see coco.py
+# See coco.py.
+dataloader.train.dataset.update(with_masks=None, repeat_threshold=0.0, score_weights=False)
 dataloader.test.dataset = _objects365("val")

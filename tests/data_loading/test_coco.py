@@ -206,6 +206,26 @@ def test_mapper_keeps_boxes_and_leaves_crowds_out(tmp_path, content):
     assert sample["instances"].gt_classes.tolist() == [1]
 
 
+def test_scores_weigh_objects_when_asked_for(tmp_path, content, caplog):
+    caplog.set_level(logging.INFO, "co_detr")
+    first = content["annotations"][0]
+    content["annotations"] += [first | {"id": 3, "score": 0.25}, first | {"id": 4, "score": 1}]
+    assert not _map(_load(tmp_path, content)[0])["instances"].has("gt_weights")
+    records = _load(tmp_path, content, score_weights=True)
+    assert "3 of" not in caplog.text and "1 of 4 boxes have one below 1, 0.25 on" in caplog.text
+    assert _map(records[0])["instances"].gt_weights.tolist() == [1.0, 0.25, 1.0]
+    assert not _map(records[1])["instances"].has("gt_weights")  # has no object
+
+
+@pytest.mark.parametrize("score", [0, 1.5, -0.1, "high", True, None, float("nan")])
+def test_scores_that_are_no_weights(tmp_path, content, score):
+    content["annotations"][0]["score"] = score
+    _load(tmp_path, content)  # where nobody asks
+    message = _error(tmp_path, content, score_weights=True)
+    assert f"annotation 1 of {tmp_path / 'set.json'} has the score {score!r}" in message
+    assert "score_weights=false" in message
+
+
 @pytest.mark.parametrize("damage", ["truncated", "text", "empty"])
 def test_image_that_cannot_be_decoded(tmp_path, content, damage):
     records = _load(tmp_path, content)

@@ -241,3 +241,29 @@ def test_numbers_of_objects_are_even():
     assert counts[4] == 0 and counts[:4].min() > 150
     assert all_of_two == {(), (0,), (1,), (0, 1), (1, 0)}
     assert len(draw(0)) == 0
+
+
+def test_pasted_objects_keep_their_weights(folder):
+    content = json.loads((folder / "train.json").read_text())
+    for entry in content["annotations"][::2]:
+        entry["score"] = 0.5
+    content["annotations"] = [e for e in content["annotations"] if e["image_id"] != 3]
+    write(folder, content)
+    found = load_coco(str(folder / "train.json"), str(folder), with_masks=True, score_weights=True)
+    # Mirrored objects lie beside those of the scene.
+    mappers, seen = (mapper_of(T.NoOpTransform()), mapper_of(T.RandomFlip(prob=1.0))), 0
+    for scene in found:
+        for source in found:
+            one, other = map(draw_source, (scene, source), mappers)
+            if not len(one.instances):
+                one.instances.gt_masks = CroppedMasks.placed(one.instances.image_size, ())
+            if not len(other.instances):
+                continue
+            pasted = paste(Scene(one.whole(), one.instances), other.instances, other.pixels)
+            weights = pasted.instances.gt_weights
+            assert weights[-len(other.instances) :].equal(other.instances.gt_weights)
+            left = len(weights) - len(other.instances)
+            assert left == len(one.instances)
+            assert not left or weights[:left].equal(one.instances.gt_weights)
+            seen += left
+    assert seen

@@ -139,6 +139,32 @@ def test_boxes_and_masks_are_where_their_objects_show():
     assert boxes_compared > 400 and masks_compared > 150 and mixed > 250
 
 
+def test_weights_stay_with_their_objects():
+    """Every class has one weight; images that are put together have few of them each."""
+    records = [
+        record
+        | {
+            "annotations": [
+                entry | {"weight": (entry["category_id"] + 1) / 20}
+                for entry in record["annotations"]
+            ]
+        }
+        for record in RECORDS[:-1]
+    ]
+    records.append(RECORDS[-1] | {"annotations": []})
+    mixing = Mixing(mosaic=0.5, mixup=0.6, size=48, keep_masks=False)
+    mapper = mapper_of(Painter(), None, T.RandomFlip(), T.ResizeShortestEdge((40, 60), 99))
+    seen = set()
+    for seed in range(60):
+        with locally_seeded("weights", seed):
+            found = mixing(records[seed % 6], records, mapper, mapper)["instances"]
+        if len(found):
+            expected = (found.gt_classes + 1) / 20
+            torch.testing.assert_close(found.gt_weights, expected)
+        seen |= set(found.gt_classes.tolist())
+    assert len(seen) == 10
+
+
 def test_a_whole_mosaic_is_four_images_around_a_point():
     """Without a cut, by mmdet's rule."""
     records = make_records()

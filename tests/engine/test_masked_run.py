@@ -1,6 +1,7 @@
 """A model with a mask head goes through all that a run has: training, resume, EMA, evaluation."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -13,7 +14,7 @@ from co_detr.engine.train import run_evaluation_only, run_training
 from co_detr.modeling import CoDETR
 from co_detr.tools.analyze.subjects import load_models, parse_model
 from tests.device import NAME
-from tests.engine.masked import write_masks
+from tests.engine.masked import add_masks, write_masks
 from tests.modeling.builders import shrink
 from tests.paths import config_path
 
@@ -41,13 +42,22 @@ FEATURES = [
     "train.val_loss.max_images=2",
     "train.best_metric=segm/AP",
     "model.compare_detectors=true",
+    "dataloader.train.dataset.score_weights=true",
+    "dataloader.train.mixing.mosaic=0.5",
+    "dataloader.train.mixing.size=64",
 ]
+
+
+def add_masks_and_scores(annotations):
+    add_masks(annotations)
+    for annotation in annotations[::2]:
+        annotation["score"] = 0.4
 
 
 @pytest.fixture
 def make(tiny_data, tmp_path):
     """Makes a config; arguments are overrides."""
-    write_masks(tiny_data)
+    write_masks(tiny_data, add_masks_and_scores)
 
     def config(*overrides, output="out"):
         data = tiny_data.overrides(tmp_path / output)
@@ -58,9 +68,11 @@ def make(tiny_data, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.cpu_only("RoIAlign would be compiled to repeat its bits")
-def test_a_run_with_everything(make, tmp_path):
+def test_a_run_with_everything(make, tmp_path, caplog):
     torch.manual_seed(0)
+    caplog.set_level(logging.INFO, "co_detr")
     metrics = run_training(make(*FEATURES), resume=False)
+    assert "Losses are weighed by scores: 5 of 9 boxes have one below 1, 0.40 on" in caplog.text
     assert metrics.keys() > {"AP", "segm/AP", "roi/AP", "merged/AP"}
     assert not any("roi/segm" in name for name in metrics)
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").open()]

@@ -22,7 +22,13 @@ from co_detr.modeling.auxiliary.dense_losses import (
     DenseTargets,
     Positives,
 )
-from co_detr.structures import AuxiliaryOutput, Candidates, HeadCounts, HeadDetections
+from co_detr.structures import (
+    AuxiliaryOutput,
+    Candidates,
+    HeadCounts,
+    HeadDetections,
+    loss_weights,
+)
 
 
 class DenseHead(nn.Module):
@@ -110,9 +116,21 @@ class DenseHead(nn.Module):
         maps = [features[name] for name in self.in_features]
         anchors = self.anchors(maps)
         predictions, targets = self._predict_and_assign(images, maps, anchors, gt_instances)
+        weights = None
+        if any(instances.has("gt_weights") for instances in gt_instances):
+            weights = self._weights(targets, gt_instances)
+            predictions = predictions.with_scaled_gradients(weights)
         normalizers = None if totals is None else totals.normalizers
         losses = self.losses(predictions, torch.cat(anchors), targets, normalizers)
-        return AuxiliaryOutput(losses, self._candidates(anchors, maps, targets, images))
+        return AuxiliaryOutput(losses, self._candidates(anchors, maps, targets, images, weights))
+
+    def _weights(self, targets: DenseTargets, gt_instances: list[Instances]) -> Tensor:
+        """``(B, R)`` those of the assigned ground truths; 1 where there is none."""
+        of_images = []
+        for truths, instances in zip(targets.truths, gt_instances, strict=True):
+            weights = F.pad(loss_weights(instances), (0, 1), value=1.0)
+            of_images.append(weights[torch.where(truths >= 0, truths, len(instances))])
+        return torch.stack(of_images)
 
     @torch.no_grad()
     def count(
@@ -242,7 +260,12 @@ class DenseHead(nn.Module):
         return self.criterion(predictions, anchors, targets, self.box_code, totals)
 
     def _candidates(
-        self, anchors: list[Tensor], maps: list[Tensor], targets: DenseTargets, images: ImageList
+        self,
+        anchors: list[Tensor],
+        maps: list[Tensor],
+        targets: DenseTargets,
+        images: ImageList,
+        weights: Tensor | None,
     ) -> Candidates:
         flat, labels = torch.cat(anchors), targets.labels
         if not self.pads_candidates:
@@ -256,6 +279,9 @@ class DenseHead(nn.Module):
             )
             for image, size in enumerate(images.image_sizes)
         ]
+        if weights is not None:
+            for image, own in zip(instances, weights, strict=True):
+                image.gt_weights = own
 
         def gather_features(image: int, indices: Tensor) -> Tensor:
             return gather_cells(maps, image, indices // self.num_anchors)

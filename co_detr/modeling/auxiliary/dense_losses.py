@@ -25,6 +25,7 @@ from co_detr.modeling.losses import (
     average_over_processes,
     generalized_iou,
     iou,
+    scale_gradient,
 )
 
 
@@ -73,6 +74,16 @@ class DensePredictions:
     @property
     def num_classes(self) -> int:
         return self.logits.shape[-1]
+
+    def with_scaled_gradients(self, weights: Tensor) -> DensePredictions:
+        """The same, with gradients that are multiplied by those ``(B, R)`` of the anchors."""
+        return DensePredictions(
+            scale_gradient(self.logits, weights),
+            scale_gradient(self.deltas, weights),
+            None
+            if self.quality is None
+            else scale_gradient(self.quality[..., None], weights).squeeze(-1),
+        )
 
     @classmethod
     def of_levels(

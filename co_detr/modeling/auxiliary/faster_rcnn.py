@@ -12,6 +12,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from co_detr.modeling.losses import scale_gradient
 from co_detr.structures import AuxiliaryOutput, Candidates, ClassRows, HeadCounts, HeadDetections
 
 
@@ -115,6 +116,12 @@ class CollaborativeROIHeads(StandardROIHeads):
         maps = [features[name] for name in self.box_in_features]
         return self.box_pooler(maps, boxes).mean(dim=(2, 3))
 
+    def row_weights(self, sample: Instances) -> Tensor:
+        """``(P,)`` those of the ground truths of sampled proposals; 1 for background."""
+        if not sample.has("gt_weights"):
+            return sample.proposal_boxes.tensor.new_ones(len(sample))
+        return torch.where(sample.gt_classes < self.num_classes, sample.gt_weights, 1.0)
+
     def _forward_mask(self, features: dict[str, Tensor], instances: list[Instances]):
         if self.training and self.mask_on:
             # Images whose objects have no masks teach the mask head nothing.
@@ -135,6 +142,9 @@ class CollaborativeROIHeads(StandardROIHeads):
         for instances, rows in zip(proposals, query_features, strict=True):
             instances.query_features = rows
         scores, deltas = self.box_predictor(self.box_head(pooled))
+        if any(instances.has("gt_weights") for instances in proposals):
+            weights = torch.cat([self.row_weights(instances) for instances in proposals])
+            scores, deltas = (scale_gradient(rows, weights) for rows in (scores, deltas))
         # Detectron2 asserts that boxes are ordered, which those from NaN are not. The loss has to
         # say it instead, where the trainer sees it in all processes; the sum is 0 otherwise.
         finite = deltas.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
@@ -285,6 +295,8 @@ class FasterRCNNHead(nn.Module):
         else:  # Detectron2 leaves the field out for an image without ground truth
             targets = boxes.new_zeros(boxes.shape)
         candidates.gt_boxes = Boxes(targets)
+        if sample.has("gt_weights"):
+            candidates.gt_weights = self.roi_heads.row_weights(sample)
         return candidates
 
     def detect(self, images: ImageList, features: dict[str, Tensor]) -> HeadDetections:

@@ -108,10 +108,13 @@ class DenoisingQueries(QuerySource):
         num_truths = counts.num_truths if counts else [len(truth.labels) for truth in ground_truth]
         longest = max(num_truths)
         num_blocks = max(1, self.num_queries // longest) if longest else 1
-        labels, boxes, is_real = _pad(ground_truth, longest)  # (B, G), (B, G, 4), (B, G)
+        # (B, G), (B, G, 4), (B, G), (B, G)
+        labels, boxes, is_real, weights = _pad(ground_truth, longest)
         # (B, blocks, positive or negative, G)
         slots = (num_blocks, 2, longest)
-        labels, is_real = (x[:, None, None].expand(-1, *slots) for x in (labels, is_real))
+        labels, is_real, weights = (
+            x[:, None, None].expand(-1, *slots) for x in (labels, is_real, weights)
+        )
         boxes = boxes[:, None, None].expand(-1, *slots, 4)
         is_positive = torch.zeros_like(is_real)
         is_positive[:, :, 0] = is_real[:, :, 0]
@@ -125,7 +128,7 @@ class DenoisingQueries(QuerySource):
         targets = AssignedTargets(
             labels=torch.where(is_positive, labels, self.num_classes).flatten(1)[None],
             boxes=(boxes * is_positive[..., None]).flatten(1, 3)[None],
-            weights=torch.ones_like(boxes[..., 0]).flatten(1)[None],
+            weights=torch.where(is_positive, weights, 1.0).flatten(1)[None],
         )
         return QueryGroup(
             name=self.name,
@@ -156,14 +159,19 @@ class DenoisingQueries(QuerySource):
         return xyxy_to_cxcywh(corners.clamp(0.0, 1.0))
 
 
-def _pad(ground_truth: list[GroundTruth], length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels ``(B, G)``, boxes ``(B, G, 4)`` and which of them are real ``(B, G)`` bool."""
+def _pad(ground_truth: list[GroundTruth], length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Labels ``(B, G)``, boxes ``(B, G, 4)``, which of them are real ``(B, G)`` bool, and their
+    weights ``(B, G)``.
+    """
     first = ground_truth[0]
     labels = first.labels.new_zeros(len(ground_truth), length)
     boxes = first.boxes.new_zeros(len(ground_truth), length, 4)
     is_real = torch.zeros_like(labels, dtype=torch.bool)
+    weights = torch.ones_like(boxes[..., 0])
     for image, truth in enumerate(ground_truth):
         count = len(truth.labels)
         labels[image, :count], boxes[image, :count] = truth.labels, truth.boxes
         is_real[image, :count] = True
-    return labels, boxes, is_real
+        if truth.weights is not None:
+            weights[image, :count] = truth.weights.to(weights.dtype)
+    return labels, boxes, is_real, weights

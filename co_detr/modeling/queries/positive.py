@@ -14,7 +14,7 @@ from co_detr.errors import ConfigError
 from co_detr.modeling.geometry import Geometry, encode_boxes
 from co_detr.modeling.losses import normalize_boxes
 from co_detr.modeling.transformer import inverse_sigmoid
-from co_detr.structures import AssignedTargets, Candidates, QueryGroup, to_device
+from co_detr.structures import AssignedTargets, Candidates, QueryGroup, loss_weights, to_device
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,7 @@ class PositiveQueries(nn.Module):
         valid = filled([torch.ones_like(slots.indices) for slots in chosen])
         boxes = filled([instances.proposal_boxes.tensor.to(dtype) for instances in picked])
         targets = filled([instances.gt_boxes.tensor.to(dtype) for instances in picked])
+        weights = filled([loss_weights(instances).to(dtype) for instances in picked])
         factors = geometry.factors[:, None]
         boxes, targets = normalize_boxes(boxes, factors), normalize_boxes(targets, factors)
         # Anchors may be larger than the image: attention uses them as they are, their code is
@@ -201,7 +202,7 @@ class PositiveQueries(nn.Module):
             targets=AssignedTargets(
                 labels=labels[None],
                 boxes=targets[None],
-                weights=valid.to(boxes.dtype)[None],
+                weights=weights[None],
             ),
             loss_weight=self.loss_weight,
             num_blocks=boxes.shape[1] if self.self_attention == "self" else 1,
