@@ -27,7 +27,7 @@ from detectron2.data import MetadataCatalog
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from co_detr.data.coco import dataset_name
+from co_detr.data.coco_classes import dataset_name
 from co_detr.engine import evaluators
 
 OBJECTS = 7.3  # of an image, on average as in COCO

@@ -18,14 +18,12 @@ from numbers import Real
 from typing import Any
 from urllib.parse import urlparse
 
-from detectron2.data import MetadataCatalog
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.structures import BoxMode
 
+from co_detr.data.coco_classes import class_names, register_categories, require_ids
 from co_detr.data.coco_file import (
-    CocoFile,
     Entry,
-    display_names,
     is_box,
     is_id,
     is_number,
@@ -88,7 +86,7 @@ def load_coco(
         images = [image | {"file_name": image_path(image)} for image in images]
     if partial_classes and num_classes is not None and len(content.categories) < num_classes:
         num_classes = None
-    contiguous_ids = _register_categories(content, image_root, num_classes, partial_classes)
+    contiguous_ids = register_categories(content, image_root, num_classes, partial_classes)
     records = _image_records(images, annotation_file, image_root)
     if not content.annotations:
         logger.warning("%s has no annotations: all its images count as empty.", annotation_file)
@@ -298,108 +296,6 @@ def image_path_of(
     return None if way is None else partial(way, annotation_file)
 
 
-def dataset_name(annotation_file: str) -> str:
-    """The name under which Detectron2's `MetadataCatalog` knows the file."""
-    return f"coco:{os.path.abspath(annotation_file)}"
-
-
-def register_classes(annotation_file: str) -> None:
-    """Makes the classes of a file known as `load_coco` does, without a look at its images.
-
-    For evaluators of detections that lie on the disk.
-
-    Raises:
-        DataError: if a category lacks an id or a name, or repeats an id.
-    """
-    _register_categories(read_coco(annotation_file), "", None, partial_classes=False)
-
-
-def class_names(annotation_file: str) -> list[str]:
-    """The classes of a loaded file, in the order of their contiguous ids."""
-    return list(MetadataCatalog.get(dataset_name(annotation_file)).thing_classes)
-
-
-def align_classes(annotation_file: str, names: Sequence[str]) -> None:
-    """Makes contiguous ids of a loaded file mean `names`, the classes of the model, by name.
-
-    For the evaluation of files whose ids or order differ, or that lack some of the classes; those
-    get keys in `thing_dataset_id_to_contiguous_id` that are no category of the file. A file without
-    categories, as a test set may be, gets all of them, numbered from 1. Only the metadata changes,
-    not the records, whose categories an evaluation does not read.
-
-    Raises:
-        DataError: if the file has a class that is not in `names`, or if names occur twice.
-    """
-    metadata = MetadataCatalog.get(dataset_name(annotation_file))
-    own = metadata.thing_classes
-    if own == list(names):
-        return
-    aligned: dict[int | str, int]
-    unknown = [name for name in own if name not in names]
-    if unknown or len(set(own)) < len(own) or len(set(names)) < len(names):
-        raise DataError(
-            f"{annotation_file} has the categories ({shortened(own)}) but the model is for "
-            f"({shortened(names)}): give data.train and data.val the same categories, each with "
-            "a name of its own."
-        )
-    ids = dict(zip(own, metadata.thing_dataset_id_to_contiguous_id, strict=True))
-    if own:
-        aligned = {ids.get(name, f"not in the file: {name}"): i for i, name in enumerate(names)}
-    else:
-        aligned = {i + 1: i for i in range(len(names))}
-    # In place: evaluators and visualizers hold this metadata, and Detectron2 lets nobody set it.
-    metadata.thing_dataset_id_to_contiguous_id.clear()
-    metadata.thing_dataset_id_to_contiguous_id.update(aligned)
-    own[:] = names
-    logger.info("%s: classes are matched with the model's by name.", annotation_file)
-
-
-def _require_ids(ids: list[Any], key: str, annotation_file: str) -> None:
-    wrong = [value for value in ids if not is_id(value)]
-    if wrong or len({type(value) for value in ids}) > 1:
-        shown = wrong or [next(v for v in ids if type(v) is kind) for kind in (int, str)]
-        raise DataError(
-            f"'{key}' of {annotation_file} has the id{'s' * (len(shown) > 1)} "
-            f"{shortened(map(repr, shown))}: use whole numbers as ids, not text beside numbers."
-        )
-
-
-def _register_categories(
-    content: CocoFile, image_root: str, num_classes: int | None, partial_classes: bool
-) -> dict[int | str, int]:
-    """Fills the metadata and returns category id -> contiguous id."""
-    annotation_file = content.path
-    for category in content.categories:
-        if "id" not in category or "name" not in category:
-            raise DataError(f"category {category} of {annotation_file} needs an id and a name.")
-    _require_ids([category["id"] for category in content.categories], "categories", content.path)
-    by_id = display_names(content.categories)
-    names = list(by_id.values())
-    contiguous_ids = {key: i for i, key in enumerate(by_id)}
-    if len(contiguous_ids) != len(content.categories):
-        raise DataError(f"'categories' of {annotation_file} repeats an id: make the ids unique.")
-    if num_classes is not None and len(names) != num_classes:
-        remedy = f"set model.num_classes={len(names)}"
-        if partial_classes:
-            remedy = f"remove those that it does not know and their boxes, or {remedy}"
-        raise DataError(
-            f"{annotation_file} has {len(names)} categories ({shortened(names)}) but the model "
-            f"has {num_classes}: {remedy}."
-        )
-    name = dataset_name(annotation_file)
-    # A file can be loaded again with other content (in one process, for example in notebooks).
-    if name in MetadataCatalog.list():
-        MetadataCatalog.remove(name)
-    MetadataCatalog.get(name).set(
-        json_file=annotation_file,
-        image_root=image_root,
-        evaluator_type="coco",
-        thing_classes=names,
-        thing_dataset_id_to_contiguous_id=contiguous_ids,
-    )
-    return contiguous_ids
-
-
 def _image_records(
     images: list[Entry], annotation_file: str, image_root: str
 ) -> dict[int | str, dict[str, Any]]:
@@ -422,7 +318,7 @@ def _image_records(
                 f"image id {image['id']!r} of {annotation_file} has the file_name "
                 f"{image['file_name']!r}: write text."
             )
-    _require_ids([image["id"] for image in images], "images", annotation_file)
+    require_ids([image["id"] for image in images], "images", annotation_file)
     located = locate_files((image["file_name"] for image in images), image_root)
     if located.moved:
         name = located.moved[0]

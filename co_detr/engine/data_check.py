@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from co_detr.checkpoint.reading import read_checkpoint, stored_class_names
 from co_detr.checkpoint.saving import has_checkpoints, last_readable
-from co_detr.data.coco import align_classes, class_names, image_path_of, reads_coco_format
+from co_detr.data.coco import image_path_of, reads_coco_format
+from co_detr.data.coco_classes import align_classes, class_names
 from co_detr.data.coco_file import read_coco, shortened
 from co_detr.data.images import ImageReader
 from co_detr.data.preflight import PreflightSettings, SplitFiles, preflight

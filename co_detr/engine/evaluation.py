@@ -27,7 +27,8 @@ from tabulate import tabulate
 from torch import nn
 from torch.utils.data import DataLoader
 
-from co_detr.data.coco import BoxChecker, dataset_name
+from co_detr.data.coco import BoxChecker
+from co_detr.data.coco_classes import dataset_name
 from co_detr.data.coco_file import CocoFile, Entry, read_coco
 from co_detr.data.segmentation import encoded_mask
 from co_detr.errors import ConfigError

@@ -19,7 +19,7 @@ from torch import nn
 
 from co_detr.checkpoint.reading import AVERAGED
 from co_detr.checkpoint.saving import RUN_ID, Checkpointer, RunIdentity, read_identity
-from co_detr.data.coco import align_classes, class_names
+from co_detr.data.coco_classes import align_classes, class_names
 from co_detr.engine.config import load_config, suggest_rate
 from co_detr.engine.config_yaml import config_text
 from co_detr.engine.data_check import adopt_class_count, align_with_checkpoint, check_data

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from torchvision.ops import StochasticDepth
 
 from co_detr.checkpoint.saving import Checkpointer
-from co_detr.data.coco import class_names
+from co_detr.data.coco_classes import class_names
 from co_detr.data.coco_file import read_coco
 from co_detr.engine.config import learns_masks
 from co_detr.engine.evaluation import MASKS, missing_masks, usable_dataset

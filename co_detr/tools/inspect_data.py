@@ -37,7 +37,7 @@ def first_samples(args: argparse.Namespace) -> tuple[list[Sample], list[str]]:
     """Checks the data; returns the samples and the class names."""
     from detectron2.config import instantiate
 
-    from co_detr.data.coco import class_names
+    from co_detr.data.coco_classes import class_names
     from co_detr.engine.config import load_config
     from co_detr.engine.data_check import adopt_class_count, check_data
     from co_detr.tools.draw.boxes import sample_of

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from co_detr.data.coco import class_names, load_coco
+from co_detr.data.coco import load_coco
+from co_detr.data.coco_classes import class_names
 from co_detr.data.images import ImageReader
 from co_detr.engine.config import load_config
 from tests.conversion.folders import CLASSES, TRAIN, VAL, Picture, write_voc, write_yolo

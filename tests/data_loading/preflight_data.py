@@ -9,7 +9,8 @@ import torch
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from co_detr.data.coco import align_classes, class_names, load_coco
+from co_detr.data.coco import load_coco
+from co_detr.data.coco_classes import align_classes, class_names
 from co_detr.data.preflight import PreflightSettings, SplitFiles, preflight
 from co_detr.engine.evaluators import CocoDetectionEvaluator
 from co_detr.errors import DataError

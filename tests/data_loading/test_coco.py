@@ -8,7 +8,8 @@ import pytest
 from detectron2.data import MetadataCatalog
 from PIL import Image
 
-from co_detr.data.coco import align_classes, class_names, dataset_name, load_coco
+from co_detr.data.coco import load_coco
+from co_detr.data.coco_classes import align_classes, class_names, dataset_name
 from co_detr.data.loader import CheckedDatasetMapper
 from co_detr.errors import ConfigError, DataError
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from co_detr.data.coco import class_names, load_coco, load_objects365
+from co_detr.data.coco import load_coco, load_objects365
+from co_detr.data.coco_classes import class_names
 from co_detr.data.coco_file import display_names, locate_files, read_coco
 from co_detr.errors import DataError
 

@@ -7,7 +7,8 @@ import torch
 from detectron2.config import instantiate
 from omegaconf import OmegaConf
 
-from co_detr.data.coco import class_names, load_lvis, load_objects365
+from co_detr.data.coco import load_lvis, load_objects365
+from co_detr.data.coco_classes import class_names
 from co_detr.data.preflight_boxes import InputSize, Limit
 from co_detr.engine.config import apply_overrides, load_config
 from co_detr.engine.data_check import (

@@ -10,7 +10,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
-from co_detr.data.coco import align_classes, class_names, load_coco
+from co_detr.data.coco import load_coco
+from co_detr.data.coco_classes import align_classes, class_names
 from co_detr.engine import train
 from co_detr.engine.command_line import parse_arguments
 from co_detr.engine.train import build_evaluation, run_evaluation_only, run_training

@@ -21,7 +21,8 @@ from omegaconf import DictConfig
 
 from co_detr.checkpoint.detector import load_detector
 from co_detr.checkpoint.saving import FINAL, belongs_to, kept_checkpoints, read_identity
-from co_detr.data.coco import class_names, load_coco
+from co_detr.data.coco import load_coco
+from co_detr.data.coco_classes import class_names
 from co_detr.data.coco_file import shortened
 from co_detr.data.images import ImageReader
 from co_detr.engine.validation import BEST

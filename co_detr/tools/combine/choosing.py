@@ -17,7 +17,7 @@ import pycocotools.mask as mask_utils
 from tabulate import tabulate
 from tqdm import tqdm
 
-from co_detr.data.coco import register_classes
+from co_detr.data.coco_classes import register_classes
 from co_detr.data.coco_file import CocoFile, Entry, is_number, read_json, shortened
 from co_detr.data.preflight_annotations import PreflightReport, SplitReport, check_annotations
 from co_detr.data.preflight_boxes import check_boxes
