@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from co_detr.data.images import ImageReader
 from co_detr.data.masks import transformed_masks
-from co_detr.data.variation import Variation
+from co_detr.data.variation import RandomApply, Variation
 from co_detr.errors import ConfigError, DataError, first_line
 from co_detr.process_setup import outlive_signals
 from co_detr.seeding import locally_seeded, mix_seed
@@ -277,7 +277,7 @@ def detr_train_augmentation(
     )
     return [
         T.RandomFlip(prob=flip_probability, horizontal=True),
-        T.RandomApply(crop, prob=crop_probability),
+        RandomApply(crop, prob=crop_probability),
         ResizeShortestEdge(tuple(short_edges), max_size=max_size, sample_style="choice"),
     ]
 

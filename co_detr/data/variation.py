@@ -86,8 +86,17 @@ class Variation:
         if self.brightness or self.contrast or self.saturation or self.hue:
             steps.append(RandomColor(self))
         if self.blur:
-            steps.append(T.RandomApply(RandomBlur(self.blur_sigma), prob=self.blur))
+            steps.append(RandomApply(RandomBlur(self.blur_sigma), prob=self.blur))
         return steps
+
+
+class RandomApply(T.RandomApply):
+    """Detectron2's, which says in a log what it applies instead of where it lies in memory."""
+
+    def __repr__(self) -> str:
+        return f"RandomApply(prob={self.prob:g}, {self.aug})"
+
+    __str__ = __repr__
 
 
 class RandomQuarterTurn(T.Augmentation):

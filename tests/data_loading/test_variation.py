@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from co_detr.data.copy_paste import window_of
+from co_detr.data.loader import detr_train_augmentation
 from co_detr.data.masks import picked_pixels
 from co_detr.data.variation import (
     ColorMap,
@@ -105,3 +106,13 @@ def test_settings_out_of_range():
         Variation(hue=0.7)
     with pytest.raises(ConfigError, match="variation.blur_sigma=.* smallest and the largest"):
         Variation(blur_sigma=(2, 1))
+
+
+def test_a_log_says_what_is_applied():
+    """With its numbers, and not where in memory it lies."""
+    everything = Variation(0.5, 0.5, 0.1, 0.1, 0.1, 0.1, blur=0.2)
+    steps = [*everything.before(), *detr_train_augmentation(), *everything.behind()]
+    said = str(T.AugmentationList(steps))
+    assert "0x" not in said
+    assert "RandomApply(prob=0.5, AugmentationList[ResizeShortestEdge(short_edge_length=" in said
+    assert "RandomApply(prob=0.2, RandomBlur(sigma=(" in said
