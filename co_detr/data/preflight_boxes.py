@@ -24,6 +24,11 @@ _FEWEST_CELLS = 3
 _ENOUGH_CELLS = 5
 _SWITCH = "if they are right, set data.preflight.suspicion=warning"
 _MANY_CROWDS = 0.05  # part of all boxes; COCO has 0.01
+# Queries for each object of an image that is more crowded than most: with fewer many objects have
+# none, with enough nearly all have one (docs/evidence.md, "Crowded images").
+_FEWEST_QUERIES = 2
+_ENOUGH_QUERIES = 3
+_CROWDED = 0.05  # part of all images
 
 
 @dataclass(frozen=True)
@@ -315,14 +320,15 @@ def _compare_with_limits(
     for (image, _), count in per_class.items():
         of_one_class[image] = max(count, of_one_class.get(image, 0))
     rows = [
-        (limits.queries, per_image, "than the model has queries", "the others cannot be found"),
-        (limits.detections, per_image, "than the model gives detections", "the others are lost"),
+        (limits.detections, per_image, "than the model gives detections", "the others are lost")
     ]
     if report.split != "train":
         rows.append(
             (limits.evaluated, of_one_class, "of one class than the evaluation looks at", "AP "
              "stays below 100")
         )  # fmt: skip
+    if limits.queries is not None and objects:
+        _compare_with_queries(report, per_image, images, limits.queries)
     for limit, counts, than, effect in rows:
         if limit is None:
             continue
@@ -335,6 +341,31 @@ def _compare_with_limits(
             f"images with more objects {than} ({limit.number})",
             f"{effect}: set {limit.key}={most}",
         )
+
+
+def _compare_with_queries(
+    report: SplitReport, per_image: dict[int | str, int], images: Images, queries: Limit
+) -> None:
+    """Fewer queries than objects are a limit, and few more than that a loss of AP."""
+    crowd = {key: n for key, n in per_image.items() if n * _FEWEST_QUERIES > queries.number}
+    over = {key: n for key, n in crowd.items() if n > queries.number}
+    if not over and len(crowd) <= _CROWDED * len(images):
+        return
+    usual = np.percentile([*per_image.values()], 100 * (1 - _CROWDED))
+    enough = 50 * math.ceil(max(_ENOUGH_QUERIES * usual, *over.values(), 0) / 50)
+    cases = over or crowd
+    report.add(
+        "warning",
+        [
+            f"{images[key]['file_name']} with {cases[key]}"
+            for key in sorted(cases, key=cases.__getitem__, reverse=True)
+        ],
+        f"images with more objects than the model has queries ({queries.number})"
+        if over
+        else f"images with more objects than half of the model's queries ({queries.number})",
+        f"{'the others cannot be found' if over else 'many will not be found'}: set "
+        f"{queries.key}={enough}",
+    )
 
 
 def _tell_sizes(

@@ -163,10 +163,43 @@ def test_more_objects_than_the_model_finds(data):
     ]
     queries, detections, evaluated = (f for (split, _), f in found.items() if split == "val")
     assert queries.count == 2 and queries.first == "1.jpg with 5"
-    assert queries.remedy.endswith("set model.queries.matching.num_queries=100")
+    assert queries.remedy.endswith("set model.queries.matching.num_queries=50")
     assert detections.remedy.endswith("set model.postprocessor.max_detections=100")
     assert evaluated.first == "1.jpg with 3"
     assert evaluated.remedy.endswith("set dataloader.evaluator.max_detections=100")
+
+
+def _crowded(data, numbers, queries):
+    """Of a train set with so many objects in its images."""
+    data.train["images"] = [
+        {"id": n, "file_name": f"{n}.jpg", "width": 400, "height": 300}
+        for n in range(1, len(numbers) + 1)
+    ]
+    data.train["annotations"] = [
+        {"image_id": image, "category_id": 1, "bbox": [5 * n, 4 * n, 30, 20], "iscrowd": 0}
+        for image, number in enumerate(numbers, start=1)
+        for n in range(number)
+    ]
+    for number, annotation in enumerate(data.train["annotations"], start=1):
+        annotation["id"] = number
+    data.write()
+    limits = Limits(Limit("model.queries.matching.num_queries", queries))
+    report = preflight([data.files("train")], PreflightSettings(images="off"), limits=limits)
+    return [finding for finding in report.findings if "queries" in finding.what]
+
+
+def test_few_queries_for_each_object_are_told(data):
+    (found,) = _crowded(data, [30, 4, 46, 45, 2], 60)
+    assert found.what == "images with more objects than half of the model's queries (60)"
+    assert (found.count, found.first) == (2, "3.jpg with 46")
+    # Three for each of 46, rounded up.
+    assert found.remedy == "many will not be found: set model.queries.matching.num_queries=150"
+    assert _crowded(data, [30, 4, 46, 45, 2], 150) == []
+    # One image of many that is so crowded is no reason to make all of them slower.
+    assert _crowded(data, [46] + 20 * [3], 60) == []
+    (found,) = _crowded(data, [61] + 20 * [3], 60)
+    assert found.what == "images with more objects than the model has queries (60)"
+    assert found.remedy.endswith("num_queries=100")
 
 
 def _with_objects(data, side):

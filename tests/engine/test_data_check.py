@@ -249,7 +249,7 @@ IMAGES = [{"id": 1, "file_name": "0.png", "width": 48, "height": 64}]
 @pytest.mark.parametrize(
     ("config", "queries", "detections", "input_size"),
     [
-        ("co_detr_small", ("model.queries.matching.num_queries", 60), 100, InputSize(192, 320, 8)),
+        ("co_detr_small", ("model.queries.matching.num_queries", 150), 100, InputSize(192, 320, 8)),
         ("co_dino_r50", ("model.queries.matching.num_queries", 900), 300, InputSize(800, 1333, 4)),
         (
             "co_dino_swin_l_12ep",
@@ -267,7 +267,7 @@ IMAGES = [{"id": 1, "file_name": "0.png", "width": 48, "height": 64}]
         ("co_dino_vit_l_o365_12ep", ("model.queries.matching.num_queries", 1500), 1000, None),
         (
             "group_detr_small",
-            ("model.queries.matching.num_queries", 60),
+            ("model.queries.matching.num_queries", 150),
             100,
             InputSize(192, 320, 8),
         ),
