@@ -65,6 +65,20 @@ MUTATIONS = (
         "data_loading/test_masks",
     ),
     _mutation(
+        "pasted-objects-weigh-one",
+        "data/copy_paste.py",
+        "torch.cat([kept, loss_weights(objects)])",
+        "torch.cat([kept, torch.ones(len(objects))])",
+        "data_loading/test_copy_paste",
+    ),
+    _mutation(
+        "mixed-in-objects-weigh-one",
+        "data/mixing.py",
+        "placed.gt_weights = instances.gt_weights",
+        "placed.gt_weights = torch.ones(len(instances))",
+        "data_loading/test_mixing",
+    ),
+    _mutation(
         "hidden-objects-stay",
         "data/copy_paste.py",
         "stays = (left > 0) & (",
