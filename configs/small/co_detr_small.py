@@ -6,10 +6,9 @@ for objects that are tiny at this size, start from `co_detr_r50.py` and its pret
 
 from ..quickstart import data, dataloader, lr_multiplier, model, optimizer, train
 
-# Three times the objects of a crowded image: with 60, one of 45 objects lost a tenth of them, and
-# five points of AP, see docs/evidence.md. It costs a twentieth of a step.
+# Three for each object of a crowded image: with 60, images of 45 objects lost a tenth of them, and
+# four points of AP, see docs/evidence.md. It costs a twentieth of a step.
 model.queries.matching.num_queries = 150
-model.auxiliary.roi.rpn.post_nms_topk = (200, 300)
 
 dataloader.train.mapper.augmentations.update(
     short_edges=(160, 176, 192, 208),
