@@ -128,7 +128,10 @@ def run_training(cfg: DictConfig, resume: bool, log: RunLog | None = None) -> di
     kinds = compared_kinds(model, with_tta=cfg.dataloader.get("tta") is not None)
     selection = build_selection(cfg, names, getattr(model, "predicts_masks", False), kinds)
     trainer = build_trainer(cfg, model, train_loader, train_loader.batch_sampler.accumulation_steps)
-    logger.info(trainer.plan.text())
+    plan, max_iter = trainer.plan, cfg.train.max_iter
+    epochs = max_iter * plan.total_batch_size / plan.size
+    logger.info(plan.text())
+    logger.info("%d iterations are %.3g epochs of %d images.", max_iter, epochs, plan.size)
     averaged = build_averaged(model, cfg)
 
     # Weights to start from, or a checkpoint to continue from.
@@ -154,7 +157,6 @@ def run_training(cfg: DictConfig, resume: bool, log: RunLog | None = None) -> di
         description = jointly(lambda: description_of_resumed(cfg, output_dir))
     if averaged is not None:
         averaged.start_from(model)
-    max_iter = cfg.train.max_iter
     if selection is not None:
         history = selection.history
         jointly(lambda: history.read(until=start_iter) if start_iter else None)

@@ -295,7 +295,8 @@ def test_the_folder_of_a_new_run_shows_why_it_did_not_start(train_process, tmp_p
     assert not (tmp_path / "out" / "config.yaml").exists()
     process = train_process(SHORT, prepare=no_memory_in_the_step)
     assert process.wait() == 2
-    assert "images per step" in (tmp_path / "out" / "log.txt").read_text()
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "images per step" in log and " epochs of 10 images." in log
 
 
 def test_a_new_run_replaces_what_the_earlier_one_has_logged(tiny_cfg, tmp_path):
