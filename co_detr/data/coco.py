@@ -121,7 +121,7 @@ def load_coco(
                 "category_id": contiguous_ids[category_id],
                 "iscrowd": int(crowd),
             }
-            if score_weights:
+            if score_weights and not kept["iscrowd"]:
                 kept["weight"] = _weight_of(annotation, where)
             if with_masks and not kept["iscrowd"]:
                 mask = masks.read(annotation, record)
@@ -152,12 +152,17 @@ def _weight_of(annotation: dict[str, Any], where: str) -> float:
 
 
 def _log_weights(dataset: Sequence[dict[str, Any]]) -> None:
-    weights = [entry["weight"] for record in dataset for entry in record["annotations"]]
+    objects = [entry for record in dataset for entry in record["annotations"]]
+    weights = [entry["weight"] for entry in objects if "weight" in entry]  # crowds have none
     lower = [weight for weight in weights if weight < 1]
+    if not lower:
+        logger.warning(
+            "Losses are to be weighed by scores (score_weights), but no box has a score below 1."
+        )
+        return
     logger.info(
-        "Losses are weighed by scores: %d of %d boxes have one below 1%s.",
-        *(len(lower), len(weights)),
-        f", {sum(lower) / len(lower):.2f} on average" if lower else "",
+        "Losses are weighed by scores: %d of %d boxes have one below 1, %.2f on average.",
+        *(len(lower), len(weights), sum(lower) / len(lower)),
     )
 
 

@@ -24,6 +24,7 @@ from co_detr.data.masks import CroppedMasks
 from co_detr.data.variation import PlaceTransform
 from co_detr.errors import ConfigError
 from co_detr.mask_patch import MaskPatch
+from co_detr.structures import loss_weights
 
 Record = dict[str, Any]
 Sample = dict[str, Any]
@@ -261,6 +262,9 @@ def joined(parts: Sequence[Instances], size: tuple[int, int]) -> Instances:
     if not filled:
         boxes, classes = Boxes(torch.zeros(0, 4)), torch.zeros(0, dtype=torch.int64)
         return Instances(size, gt_boxes=boxes, gt_classes=classes)
+    if any(part.has("gt_weights") for part in filled):
+        for part in filled:
+            part.gt_weights = loss_weights(part)
     with_masks = all(part.has("gt_masks") for part in filled)
     for part in filled:
         if part.has("gt_masks") and not with_masks:

@@ -33,10 +33,17 @@ _CROWDED = 0.05  # part of all images
 
 @dataclass(frozen=True)
 class Limit:
-    """A setting that bounds how many objects can be found: its key for an override, its value."""
+    """A setting that bounds how many objects can be found.
+
+    Attributes:
+        key: for an override.
+        number: its value.
+        is_trained: whether another value takes another training.
+    """
 
     key: str
     number: int
+    is_trained: bool = False
 
 
 @dataclass(frozen=True)
@@ -351,7 +358,8 @@ def _compare_with_queries(
     over = {key: n for key, n in crowd.items() if n > queries.number}
     if not over and len(crowd) <= _CROWDED * len(images):
         return
-    usual = np.percentile([*per_image.values()], 100 * (1 - _CROWDED))
+    share = 100 * (1 - _CROWDED)
+    usual = np.percentile([*per_image.values()], share, method="higher")
     enough = 50 * math.ceil(max(_ENOUGH_QUERIES * usual, *over.values(), 0) / 50)
     cases = over or crowd
     report.add(
@@ -363,8 +371,8 @@ def _compare_with_queries(
         f"images with more objects than the model has queries ({queries.number})"
         if over
         else f"images with more objects than half of the model's queries ({queries.number})",
-        f"{'the others cannot be found' if over else 'many will not be found'}: set "
-        f"{queries.key}={enough}",
+        f"{'the others cannot be found' if over else 'many will not be found'}: "
+        f"{'train with' if queries.is_trained else 'set'} {queries.key}={enough}",
     )
 
 

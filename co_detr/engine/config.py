@@ -109,8 +109,8 @@ def learns_masks(model: Any) -> bool:
     """
     if not isinstance(model, DictConfig):
         return False
-    # As plain values, which are walked in a tenth of the time of OmegaConf's nodes.
-    return _has_mask_head(OmegaConf.to_container(model, resolve=False))
+    # As plain values, which are walked in a third of the time of OmegaConf's nodes.
+    return _has_mask_head(OmegaConf.to_container(model, resolve=True))
 
 
 def _has_mask_head(node: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from detectron2.utils import comm
@@ -107,7 +108,7 @@ def check_data(cfg: DictConfig, eval_only: bool = False) -> None:
                 splits,
                 settings,
                 cfg.data.invalid_boxes,
-                limits_of(cfg),
+                limits_of(cfg, eval_only),
                 unlabeled=eval_only,
                 reader=reader,
             )
@@ -168,11 +169,15 @@ def align_with_checkpoint(cfg: DictConfig, trained: Sequence[str] | None) -> Non
         )
 
 
-def limits_of(cfg: DictConfig) -> Limits:
+def limits_of(cfg: DictConfig, eval_only: bool = False) -> Limits:
     """How many objects of an image a config can find and count."""
     evaluator = cfg.dataloader.get("evaluator") or {}
+    queries = _query_limit(cfg.model.get("queries"))
+    if eval_only and queries is not None:
+        by_head = cfg.model.get("evaluate_with") in list(cfg.model.get("auxiliary") or ())
+        queries = None if by_head else replace(queries, is_trained=True)
     return Limits(
-        queries=_query_limit(cfg.model.get("queries")),
+        queries=queries,
         detections=_limit(cfg, "model.postprocessor.max_detections"),
         # A config.yaml of an earlier version does not say it.
         evaluated=_limit(cfg, "dataloader.evaluator.max_detections")

@@ -131,7 +131,8 @@ def run_training(cfg: DictConfig, resume: bool, log: RunLog | None = None) -> di
     plan, max_iter = trainer.plan, cfg.train.max_iter
     epochs = max_iter * plan.total_batch_size / plan.size
     logger.info(plan.text())
-    logger.info("%d iterations are %.3g epochs of %d images.", max_iter, epochs, plan.size)
+    digits = 1 if epochs < 10 else 0
+    logger.info("%d iterations are %.*f epochs of %d images.", max_iter, digits, epochs, plan.size)
     averaged = build_averaged(model, cfg)
 
     # Weights to start from, or a checkpoint to continue from.

@@ -2,7 +2,7 @@
 
 Detections of one or several models are thinned out by NMS, taken by their scores, and joined with
 the user's own annotations, which win where both see something. A training reads the result as any
-other file. Scores stay in it, but do not weigh the loss.
+other file. Scores stay in it, and weigh the losses of a training that asks for it.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ for objects that are tiny at this size, start from `co_detr_r50.py` and its pret
 
 from ..quickstart import data, dataloader, lr_multiplier, model, optimizer, train
 
-# Three for each object of a crowded image: with 60, images of 45 objects lost a tenth of them, and
-# four points of AP, see docs/evidence.md. It costs a twentieth of a step.
+# Three for each object of a crowded image: 60 for 45 objects cost four points of AP, see
+# docs/evidence.md. It takes a twentieth of a step.
 model.queries.matching.num_queries = 150
 
 dataloader.train.mapper.augmentations.update(

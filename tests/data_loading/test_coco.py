@@ -211,11 +211,15 @@ def test_scores_weigh_objects_when_asked_for(tmp_path, content, caplog):
     caplog.set_level(logging.INFO, "co_detr")
     first = content["annotations"][0]
     content["annotations"] += [first | {"id": 3, "score": 0.25}, first | {"id": 4, "score": 1}]
+    content["annotations"][1]["score"] = 0.0  # of a crowd, which weighs nothing anyway
     assert not _map(_load(tmp_path, content)[0])["instances"].has("gt_weights")
     records = _load(tmp_path, content, score_weights=True)
-    assert "3 of" not in caplog.text and "1 of 4 boxes have one below 1, 0.25 on" in caplog.text
+    assert "1 of 3 boxes have one below 1, 0.25 on average." in caplog.text
     assert _map(records[0])["instances"].gt_weights.tolist() == [1.0, 0.25, 1.0]
     assert not _map(records[1])["instances"].has("gt_weights")  # has no object
+    del content["annotations"][2:]
+    _load(tmp_path, content, score_weights=True)
+    assert "to be weighed by scores (score_weights), but no box has a score below 1" in caplog.text
 
 
 @pytest.mark.parametrize("score", [0, 1.5, -0.1, "high", True, None, float("nan")])

@@ -169,22 +169,23 @@ def test_more_objects_than_the_model_finds(data):
     assert evaluated.remedy.endswith("set dataloader.evaluator.max_detections=100")
 
 
-def _crowded(data, numbers, queries):
+def _crowded(data, numbers, queries, is_trained=False):
     """Of a train set with so many objects in its images."""
     data.train["images"] = [
         {"id": n, "file_name": f"{n}.jpg", "width": 400, "height": 300}
         for n in range(1, len(numbers) + 1)
     ]
     data.train["annotations"] = [
-        {"image_id": image, "category_id": 1, "bbox": [5 * n, 4 * n, 30, 20], "iscrowd": 0}
+        {"image_id": image, "category_id": 1, "bbox": [3 * n % 350, 2 * n, 30, 20], "iscrowd": 0}
         for image, number in enumerate(numbers, start=1)
         for n in range(number)
     ]
     for number, annotation in enumerate(data.train["annotations"], start=1):
         annotation["id"] = number
     data.write()
-    limits = Limits(Limit("model.queries.matching.num_queries", queries))
-    report = preflight([data.files("train")], PreflightSettings(images="off"), limits=limits)
+    limit = Limit("model.queries.matching.num_queries", queries, is_trained)
+    settings = PreflightSettings(images="off")
+    report = preflight([data.files("train")], settings, limits=Limits(limit))
     return [finding for finding in report.findings if "queries" in finding.what]
 
 
@@ -194,7 +195,13 @@ def test_few_queries_for_each_object_are_told(data):
     assert (found.count, found.first) == (2, "3.jpg with 46")
     # Three for each of 46, rounded up.
     assert found.remedy == "many will not be found: set model.queries.matching.num_queries=150"
+    (found,) = _crowded(data, [30, 4, 46, 45, 2], 60, is_trained=True)
+    assert found.remedy.endswith("not be found: train with model.queries.matching.num_queries=150")
     assert _crowded(data, [30, 4, 46, 45, 2], 150) == []
+    # More than there are, whatever the other images have.
+    for numbers, queries in (([100] + 18 * [1], 150), ([80] + 17 * [2], 150)):
+        (found,) = _crowded(data, numbers, queries)
+        assert int(found.remedy.rsplit("=")[1]) >= 3 * numbers[0]
     # One image of many that is so crowded is no reason to make all of them slower.
     assert _crowded(data, [46] + 20 * [3], 60) == []
     (found,) = _crowded(data, [61] + 20 * [3], 60)

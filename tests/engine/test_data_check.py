@@ -246,6 +246,16 @@ def test_each_file_is_parsed_once_for_preflight_and_training(tiny_cfg, tiny_data
 IMAGES = [{"id": 1, "file_name": "0.png", "width": 48, "height": 64}]
 
 
+def test_queries_of_an_evaluation_take_another_training():
+    cfg = load_config(config_path("co_detr_small"))
+    assert limits_of(cfg, eval_only=True).queries.is_trained
+    cfg.model.evaluate_with = "merged"  # of which the decoder is a part
+    assert limits_of(cfg, eval_only=True).queries.is_trained
+    cfg.model.evaluate_with = "atss"
+    assert limits_of(cfg, eval_only=True).queries is None
+    assert not limits_of(cfg).queries.is_trained
+
+
 @pytest.mark.parametrize(
     ("config", "queries", "detections", "input_size"),
     [

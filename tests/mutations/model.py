@@ -156,7 +156,7 @@ MUTATIONS = (
         "positive-queries-weigh-one",
         "modeling/queries/positive.py",
         "filled([loss_weights(instances).to(dtype) for instances in picked])",
-        "valid.to(dtype)",
+        "weights",
         "loss_weights",
     ),
     _mutation(

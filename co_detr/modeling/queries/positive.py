@@ -178,7 +178,9 @@ class PositiveQueries(nn.Module):
         valid = filled([torch.ones_like(slots.indices) for slots in chosen])
         boxes = filled([instances.proposal_boxes.tensor.to(dtype) for instances in picked])
         targets = filled([instances.gt_boxes.tensor.to(dtype) for instances in picked])
-        weights = filled([loss_weights(instances).to(dtype) for instances in picked])
+        weights = valid.to(dtype)
+        if any(instances.has("gt_weights") for instances in picked):
+            weights = filled([loss_weights(instances).to(dtype) for instances in picked])
         factors = geometry.factors[:, None]
         boxes, targets = normalize_boxes(boxes, factors), normalize_boxes(targets, factors)
         # Anchors may be larger than the image: attention uses them as they are, their code is

@@ -213,7 +213,8 @@ class TwoStageQueries(QuerySource):
     """Top-scoring encoder proposals with learned content (mixed query selection).
 
     1. Every token proposes a box: a grid prior plus a predicted offset.
-    2. Tokens are ranked by their scores; the best ``num_queries`` give the references.
+    2. Tokens are ranked by their scores; the best ``num_queries`` give the references. Inputs that
+       have fewer tokens, as very thin ones, make do with as many queries.
     3. Content queries are learned, one per rank; positional queries code the reference box.
        ``with_features`` adds the proposing token's projected feature to the content.
 
@@ -233,8 +234,6 @@ class TwoStageQueries(QuerySource):
     """
 
     class_layers = {"class_head": ClassRows()}
-
-    _lowered = "num_queries"  # where an image is too small for that many
 
     def __init__(
         self,
@@ -284,20 +283,11 @@ class TwoStageQueries(QuerySource):
         Args:
             memory: encoder output.
             ground_truth: not used here; other query sources need it.
-
-        Raises:
-            ConfigError: if the image batch has fewer tokens than ``num_queries``.
         """
-        return self._matched_group(memory, self._rank(memory, self.num_queries))
+        number = min(self.num_queries, memory.tokens.shape[1])
+        return self._matched_group(memory, self._rank(memory, number))
 
     def _rank(self, memory: EncoderMemory, count: int) -> RankedProposals:
-        num_tokens = memory.tokens.shape[1]
-        if num_tokens < count:
-            raise ConfigError(
-                f"{count} queries need as many encoder tokens, but an input of "
-                f"{memory.image_sizes} pixels gives {num_tokens}: lower {self._lowered} of the "
-                f"source {self.name} in model.queries, or feed larger images."
-            )
         output_memory, grid_logits = propose_grid(memory)
         output_memory = self.memory_norm(self.memory_proj(output_memory))
         class_logits = self.class_head(output_memory)
@@ -313,7 +303,7 @@ class TwoStageQueries(QuerySource):
         if best_class:
             class_logits, box_logits = (_gather_rows(x, chosen) for x in (class_logits, box_logits))
         predictions = Predictions(class_logits[None], box_logits.sigmoid()[None])
-        reference = ranked.references(0, self.num_queries)
+        reference = ranked.references(0, chosen.shape[1])
         return QueryGroup(
             name=self.name,
             content=self._content(self.content, memory, chosen),
@@ -325,7 +315,7 @@ class TwoStageQueries(QuerySource):
 
     def _content(self, learned: nn.Embedding, memory: EncoderMemory, tokens: Tensor) -> Tensor:
         """``(B, Q, C)`` of queries that were made from tokens ``(B, Q)``."""
-        content = learned.weight.expand(tokens.shape[0], -1, -1)
+        content = learned.weight[: tokens.shape[1]].expand(tokens.shape[0], -1, -1)
         if not self.with_features:
             return content
         return content + self.feature_norm(self.feature_proj(_gather_rows(memory.tokens, tokens)))
@@ -356,7 +346,6 @@ class HybridMatchingQueries(TwoStageQueries):
     """
 
     training_modules = ("extra_content",)
-    _lowered = "num_extra"
 
     def __init__(
         self,
@@ -396,7 +385,14 @@ class HybridMatchingQueries(TwoStageQueries):
         """
         if self.extra_content is None:
             return super().training_groups(memory, ground_truth)
-        ranked = self._rank(memory, self.num_queries + self.extra_content.num_embeddings)
+        count = self.num_queries + self.extra_content.num_embeddings
+        if memory.tokens.shape[1] < count:
+            raise ConfigError(
+                f"{count} queries need as many encoder tokens, but an input of "
+                f"{memory.image_sizes} pixels gives {memory.tokens.shape[1]}: lower num_extra of "
+                f"the source {self.name} in model.queries, or feed larger images."
+            )
+        ranked = self._rank(memory, count)
         tokens = ranked.best[:, self.num_queries :]
         reference = ranked.references(self.num_queries, ranked.best.shape[1])
         one_to_many = QueryGroup(
