@@ -25,6 +25,7 @@ from co_detr.engine.evaluators import COCO_LIMIT
 from co_detr.engine.launch import raise_jointly
 from co_detr.engine.validation import validates_masks
 from co_detr.errors import DataError, UserError
+from co_detr.modeling.detectors import MERGED
 
 logger = logging.getLogger(__name__)
 
@@ -174,8 +175,8 @@ def limits_of(cfg: DictConfig, eval_only: bool = False) -> Limits:
     evaluator = cfg.dataloader.get("evaluator") or {}
     queries = _query_limit(cfg.model.get("queries"))
     if eval_only and queries is not None:
-        by_head = cfg.model.get("evaluate_with") in list(cfg.model.get("auxiliary") or ())
-        queries = None if by_head else replace(queries, is_trained=True)
+        is_asked = cfg.model.get("evaluate_with") in (None, MERGED)
+        queries = replace(queries, is_trained=True) if is_asked else None
     return Limits(
         queries=queries,
         detections=_limit(cfg, "model.postprocessor.max_detections"),
