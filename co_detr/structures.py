@@ -92,7 +92,7 @@ def loss_weights(instances: Instances) -> Tensor:
     """``(G,)`` what the losses of objects are multiplied by: their ``gt_weights``, or 1."""
     if instances.has("gt_weights"):
         return instances.gt_weights
-    return instances.gt_boxes.tensor.new_ones(len(instances))
+    return torch.ones_like(instances.gt_classes, dtype=torch.float32)
 
 
 def bitmaps_of(masks: BitMasks | PolygonMasks, image_size: tuple[int, int]) -> Tensor:
@@ -312,7 +312,8 @@ class Candidates:
     Attributes:
         instances: per image, R candidates with the fields ``proposal_boxes`` (absolute),
             ``gt_classes`` (K = background, -1 = ignored) and ``gt_boxes`` (absolute; zeros
-            where there is no match).
+            where there is no match); with ``gt_weights`` (1 where there is no match) if those of
+            the ground truth have some, see `loss_weights`.
         gather_features: ``(image index, candidate indices (n,)) -> (n, C)``. Features are
             gathered for the chosen candidates only, so that no (anchors x C) copy is made;
             gradients flow through them.

@@ -77,7 +77,7 @@ class CheckedDatasetMapper(DatasetMapper):
         Returns:
             `dataset_dict` with `image`, ``(3, h, w)`` uint8; in training with `instances` in place
             of `annotations`, otherwise without them. These have `gt_masks` (BitMasks) if all
-            objects of the image have a mask.
+            objects of the image have a mask, and `gt_weights` (float32) if one has a `weight`.
 
         Raises:
             DataError: if the image cannot be read or has another size than annotated.
@@ -114,7 +114,8 @@ class CheckedDatasetMapper(DatasetMapper):
             before, after: its (height, width) without and with augmentation.
 
         Returns:
-            with `CroppedMasks` if all objects have a mask.
+            with `CroppedMasks` if all objects have a mask, with `gt_weights` if one has a
+            `weight`.
         """
         objects = [annotation for annotation in annotations if not annotation.get("iscrowd", 0)]
         masks = [annotation.get("segmentation") for annotation in objects]

@@ -252,7 +252,8 @@ def _placed(instances: Instances, put: PlaceTransform, recompute_boxes: bool) ->
 
 
 def joined(parts: Sequence[Instances], size: tuple[int, int]) -> Instances:
-    """The objects of several images in one, with masks if all that have objects have masks.
+    """The objects of several images in one, with masks if all that have objects have masks, and
+    with weights if any has some.
 
     Args:
         parts: of images of this size.

@@ -362,17 +362,15 @@ def _compare_with_queries(
     usual = np.percentile([*per_image.values()], share, method="higher")
     enough = 50 * math.ceil(max(_ENOUGH_QUERIES * usual, *over.values(), 0) / 50)
     cases = over or crowd
+    fullest = sorted(cases, key=cases.__getitem__, reverse=True)
+    than, effect = "half of the model's queries", "many will not be found"
+    if over:
+        than, effect = "the model has queries", "the others cannot be found"
     report.add(
         "warning",
-        [
-            f"{images[key]['file_name']} with {cases[key]}"
-            for key in sorted(cases, key=cases.__getitem__, reverse=True)
-        ],
-        f"images with more objects than the model has queries ({queries.number})"
-        if over
-        else f"images with more objects than half of the model's queries ({queries.number})",
-        f"{'the others cannot be found' if over else 'many will not be found'}: "
-        f"{'train with' if queries.is_trained else 'set'} {queries.key}={enough}",
+        [f"{images[key]['file_name']} with {cases[key]}" for key in fullest],
+        f"images with more objects than {than} ({queries.number})",
+        f"{effect}: {'train with' if queries.is_trained else 'set'} {queries.key}={enough}",
     )
 
 

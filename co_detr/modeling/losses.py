@@ -185,23 +185,19 @@ def _targets(matched: Tensor, problem: MatchingProblem) -> AssignedTargets:
     rows = max(len(truth.labels) for truth in truths) + 1
     labels = matched.new_zeros(len(truths), rows)
     boxes = problem.predictions.boxes.new_zeros(len(truths), rows, 4)
+    weights = boxes.new_ones(len(truths), rows)
     for image, truth in enumerate(truths):
         labels[image, : len(truth.labels)] = truth.labels
         boxes[image, : len(truth.labels)] = truth.boxes.to(boxes.dtype)
+        if truth.weights is not None:
+            weights[image, : len(truth.labels)] = truth.weights.to(boxes.dtype)
     image_index = torch.arange(len(truths), device=matched.device)[None, :, None]
     row = matched.clamp(min=0)
     is_matched = matched >= 0
-    weights = boxes.new_ones(()).expand(is_matched.shape)
-    if any(truth.weights is not None for truth in truths):
-        of_truths = boxes.new_ones(len(truths), rows)
-        for image, truth in enumerate(truths):
-            if truth.weights is not None:
-                of_truths[image, : len(truth.labels)] = truth.weights.to(boxes.dtype)
-        weights = torch.where(is_matched, of_truths[image_index, row], weights)
     return AssignedTargets(
         labels=torch.where(is_matched, labels[image_index, row], problem.num_classes),
         boxes=boxes[image_index, row],
-        weights=weights,
+        weights=torch.where(is_matched, weights[image_index, row], 1.0),
     )
 
 

@@ -133,6 +133,15 @@ def test_one_to_many_queries_are_for_training_alone():
     assert_complete(hybrid, train_step(hybrid, batch))
 
 
+def test_a_square_of_the_smallest_side_has_tokens_for_all_queries_of_the_small_config():
+    """Tests shrink the number of queries; this is that of the config."""
+    cfg = load_config(config_path("h_deformable_detr_small"))
+    side = min(cfg.dataloader.train.mapper.augmentations.short_edges)
+    tokens = sum((-(-side // stride)) ** 2 for stride in cfg.model.encoder.strides)
+    matching = cfg.model.queries.matching
+    assert matching.num_queries + matching.num_extra <= tokens
+
+
 def test_too_small_an_image_for_the_extra_queries():
     model = build("h_deformable_detr_r50", "model.queries.matching.num_extra=400")
     with pytest.raises(ConfigError, match=r"420 queries .* lower num_extra of the source matching"):

@@ -181,8 +181,13 @@ def test_micro_batches_are_one_large_batch(name, monkeypatch):
 
 
 def test_in_mixed_precision():
-    model, batch = build(K2, dtype=torch.float32), weigh(make_batch(SIZES, NUM_GTS))
-    with torch.autocast(DEVICE.type, torch.bfloat16):
-        losses = train_step(model, batch)
-    assert all(value.isfinite() for value in losses.values())
-    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+    """The box code of the ROI heads learns half as much at half the weight."""
+    model, learned = build(K2, dtype=torch.float32), []
+    for batch in (make_batch(SIZES, NUM_GTS), weigh(make_batch(SIZES, NUM_GTS), 0.5)):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            losses = train_step(model, batch)
+        assert all(value.isfinite() for value in losses.values())
+        learned.append(gradients(model))
+    assert all(gradient.isfinite().all() for gradient in learned[1].values())
+    name = "auxiliary.heads.roi.roi_heads.box_predictor.bbox_pred.weight"
+    torch.testing.assert_close(learned[1][name], learned[0][name] / 2, rtol=0.02, atol=1e-4)

@@ -134,7 +134,7 @@ MUTATIONS = (
     _mutation(
         "matched-queries-weigh-one",
         "modeling/losses.py",
-        "of_truths[image, : len(truth.labels)] = truth.weights.to(boxes.dtype)",
+        "weights[image, : len(truth.labels)] = truth.weights.to(boxes.dtype)",
         "pass",
         "loss_weights",
     ),
@@ -148,8 +148,8 @@ MUTATIONS = (
     _mutation(
         "background-weighs-as-objects",
         "modeling/auxiliary/faster_rcnn.py",
-        "torch.where(sample.gt_classes < self.num_classes, sample.gt_weights, 1.0)",
-        "sample.gt_weights",
+        "torch.where(sample.gt_classes < self.num_classes, loss_weights(sample), 1.0)",
+        "loss_weights(sample)",
         "loss_weights",
     ),
     _mutation(

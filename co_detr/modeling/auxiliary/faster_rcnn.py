@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from co_detr.modeling.losses import scale_gradient
-from co_detr.structures import AuxiliaryOutput, Candidates, ClassRows, HeadCounts, HeadDetections
+from co_detr.structures import (
+    AuxiliaryOutput,
+    Candidates,
+    ClassRows,
+    HeadCounts,
+    HeadDetections,
+    loss_weights,
+)
 
 
 class CollaborativeRPN(RPN):
@@ -118,9 +125,7 @@ class CollaborativeROIHeads(StandardROIHeads):
 
     def row_weights(self, sample: Instances) -> Tensor:
         """``(P,)`` those of the ground truths of sampled proposals; 1 for background."""
-        if not sample.has("gt_weights"):
-            return sample.proposal_boxes.tensor.new_ones(len(sample))
-        return torch.where(sample.gt_classes < self.num_classes, sample.gt_weights, 1.0)
+        return torch.where(sample.gt_classes < self.num_classes, loss_weights(sample), 1.0)
 
     def _forward_mask(self, features: dict[str, Tensor], instances: list[Instances]):
         if self.training and self.mask_on:
