@@ -41,8 +41,8 @@ lr_multiplier = warmed_up(
 )
 train.ema.update(enabled=True, decay=0.99, warmup_iterations=100)
 train.init_checkpoint = ""
-train.max_iter = 800
-train.eval_period = 200
+train.max_iter = 700
+train.eval_period = 175
 train.log_period = 50
-train.checkpointer.update(period=400, max_to_keep=2)
+train.checkpointer.update(period=350, max_to_keep=2)
 train.output_dir = "output/quickstart"

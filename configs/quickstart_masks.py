@@ -8,5 +8,5 @@ model.mask_head = mask_head
 model.mask_head.update(strides=STRIDES[:3], width=32, num_semantic_convs=1)
 model.mask_head.sampler.max_positives = 3
 model.mask_head.iou_head.update(conv_dim=32, fc_dim=64)
-train.eval_period = 400  # masks of 100 detections take longer than their image
+train.eval_period = 350  # masks of 100 detections take longer than their image
 train.output_dir = "output/quickstart_masks"
