@@ -163,7 +163,7 @@ def read_json(path: str) -> Any:
         raise DataError(f"{path} is empty: write it again or fetch it again.")
     try:
         return json.loads(raw)  # finds out the encoding
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         strange = next((what for start, what in _STRANGERS if raw.startswith(start)), None)
         if strange is not None:
             sentence = f"{path} is not json; {strange}."

@@ -29,8 +29,9 @@ import pycocotools.mask as mask_utils
 from PIL import Image
 from tqdm import tqdm
 
+from co_detr.data.coco_file import read_json
 from co_detr.data.images import ImageReader
-from co_detr.errors import ConfigError
+from co_detr.errors import ConfigError, DataError
 
 GENERATOR = "co_detr.data.digits"  # as data sets of earlier versions have it
 
@@ -301,8 +302,8 @@ def load_photograph(name: str) -> Photograph:
 def _read(path: Path) -> dict[str, Any]:
     """The content of an annotation file, {} if it is not ours: `generate` then keeps it."""
     try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError:
+        content = read_json(str(path))
+    except DataError:
         return {}
     return content if isinstance(content, dict) else {}
 

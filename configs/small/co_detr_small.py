@@ -1,7 +1,7 @@
 """A small Co-DETR for your own data on a CPU: from scratch, short edge of about 192 pixels.
 
-The model of `quickstart.py`. 1500 iterations take three quarters of an hour on two slow cores, a third
-of that on two with AVX-512. With a GPU, or for objects that are tiny at this size, start from
+The model of `quickstart.py`. 1500 iterations take three quarters of an hour on two slow cores, a
+third of that on two with AVX-512. With a GPU, or for objects that are tiny at this size, start from
 `co_detr_r50.py` and its pretrained backbone.
 """
 

@@ -49,6 +49,7 @@ def test_encodings(tmp_path, encoding):
         (b"<!DOCTYPE html>", "web page"),
         (b'{"images": "caf\xe9"}', "is not UTF-8 .byte 0xe9 at position 15."),
         (b'{"images": [', "is not valid json"),
+        (b"[" * 100_000, "is not valid json .*recursion"),
     ],
 )
 def test_files_that_are_no_json(tmp_path, data, sentence):

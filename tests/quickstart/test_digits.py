@@ -208,13 +208,13 @@ def test_complete_only_with_all_files_of_the_same_configuration(tmp_path: Path) 
     assert not is_complete(tmp_path, CONFIG)
 
 
-@pytest.mark.parametrize("content", ['{"images": []}', "[]", "not json"])
-def test_foreign_annotation_files_are_kept(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize("content", [b'{"images": []}', b"[]", b"not json", b'{"caf\xe9": 1}', b""])
+def test_foreign_annotation_files_are_kept(tmp_path: Path, content: bytes) -> None:
     foreign = tmp_path / "val.json"
-    foreign.write_text(content)
+    foreign.write_bytes(content)
     with pytest.raises(FileExistsError, match="val.json was not written by this generator"):
         generate(tmp_path, CONFIG)
-    assert foreign.read_text() == content
+    assert foreign.read_bytes() == content
     assert not (tmp_path / "train").exists()
 
 

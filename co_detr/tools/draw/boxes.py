@@ -6,7 +6,6 @@ figures. All of them take the colors of `choose_colors`.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,14 @@ from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw
 from scipy.ndimage import minimum_filter
 
-from co_detr.data.coco_file import Entry, display_names, is_box, locate_files, read_coco
+from co_detr.data.coco_file import (
+    Entry,
+    display_names,
+    is_box,
+    locate_files,
+    read_coco,
+    read_json,
+)
 from co_detr.data.images import ImageReader, as_rgb
 from co_detr.data.segmentation import encoded_mask
 from co_detr.mask_patch import MaskPatch
@@ -219,7 +225,11 @@ def load_images(
             it is the annotation file).
     """
     coco = read_coco(str(annotations))
-    predictions = _read_json(results, "evaluate first: train_net.py --eval-only writes it")
+    if not results.is_file():
+        raise FileNotFoundError(
+            f"{results} does not exist; evaluate first: train_net.py --eval-only writes it."
+        )
+    predictions = read_json(str(results))
     if not coco.images:
         raise ValueError(f"{annotations} lists no images; there is nothing to draw.")
     if not isinstance(predictions, list):
@@ -282,15 +292,6 @@ def _to_box(entry: Entry, names: Mapping[int | str, str], image: Entry) -> Box:
     if encoded is not None:
         mask = MaskPatch(0, 0, mask_utils.decode(encoded).astype(bool)).trimmed()
     return Box(tuple(entry["bbox"]), names[entry["category_id"]], entry.get("score"), mask)
-
-
-def _read_json(path: Path, remedy: str) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; {remedy}.")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); {remedy}.") from error
 
 
 def plot_predictions(

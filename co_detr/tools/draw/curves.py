@@ -70,7 +70,7 @@ def read_log(path: Path, name: str) -> TrainingLog:
         )
     points: dict[str, dict[int, float]] = {}
     last = -1
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
