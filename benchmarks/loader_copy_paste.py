@@ -30,16 +30,11 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.common import environment, markdown_table, write_json
+from co_detr.data.augmentation import Variation, detr_train_augmentation, lsj_train_augmentation
 from co_detr.data.coco import load_coco
 from co_detr.data.copy_paste import CopyPaste
-from co_detr.data.loader import (
-    CheckedDatasetMapper,
-    build_train_loader,
-    detr_train_augmentation,
-    lsj_train_augmentation,
-)
+from co_detr.data.loader import CheckedDatasetMapper, build_train_loader
 from co_detr.data.mixing import Mixing
-from co_detr.data.variation import Variation
 
 OBJECTS = 7.3  # of an image, on average as in COCO
 POINTS = 30  # of a polygon

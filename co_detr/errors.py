@@ -10,6 +10,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
 
 
 class UserError(ValueError):
@@ -64,6 +66,22 @@ class AnalysisError(UserError):
 
 class ExportError(UserError):
     """A model cannot be exported, or an exported file is unreadable or differs from its model."""
+
+
+def require_whole(key: str, value: Any, least: int = 1) -> None:
+    """Raises a `ConfigError` unless a setting is a whole number of at least `least`."""
+    if not (_is_a(Integral, value) and value >= least):
+        raise ConfigError(f"{key}={value} must be a whole number of at least {least}.")
+
+
+def require_share(key: str, value: Any) -> None:
+    """Raises a `ConfigError` unless a setting is a number from 0 to 1."""
+    if not (_is_a(Real, value) and 0 <= value <= 1):
+        raise ConfigError(f"{key}={value} must be from 0 to 1.")
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def first_line(error: Exception) -> str:

@@ -18,10 +18,17 @@ logger = logging.getLogger(__name__)
 
 # Old dotted name of a module, class or function -> the new one. What lies below moves with it.
 MOVED: dict[str, str] = {
-    "co_detr.data.augmentation": "co_detr.data.loader",
+    **{
+        f"co_detr.data.loader.{name}": f"co_detr.data.augmentation.{name}"
+        for name in (
+            *("detr_train_augmentation", "detr_test_augmentation", "lsj_train_augmentation"),
+            *("ChannelResize", "ResizeScale", "ResizeShortestEdge"),
+        )
+    },
     "co_detr.data.lvis": "co_detr.data.coco",
     "co_detr.data.mapper": "co_detr.data.loader",
     "co_detr.data.objects365": "co_detr.data.coco",
+    "co_detr.data.variation": "co_detr.data.augmentation",
     "co_detr.engine.evaluation.CocoBoxEvaluator": (
         "co_detr.engine.evaluators.CocoDetectionEvaluator"
     ),

@@ -17,9 +17,9 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import Tensor
 
+from co_detr.data.augmentation import PixelwiseTransform, TransposeTransform
 from co_detr.data.loader import CheckedDatasetMapper, as_tensor, augment, with_whole_masks
 from co_detr.data.masks import CroppedMasks
-from co_detr.data.variation import PixelwiseTransform, TransposeTransform
 from co_detr.mask_patch import MaskPatch, first_to_last
 from co_detr.structures import loss_weights
 

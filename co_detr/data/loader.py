@@ -26,9 +26,9 @@ from detectron2.utils import comm
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from co_detr.data.augmentation import Variation
 from co_detr.data.images import ImageReader
 from co_detr.data.masks import transformed_masks
-from co_detr.data.variation import RandomApply, Variation
 from co_detr.errors import ConfigError, DataError, first_line
 from co_detr.process_setup import outlive_signals
 from co_detr.seeding import locally_seeded, mix_seed
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
     from co_detr.data.mixing import Mixing
 
 logger = logging.getLogger(__name__)
-
-# 480, 512, .. 800 pixels, as in DETR and the reference recipe.
-DETR_SHORT_EDGES = tuple(range(480, 801, 32))
 
 
 class CheckedDatasetMapper(DatasetMapper):
@@ -192,122 +189,6 @@ def augment(augmented: T.AugInput, augmentation: T.Augmentation, name: str) -> T
             f"{name} of {width}x{height} pixels cannot be resized or cropped "
             f"({first_line(error)}): cut it, or leave it out."
         ) from error
-
-
-class ResizeShortestEdge(T.ResizeShortestEdge):
-    """Detectron2's resize, which leaves at least one pixel of images that are very thin."""
-
-    def get_transform(self, image: np.ndarray) -> T.Transform:
-        return _at_least_one_pixel(super().get_transform(image))
-
-    @staticmethod
-    def get_output_shape(
-        oldh: int, oldw: int, short_edge_length: int, max_size: int
-    ) -> tuple[int, int]:
-        """Height and width that an image is resized to."""
-        shape = T.ResizeShortestEdge.get_output_shape(oldh, oldw, short_edge_length, max_size)
-        return max(1, shape[0]), max(1, shape[1])
-
-
-class ResizeScale(T.ResizeScale):
-    """Detectron2's resize to a random size, which leaves at least one pixel, too."""
-
-    def get_transform(self, image: np.ndarray) -> T.Transform:
-        return _at_least_one_pixel(super().get_transform(image))
-
-
-class ChannelResize(T.ResizeTransform):
-    """Detectron2's resize, also for other numbers of channels, which Pillow has no mode for.
-
-    Three are resized as Detectron2 does; others give what each would give as a gray image.
-    """
-
-    def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
-        if img.dtype != np.uint8 or img.ndim != 3 or img.shape[2] in (1, 3):
-            return super().apply_image(img, interp)
-        channels = np.split(img, img.shape[2], axis=2)
-        return np.concatenate(
-            [super(ChannelResize, self).apply_image(c, interp) for c in channels], 2
-        )
-
-
-def _at_least_one_pixel(resize: T.Transform) -> T.Transform:
-    if not isinstance(resize, T.ResizeTransform):
-        return resize
-    new_shape = (max(1, resize.new_h), max(1, resize.new_w))
-    return ChannelResize(resize.h, resize.w, *new_shape, resize.interp)
-
-
-def detr_train_augmentation(
-    short_edges: Sequence[int] = DETR_SHORT_EDGES,
-    max_size: int = 1333,
-    crop_probability: float = 0.5,
-    crop_short_edges: Sequence[int] | None = (400, 500, 600),
-    crop_size: tuple[int, int] | None = (384, 600),
-    flip_probability: float = 0.5,
-    crop_max_size: int = 4200,
-) -> list[T.Augmentation]:
-    """DETR's two branches: a random flip, then either a resize or resize + crop + resize.
-
-    Both branches end in the same resize, so they are one optional step in front of it.
-
-    Args:
-        short_edges: lengths of the shorter side, in pixels, to choose from.
-        max_size: upper limit of the longer side, in pixels.
-        crop_probability: how often the crop branch is taken.
-        crop_short_edges: lengths of the shorter side to choose from before cropping; None: 1/2,
-            5/8 and 3/4 of the largest of `short_edges`, as DETR's are of its 800.
-        crop_size: (min, max) side of the crop, in pixels; a smaller image is not cropped. None:
-            0.48 and 0.75 of the largest of `short_edges`, as DETR's.
-        flip_probability: how often the image is mirrored.
-        crop_max_size: upper limit of the longer side before cropping, in pixels, which only
-            images reach that are seven times as long as wide; the reference's.
-    """
-    largest = max(short_edges)
-    if crop_short_edges is None:
-        crop_short_edges = [round(share * largest) for share in (0.5, 0.625, 0.75)]
-    if crop_size is None:
-        crop_size = (round(0.48 * largest), round(0.75 * largest))
-    crop = T.AugmentationList(
-        [
-            ResizeShortestEdge(
-                tuple(crop_short_edges), max_size=crop_max_size, sample_style="choice"
-            ),
-            T.RandomCrop("absolute_range", tuple(crop_size)),
-        ]
-    )
-    return [
-        T.RandomFlip(prob=flip_probability, horizontal=True),
-        RandomApply(crop, prob=crop_probability),
-        ResizeShortestEdge(tuple(short_edges), max_size=max_size, sample_style="choice"),
-    ]
-
-
-def lsj_train_augmentation(
-    size: int, scales: tuple[float, float] = (0.1, 2.0), flip_probability: float = 0.5
-) -> list[T.Augmentation]:
-    """Large-scale jitter: resize to a random share of a square, crop to the square, flip.
-
-    The result fits in the square but does not fill it; the model pads it (`BatchPadding`).
-    `RandomCrop` and not `FixedSizeCrop`, which would draw one number for both directions.
-    Source: Ghiasi et al., "Simple Copy-Paste", CVPR 2021; the reference's LSJ configs.
-    Objects of other images are pasted by `CopyPaste`, where the data have masks.
-
-    Args:
-        size: side of the square in pixels.
-        scales: (min, max) of the longer side, in sides of the square, before cropping.
-        flip_probability: how often the image is mirrored.
-    """
-    return [
-        ResizeScale(*scales, target_height=size, target_width=size),
-        T.RandomCrop("absolute", (size, size)),
-        T.RandomFlip(prob=flip_probability, horizontal=True),
-    ]
-
-
-def detr_test_augmentation(short_edge: int = 800, max_size: int = 1333) -> list[T.Augmentation]:
-    """Resize of the shorter side to `short_edge` pixels, the longer side at most `max_size`."""
-    return [ResizeShortestEdge(short_edge, max_size=max_size)]
 
 
 @dataclass(frozen=True)

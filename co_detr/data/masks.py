@@ -22,8 +22,8 @@ import pycocotools.mask as mask_utils
 import torch
 from detectron2.structures import BitMasks, Boxes
 
+from co_detr.data.augmentation import PlaceTransform, TransposeTransform
 from co_detr.data.segmentation import Segmentation, decompressed, extent_of, run_lengths
-from co_detr.data.variation import PlaceTransform, TransposeTransform
 from co_detr.mask_patch import MaskPatch, first_to_last
 
 _PLAIN_TRANSFORMS = (T.NoOpTransform, T.ColorTransform, T.BlendTransform)  # leave pixels in place

@@ -18,11 +18,11 @@ import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
+from co_detr.data.augmentation import PlaceTransform
 from co_detr.data.copy_paste import draw_source, window_of
 from co_detr.data.loader import CheckedDatasetMapper, as_tensor, augment, with_whole_masks
 from co_detr.data.masks import CroppedMasks
-from co_detr.data.variation import PlaceTransform
-from co_detr.errors import ConfigError
+from co_detr.errors import ConfigError, require_share, require_whole
 from co_detr.mask_patch import MaskPatch
 from co_detr.structures import loss_weights
 
@@ -68,12 +68,8 @@ class Mixing:
 
     def __post_init__(self) -> None:
         for name in ("mosaic", "mixup", "until"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(
-                    f"dataloader.train.mixing.{name}={getattr(self, name)} must be from 0 to 1."
-                )
-        if self.size < 2:
-            raise ConfigError(f"dataloader.train.mixing.size={self.size} must be at least 2.")
+            require_share(f"dataloader.train.mixing.{name}", getattr(self, name))
+        require_whole("dataloader.train.mixing.size", self.size, least=2)
         if len(self.shown) != 2 or not 0 < self.shown[0] <= self.shown[1] <= 1:
             raise ConfigError(
                 f"dataloader.train.mixing.shown={self.shown} must be the smallest and the largest "

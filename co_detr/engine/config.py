@@ -19,7 +19,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from co_detr.engine.config_yaml import read_yaml_config, tell_renamed
 from co_detr.engine.overrides import apply_overrides
-from co_detr.errors import ConfigError
+from co_detr.errors import ConfigError, require_whole
 from co_detr.modeling.backbones.timm import pixel_mean
 from co_detr.moved import named_sources, rename_keys
 
@@ -69,6 +69,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     _check_texts(cfg)
     _check_train_node(cfg.train)
     _check_batch(cfg)
+    _check_loaders(cfg)
     _check_channels(cfg)
     return cfg
 
@@ -174,11 +175,13 @@ def _check_texts(cfg: DictConfig) -> None:
 
 
 def _check_train_node(train: DictConfig) -> None:
-    for key in ("max_iter", "log_period"):
-        if not (isinstance(train[key], int) and train[key] >= 1):
-            raise ConfigError(f"train.{key}={train[key]} must be a whole number of at least 1.")
-    if not (isinstance(train.seed, int) and train.seed >= 0):
-        raise ConfigError(f"train.seed={train.seed} must be a whole number of at least 0.")
+    for key, least in (("max_iter", 1), ("log_period", 1), ("seed", 0), ("eval_period", 0)):
+        require_whole(f"train.{key}", train[key], least)
+    limit = train.clip_grad.max_norm
+    if limit is not None and not limit > 0:
+        raise ConfigError(
+            f"train.clip_grad.max_norm={limit} must be above 0, or null for no limit."
+        )
     if not train.output_dir:
         raise ConfigError("train.output_dir is empty: name the folder that the run writes to.")
     try:
@@ -201,6 +204,14 @@ _FOR_COLORS = (
         for name in ("brightness", "contrast", "saturation", "hue", "blur")
     ),
 )
+
+
+def _check_loaders(cfg: DictConfig) -> None:
+    for key in ("dataloader.train.num_workers", "dataloader.test.num_workers"):
+        require_whole(key, OmegaConf.select(cfg, key, default=0), least=0)
+    order = cfg.data.get("image_format", "RGB")
+    if order not in ("RGB", "BGR"):
+        raise ConfigError(f'data.image_format={order} must be "RGB" or "BGR".')
 
 
 def _check_channels(cfg: DictConfig) -> None:
@@ -248,8 +259,8 @@ def _check_batch(cfg: DictConfig) -> None:
             continue
         value = cfg.train[name]
         optional = name == "images_per_gpu"
-        if not (optional and value is None) and not (isinstance(value, int) and value >= 1):
-            raise ConfigError(f"train.{name}={value} must be a whole number of at least 1.")
+        if not (optional and value is None):
+            require_whole(f"train.{name}", value)
         if loader.get(key) != value:
             raise ConfigError(
                 f"dataloader.train.{key}={loader.get(key)} is not train.{name}={value}: set "

@@ -26,7 +26,7 @@ from co_detr.engine.setup import RunLog
 from co_detr.engine.trainer import Trainer
 from co_detr.engine.validation import ModelSelection, ValidationLoss
 from co_detr.engine.writers import WriterHook
-from co_detr.errors import CheckpointError, ConfigError, UserError
+from co_detr.errors import CheckpointError, ConfigError, UserError, require_whole
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +87,7 @@ class EmaSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
             raise ConfigError(f"train.ema.decay={self.decay} must be at least 0 and below 1.")
-        if self.warmup_iterations < 0:
-            raise ConfigError(
-                f"train.ema.warmup_iterations={self.warmup_iterations} must be at least 0."
-            )
+        require_whole("train.ema.warmup_iterations", self.warmup_iterations, least=0)
 
 
 class AveragedWeights(AveragedModel):
@@ -178,8 +175,8 @@ class CheckpointHook(HookBase):
         eval_period: int = 0,
     ) -> None:
         for name, value in (("period", period), ("max_to_keep", max_to_keep)):
-            if value is not None and value < 1:
-                raise ConfigError(f"train.checkpointer.{name}={value} must be at least 1.")
+            if value is not None:
+                require_whole(f"train.checkpointer.{name}", value)
         self.checkpointer = checkpointer
         self.period = period
         self.max_to_keep = max_to_keep

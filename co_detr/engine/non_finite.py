@@ -14,7 +14,7 @@ import torch
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from co_detr.errors import ConfigError, NonFiniteError
+from co_detr.errors import NonFiniteError, require_whole
 from co_detr.files import written_whole
 
 logger = logging.getLogger(__name__)
@@ -47,8 +47,7 @@ class NonFiniteGuard:
         output_dir: str,
         max_skips: int,
     ) -> None:
-        if max_skips < 0:
-            raise ConfigError(f"train.non_finite.max_skips={max_skips} must be at least 0.")
+        require_whole("train.non_finite.max_skips", max_skips, least=0)
         self.model = model
         self.optimizer = optimizer
         self.grad_scaler = grad_scaler

@@ -29,6 +29,7 @@ from co_detr.engine.freezing import FrozenHook, freeze
 from co_detr.engine.non_finite import BadStep, NonFiniteGuard, facts_of
 from co_detr.engine.optim import layout_of, with_own_settings
 from co_detr.engine.writers import WriterHook
+from co_detr.errors import ConfigError, UserError, first_line
 from co_detr.process_setup import StopSignals
 from co_detr.seeding import seed_everything
 from co_detr.structures import StepCounts
@@ -374,7 +375,7 @@ def build_trainer(
         loader: of micro-batches, of which `accumulation_steps` make a step.
 
     Raises:
-        ConfigError: if `train.freeze` cannot be applied.
+        ConfigError: if `train.freeze` cannot be applied, or the optimizer refuses its settings.
     """
     logger.info("%.1f M parameters", sum(p.numel() for p in model.parameters()) / 1e6)
     patterns = list(cfg.train.get("freeze", []))
@@ -382,7 +383,14 @@ def build_trainer(
         logger.info(freeze(model, patterns).text())
     node = copy.deepcopy(cfg.optimizer)  # a config describes; it does not hold a model
     node.params.model = model
-    optimizer = instantiate(node)
+    try:
+        optimizer = instantiate(node)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise ConfigError(
+            f"the optimizer refuses its settings ({first_line(error)}): correct optimizer.*."
+        ) from error
     settings = _step_settings(cfg, accumulation_steps)
     trainer = Trainer(_distributed(model, cfg), loader, optimizer, settings)
     trainer.register_hooks([FrozenHook(model)] if patterns else [])

@@ -35,7 +35,7 @@ from co_detr.engine.freezing import keep_frozen_in_eval
 from co_detr.engine.launch import jointly
 from co_detr.engine.setup import pin_for
 from co_detr.engine.trainer import StepSettings, Trainer
-from co_detr.errors import CheckpointError, ConfigError
+from co_detr.errors import CheckpointError, ConfigError, require_whole
 from co_detr.files import written_whole
 from co_detr.modeling.detectors import TTA_KIND
 from co_detr.seeding import locally_seeded, seed_everything
@@ -68,10 +68,8 @@ class ValidationLossSettings:
     max_images: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_images is not None and self.max_images < 1:
-            raise ConfigError(
-                f"train.val_loss.max_images={self.max_images} must be at least 1, or null."
-            )
+        if self.max_images is not None:
+            require_whole("train.val_loss.max_images", self.max_images)
 
 
 class ValidationLoss:
@@ -211,13 +209,8 @@ class EarlyStop:
     min_delta: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.patience is not None and not (
-            isinstance(self.patience, int) and self.patience >= 1
-        ):
-            raise ConfigError(
-                f"train.early_stop.patience={self.patience} must be a whole number of at least 1, "
-                "or null."
-            )
+        if self.patience is not None:
+            require_whole("train.early_stop.patience", self.patience)
         if self.min_delta < 0:
             raise ConfigError(f"train.early_stop.min_delta={self.min_delta} must be at least 0.")
 

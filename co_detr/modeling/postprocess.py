@@ -14,7 +14,7 @@ from detectron2.structures import Boxes, Instances, ROIMasks
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from co_detr.errors import NonFiniteError
+from co_detr.errors import ConfigError, NonFiniteError, require_share, require_whole
 from co_detr.mask_patch import MaskPatch
 from co_detr.modeling.geometry import Geometry
 from co_detr.modeling.losses import cxcywh_to_xyxy, iou
@@ -26,10 +26,14 @@ class TopKPostprocessor(nn.Module):
 
     Args:
         max_detections: pairs to keep per image; fewer if there are fewer.
+
+    Raises:
+        ConfigError: if it is no whole number of at least 1.
     """
 
     def __init__(self, max_detections: int = 100):
         super().__init__()
+        require_whole("model.postprocessor.max_detections", max_detections)
         self.max_detections = max_detections
 
     def forward(self, logits: Tensor, boxes: Tensor, geometry: Geometry) -> list[Instances]:
@@ -63,6 +67,9 @@ class SoftNMSPostprocessor(nn.Module):
         min_score: pairs that fall below are dropped, except for the best one.
         sigma: None for the linear factor; 0.5 in the paper for the Gaussian one, which heeds no
             threshold.
+
+    Raises:
+        ConfigError: if a number is out of its range.
     """
 
     def __init__(
@@ -73,6 +80,11 @@ class SoftNMSPostprocessor(nn.Module):
         sigma: float | None = None,
     ):
         super().__init__()
+        require_whole("model.postprocessor.max_detections", max_detections)
+        require_share("model.postprocessor.iou_threshold", iou_threshold)
+        require_share("model.postprocessor.min_score", min_score)
+        if sigma is not None and not sigma > 0:
+            raise ConfigError(f"model.postprocessor.sigma={sigma} must be above 0, or null.")
         self.max_detections = max_detections
         self.iou_threshold = iou_threshold
         self.min_score = min_score

@@ -5,16 +5,11 @@ import os
 from detectron2.config import LazyCall as L
 from detectron2.data import build_detection_test_loader
 
+from co_detr.data.augmentation import Variation, detr_test_augmentation, detr_train_augmentation
 from co_detr.data.coco import load_coco
 from co_detr.data.images import MAX_PIXELS, ImageReader
-from co_detr.data.loader import (
-    CheckedDatasetMapper,
-    build_train_loader,
-    detr_test_augmentation,
-    detr_train_augmentation,
-)
+from co_detr.data.loader import CheckedDatasetMapper, build_train_loader
 from co_detr.data.mixing import Mixing
-from co_detr.data.variation import Variation
 from co_detr.engine.evaluators import CocoDetectionEvaluator
 
 data = dict(
@@ -63,7 +58,7 @@ dataloader = dict(
             augmentations=L(detr_train_augmentation)(max_size=1333),
             image_format="${data.image_format}",
             reader=_reader,
-            # Flips, turns, colors, blur, all off here; see co_detr/data/variation.py.
+            # Flips, turns, colors, blur, all off here; see co_detr/data/augmentation.py.
             variation=L(Variation)(image_format="${data.image_format}"),
         ),
         total_batch_size="${train.effective_batch_size}",

@@ -2,8 +2,8 @@
 
 from detectron2.config import LazyCall as L
 
+from co_detr.data.augmentation import lsj_train_augmentation
 from co_detr.data.copy_paste import CopyPaste
-from co_detr.data.loader import lsj_train_augmentation
 from co_detr.modeling import BatchPadding
 
 

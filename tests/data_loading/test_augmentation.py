@@ -6,16 +6,16 @@ import pytest
 from detectron2.config import instantiate
 from PIL import Image
 
-from co_detr.data.loader import (
-    CheckedDatasetMapper,
+from co_detr.data.augmentation import (
     ResizeScale,
     ResizeShortestEdge,
     detr_test_augmentation,
     detr_train_augmentation,
     lsj_train_augmentation,
 )
+from co_detr.data.loader import CheckedDatasetMapper
 from co_detr.engine.config import load_config
-from co_detr.errors import DataError
+from co_detr.errors import ConfigError, DataError
 from tests.paths import config_path
 
 THIN = [(1, 1000), (3, 4000), (20000, 2), (1, 1), (1, 60000)]
@@ -60,6 +60,47 @@ def test_crops_in_proportion_to_the_input():
         64,
         96,
     )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.short_edges=800", "short_edges=800 must be a list of lengths in pixels"),
+        ("train.short_edges=[]", r"short_edges=\[\] must be a list of lengths in pixels"),
+        ("train.short_edges=[0]", "each length of .*short_edges=0 must be a whole number"),
+        ("train.short_edges=[abc]", "each length of .*short_edges=abc must be a whole number"),
+        ("train.max_size=0", "train.*max_size=0 must be a whole number of at least 1"),
+        ("train.crop_probability=2", "crop_probability=2 must be from 0 to 1"),
+        ("train.flip_probability=-0.5", "flip_probability=-0.5 must be from 0 to 1"),
+        ("train.crop_short_edges=[]", r"crop_short_edges=\[\] must be a list of lengths"),
+        ("train.crop_size=[96,64]", r"crop_size=\[96, 64\] must be the smallest and the largest"),
+        ("train.crop_size=[96]", r"crop_size=\[96\] must be the smallest and the largest"),
+        ("test.short_edge=0", "test.*short_edge=0 must be a whole number of at least 1"),
+        ("test.max_size=1.5", "test.*max_size=1.5 must be a whole number of at least 1"),
+    ],
+)
+def test_settings_out_of_range(override, message):
+    """Refused at the start, where drawing from them would fail in the middle of a training."""
+    split, _, setting = override.partition(".")
+    cfg = load_config(
+        config_path("co_detr_small"), [f"dataloader.{split}.mapper.augmentations.{setting}"]
+    )
+    with pytest.raises(ConfigError, match=message):
+        instantiate(cfg.dataloader[split].mapper.augmentations)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": 0}, "augmentations.size=0 must be a whole number"),
+        ({"size": 64, "scales": (2.0, 0.1)}, "scales=.* must be the smallest and the largest"),
+        ({"size": 64, "scales": (0.0, 1.0)}, "scales=.* above 0"),
+        ({"size": 64, "flip_probability": 5}, "flip_probability=5 must be from 0 to 1"),
+    ],
+)
+def test_settings_of_large_scale_jitter_out_of_range(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        lsj_train_augmentation(**settings)
 
 
 @pytest.mark.parametrize("size", [(3, 4000), (4000, 3), (200, 2200)])

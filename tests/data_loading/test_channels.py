@@ -9,8 +9,9 @@ from detectron2.config import instantiate
 from PIL import Image
 
 from co_detr.checkpoint.saving import Checkpointer
+from co_detr.data.augmentation import ChannelResize, ResizeShortestEdge
 from co_detr.data.images import ImageReader, as_rgb
-from co_detr.data.loader import ChannelResize, CheckedDatasetMapper, ResizeShortestEdge
+from co_detr.data.loader import CheckedDatasetMapper
 from co_detr.engine.config import load_config
 from co_detr.engine.config_yaml import save_config
 from co_detr.errors import ConfigError, DataError

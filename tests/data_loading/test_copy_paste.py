@@ -13,14 +13,10 @@ import torch
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
+from co_detr.data.augmentation import detr_train_augmentation, lsj_train_augmentation
 from co_detr.data.coco import load_coco
 from co_detr.data.copy_paste import CopyPaste, Scene, draw_source, paste, window_of
-from co_detr.data.loader import (
-    CheckedDatasetMapper,
-    build_train_loader,
-    detr_train_augmentation,
-    lsj_train_augmentation,
-)
+from co_detr.data.loader import CheckedDatasetMapper, build_train_loader
 from co_detr.data.masks import CroppedMasks
 from co_detr.errors import DataError
 from co_detr.seeding import locally_seeded

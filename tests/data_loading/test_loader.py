@@ -7,12 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from co_detr.data.loader import (
-    BatchPlan,
-    build_train_loader,
-    detr_test_augmentation,
-    detr_train_augmentation,
-)
+from co_detr.data.augmentation import detr_test_augmentation, detr_train_augmentation
+from co_detr.data.loader import BatchPlan, build_train_loader
 from co_detr.errors import ConfigError
 from co_detr.seeding import locally_seeded
 

@@ -6,7 +6,7 @@ from detectron2.data import transforms as T
 from detectron2.data.detection_utils import transform_instance_annotations
 from detectron2.structures import BoxMode
 
-from co_detr.data.loader import detr_test_augmentation, lsj_train_augmentation
+from co_detr.data.augmentation import detr_test_augmentation, lsj_train_augmentation
 from co_detr.seeding import locally_seeded
 
 SQUARE = 64

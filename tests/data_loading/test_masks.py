@@ -9,12 +9,9 @@ import pytest
 import torch
 from detectron2.structures import BitMasks, Instances
 
+from co_detr.data.augmentation import detr_train_augmentation, lsj_train_augmentation
 from co_detr.data.coco import load_coco
-from co_detr.data.loader import (
-    CheckedDatasetMapper,
-    detr_train_augmentation,
-    lsj_train_augmentation,
-)
+from co_detr.data.loader import CheckedDatasetMapper
 from co_detr.data.masks import (
     CroppedMasks,
     draw_mask,

@@ -10,10 +10,10 @@ import pytest
 import torch
 from detectron2.structures import BoxMode
 
+from co_detr.data.augmentation import Variation
 from co_detr.data.copy_paste import CopyPaste
 from co_detr.data.loader import CheckedDatasetMapper, build_train_loader
 from co_detr.data.mixing import Mixing, half_and_half
-from co_detr.data.variation import Variation
 from co_detr.engine.config import load_config
 from co_detr.errors import ConfigError
 from co_detr.seeding import locally_seeded
@@ -270,7 +270,7 @@ def test_masks_are_kept_for_a_model_that_learns_them_only():
     ("settings", "says"),
     [
         ({"mosaic": 1.5}, "mixing.mosaic=1.5 must be from 0 to 1"),
-        ({"size": 1}, "mixing.size=1 must be at least 2"),
+        ({"size": 1}, "mixing.size=1 must be a whole number of at least 2"),
         ({"shown": (0.0, 1.0)}, r"mixing.shown=\(0.0, 1.0\) must be the smallest"),
     ],
 )

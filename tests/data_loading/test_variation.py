@@ -6,16 +6,16 @@ import detectron2.data.transforms as T
 import numpy as np
 import pytest
 
-from co_detr.data.copy_paste import window_of
-from co_detr.data.loader import detr_train_augmentation
-from co_detr.data.masks import picked_pixels
-from co_detr.data.variation import (
+from co_detr.data.augmentation import (
     ColorMap,
     PixelwiseTransform,
     PlaceTransform,
     RandomQuarterTurn,
     Variation,
+    detr_train_augmentation,
 )
+from co_detr.data.copy_paste import window_of
+from co_detr.data.masks import picked_pixels
 from co_detr.errors import ConfigError
 from co_detr.seeding import locally_seeded
 

@@ -87,6 +87,13 @@ def test_an_argument_left_at_its_default_can_be_overridden(tiny_cfg):
         ("train.max_iter=1.5", "train.max_iter=1.5 must be a whole number of at least 1"),
         ("train.seed=-1", "train.seed=-1 must be"),
         ("train.amp.dtype=int8", "train.amp.dtype=int8 must be"),
+        ("train.eval_period=-1", "train.eval_period=-1 must be a whole number of at least 0"),
+        ("train.eval_period=0.5", "train.eval_period=0.5 must be a whole number of at least 0"),
+        ("train.clip_grad.max_norm=0", "train.clip_grad.max_norm=0 must be above 0, or null"),
+        ("train.clip_grad.max_norm=-1", "train.clip_grad.max_norm=-1 must be above 0, or null"),
+        ("dataloader.train.num_workers=-1", "dataloader.train.num_workers=-1 must be a whole"),
+        ("dataloader.test.num_workers=1.5", "dataloader.test.num_workers=1.5 must be a whole"),
+        ("data.image_format=rgb", 'data.image_format=rgb must be "RGB" or "BGR"'),
     ],
 )
 def test_mistaken_overrides(tiny_cfg, override, message):

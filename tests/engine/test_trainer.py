@@ -9,6 +9,7 @@ from detectron2.utils import comm
 
 from co_detr.engine import trainer
 from co_detr.engine.train import run_training
+from co_detr.errors import ConfigError
 from tests.device import NAME
 from tests.engine.tiny_detector import TinyDetector
 
@@ -143,3 +144,9 @@ def test_learning_rates_by_name_and_progress(tiny_cfg, tmp_path):
     assert rates == pytest.approx([1e-4, 1e-3])
     logged = [line["lr"] for line in _lines(tmp_path / "out") if "lr" in line]
     assert logged == pytest.approx([logged[0]] * 3 + [logged[0] / 10] * 3)
+
+
+@pytest.mark.parametrize("override", ["optimizer.lr=-1", "optimizer.betas=[2,3]"])
+def test_settings_that_the_optimizer_refuses(tiny_cfg, override):
+    with pytest.raises(ConfigError, match=r"^the optimizer refuses .*Invalid .*correct optimizer"):
+        run_training(tiny_cfg(override), resume=False)

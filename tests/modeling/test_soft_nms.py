@@ -6,6 +6,7 @@ import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 
+from co_detr.errors import ConfigError
 from co_detr.modeling import SoftNMSPostprocessor, TopKPostprocessor
 from co_detr.modeling.postprocess import soft_nms
 from tests.modeling.builders import geometry_of, random_boxes
@@ -131,3 +132,17 @@ def test_starts_from_as_many_pairs_as_queries():
     spread = boxes * torch.linspace(0.1, 1.0, 30)[:, None]  # nothing overlaps enough
     postprocessor = SoftNMSPostprocessor(max_detections=500, iou_threshold=0.99)
     assert [len(instances) for instances in postprocessor(logits, spread, geometry)] == [30, 30]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_detections": 0}, {"iou_threshold": 2}, {"min_score": -0.1}, {"sigma": 0}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_settings_out_of_range(settings):
+    ((name, value),) = settings.items()
+    with pytest.raises(ConfigError, match=f"postprocessor.{name}={value} must be"):
+        SoftNMSPostprocessor(**settings)
+    if name == "max_detections":
+        with pytest.raises(ConfigError, match="postprocessor.max_detections=0 must be"):
+            TopKPostprocessor(**settings)

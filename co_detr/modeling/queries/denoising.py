@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from co_detr.errors import require_whole
 from co_detr.modeling.losses import cxcywh_to_xyxy, xyxy_to_cxcywh
 from co_detr.modeling.queries.sources import QuerySource
 from co_detr.modeling.transformer import inverse_sigmoid
@@ -78,6 +79,7 @@ class DenoisingQueries(QuerySource):
         sees: str = "matching",
     ):
         super().__init__()
+        require_whole("model.queries.denoising.num_queries", num_queries)
         self.num_classes = num_classes
         self.num_queries = num_queries
         self.label_noise = label_noise

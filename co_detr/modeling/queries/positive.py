@@ -10,7 +10,7 @@ import torch
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from co_detr.errors import ConfigError
+from co_detr.errors import ConfigError, require_whole
 from co_detr.modeling.geometry import Geometry, encode_boxes
 from co_detr.modeling.losses import normalize_boxes
 from co_detr.modeling.transformer import inverse_sigmoid
@@ -83,6 +83,13 @@ class PositiveQueries(nn.Module):
             )
         if self_attention not in ("group", "self"):
             raise ConfigError(f'self_attention must be "group" or "self", got {self_attention!r}.')
+        require_whole("model.auxiliary.positive_queries.min_queries", min_queries, least=0)
+        require_whole("model.auxiliary.positive_queries.max_queries", max_queries)
+        if max_queries < min_queries:
+            raise ConfigError(
+                f"model.auxiliary.positive_queries.max_queries={max_queries} must be at least "
+                f"min_queries={min_queries}."
+            )
         self.num_classes = num_classes
         self.embed_dim = embed_dim
         self.padding = padding

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from co_detr.errors import ConfigError
+from co_detr.errors import ConfigError, require_whole
 from co_detr.modeling.geometry import encode_boxes
 from co_detr.modeling.transformer import BoxHead, class_head, perceptron
 from co_detr.structures import (
@@ -126,6 +126,7 @@ class LearnedQueries(QuerySource):
         training_only: bool = False,
     ):
         super().__init__()
+        require_whole("model.queries.*.num_queries", num_queries)
         self.num_queries = num_queries
         self.training_only = training_only
         self.content = nn.Embedding(num_queries, embed_dim)
@@ -160,6 +161,7 @@ class AnchorQueries(QuerySource):
 
     def __init__(self, *, num_queries: int, embed_dim: int):
         super().__init__()
+        require_whole("model.queries.*.num_queries", num_queries)
         self.num_queries = num_queries
         self.embed_dim = embed_dim
         self.anchors = nn.Embedding(num_queries, 4)
@@ -187,6 +189,7 @@ class PointQueries(QuerySource):
 
     def __init__(self, *, num_queries: int, embed_dim: int):
         super().__init__()
+        require_whole("model.queries.*.num_queries", num_queries)
         self.num_queries = num_queries
         self.position = nn.Embedding(num_queries, embed_dim)
         self.point_head = perceptron(embed_dim, 2)
@@ -253,6 +256,7 @@ class TwoStageQueries(QuerySource):
         self.with_position = with_position
         self.with_features = with_features
         self.training_only = training_only
+        require_whole("model.queries.*.num_queries", num_queries)
         self.num_queries = num_queries
         self.num_classes = num_classes
         self.memory_proj = nn.Linear(embed_dim, embed_dim)
@@ -370,6 +374,7 @@ class HybridMatchingQueries(TwoStageQueries):
         )
         self.repeats = repeats
         self.loss_weight = loss_weight
+        require_whole("model.queries.*.num_extra", num_extra)
         self.extra_content: nn.Embedding | None = nn.Embedding(num_extra, embed_dim)
 
     def training_groups(

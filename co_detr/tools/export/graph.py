@@ -19,7 +19,7 @@ from detectron2.structures import Boxes, Instances, ROIMasks
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from co_detr.data.loader import ResizeShortestEdge
+from co_detr.data.augmentation import ResizeShortestEdge
 from co_detr.errors import ConfigError, ExportError
 from co_detr.layers.deformable_attention import KERNEL_DEVICES, standard_operators
 from co_detr.modeling import CoDETR
