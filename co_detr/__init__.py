@@ -21,6 +21,19 @@ WITHOUT_DETECTRON2 = (
 )
 
 
+# Of the repository, where the package lies in it.
+_SCRIPTS = {"train": "train_net.py", "predict": "predict.py"}
+
+
+def program(command: str) -> list[str]:
+    """What a user starts "train" or "predict" with: the script of the repository, or, where the
+    package is installed without it, the command `co-detr`."""
+    script = _SCRIPTS[command]
+    above = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    is_there = os.path.isfile(os.path.join(above, script))
+    return ["python", script] if is_there else ["co-detr", command]
+
+
 def lacks_detectron2() -> bool:
     """Whether there is no Detectron2 in this environment."""
     return importlib.util.find_spec("detectron2") is None

@@ -90,3 +90,12 @@ def test_the_command_loads_nothing_slow():
         timeout=60,
     )
     assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_what_messages_tell_users_to_start(monkeypatch, tmp_path):
+    """The scripts of the repository; an installed package has the command alone."""
+    for command, script in (("train", "train_net.py"), ("predict", "predict.py")):
+        assert SCRIPTS[script] == command
+        assert co_detr.program(command) == ["python", script]
+    monkeypatch.setattr(co_detr, "__file__", str(tmp_path / "co_detr" / "__init__.py"))
+    assert co_detr.program("predict") == ["co-detr", "predict"]

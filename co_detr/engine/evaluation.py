@@ -27,6 +27,7 @@ from tabulate import tabulate
 from torch import nn
 from torch.utils.data import DataLoader
 
+from co_detr import program
 from co_detr.data.coco import BoxChecker
 from co_detr.data.coco_classes import dataset_name
 from co_detr.data.coco_file import CocoFile, Entry, read_coco
@@ -439,7 +440,7 @@ def log_best_detector(metrics: Metrics, kinds: Sequence[str], config: str, check
     best = best_detector(metrics, kinds)
     if best is None or not checkpoint or not set(kinds) - {TOP_K}:
         return
-    command = ["python", "predict.py", "--config-file", config, "--checkpoint", checkpoint]
+    command = [*program("predict"), "--config-file", config, "--checkpoint", checkpoint]
     command += [] if best == DECODER else ["--detector", best]
     own, decoder = metrics_of(metrics, best), metrics.get("AP")
     beside = "" if best == DECODER or decoder is None else f"; the decoder has {decoder:.1f}"

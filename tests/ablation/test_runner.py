@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -11,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from co_detr.errors import CheckpointError, ConfigError
-from co_detr.tools.ablate import runner
+from co_detr.tools.ablate import run, runner
 from co_detr.tools.ablate.run import RECORD_FILE, RunState
+from tests.paths import ROOT, python_path
 
 
 def kill_this_process_when(happened) -> threading.Thread:
@@ -189,3 +191,13 @@ def test_two_calls_at_once_are_refused(fake_grid) -> None:
     fake_grid.variants = {"A": ([], [0])}
     fake_grid.run(after_run=again)
     assert fake_grid.calls == ["a seed0 1"]
+
+
+def test_without_the_repository_the_package_trains(monkeypatch, tmp_path) -> None:
+    assert run.training_program() == [str(ROOT / "train_net.py")]
+    monkeypatch.setattr(run, "TRAIN_NET", tmp_path / "train_net.py")
+    command = [sys.executable, *run.training_program(), "--help"]
+    said = subprocess.run(
+        command, env={"PYTHONPATH": python_path()}, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert said.returncode == 0 and "--config-file" in said.stdout, said.stderr

@@ -60,7 +60,7 @@ def test_the_printed_command_reads_the_boxes_where_they_are_in_the_image(convert
     command = result.printed[result.printed.index("python train_net.py") :]
     words = shlex.split(command.replace("\\\n", " "))
     assert words[:3] == ["python", "train_net.py", "--config-file"]
-    cfg = load_config(str(ROOT / words[3]), words[4:])
+    cfg = load_config(words[3], words[4:])
     for split, pictures in (("train", TRAIN), ("val", VAL)):
         records = load_coco(cfg.data[split], cfg.data[f"{split}_images"])
         assert class_names(cfg.data[split]) == CLASSES

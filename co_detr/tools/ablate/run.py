@@ -294,19 +294,11 @@ class TrainingProcess:
         environment_line: see `Attempt`.
         variables: of the environment, in addition to those of this process.
         held_open: file descriptor that the process keeps as long as it lives.
-
-    Raises:
-        ConfigError: if train_net.py is not beside the package.
     """
 
     def __init__(
         self, state: RunState, environment_line: str, variables: dict[str, str], held_open: int
     ) -> None:
-        if not TRAIN_NET.is_file():
-            raise ConfigError(
-                f"{TRAIN_NET} does not exist: an ablation needs the repository; install the "
-                "package from it with pip install -e ."
-            )
         self.spec = state.spec
         folder = state.spec.folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -319,7 +311,7 @@ class TrainingProcess:
             self._log_start = log.tell()
             self._start = time.monotonic()
             self._process = subprocess.Popen(
-                [sys.executable, str(TRAIN_NET), *state.spec.arguments],
+                [sys.executable, *training_program(), *state.spec.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -372,6 +364,12 @@ class TrainingProcess:
         lines = [line.strip() for line in lines if line.strip()]
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         return (errors or lines or ["it said nothing"])[-1]
+
+
+def training_program() -> list[str]:
+    """What Python runs to train: the script of the repository, or, where the package is installed
+    without it, the package's own."""
+    return [str(TRAIN_NET)] if TRAIN_NET.is_file() else ["-m", "co_detr", "train"]
 
 
 def _end_with_parent() -> Callable[[], object] | None:

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from co_detr import program
 from co_detr.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from co_detr.tools.convert.dataset import ConvertedSplit, Layout
 
-_CONFIG = "configs/co_detr_r50.py"
+_CONFIG = "co_detr_r50"
 # Text that an override can hold without quotes, and that cannot be a number or a truth value.
 _PLAIN = re.compile(r"[\w./-]*/[\w./-]*", re.ASCII)
 
@@ -87,7 +88,7 @@ def run(options: argparse.Namespace) -> None:
 
 def training_command(sets: dict[str, ConvertedSplit], output: Path) -> str:
     """The command that trains on ``train.json`` and ``val.json`` in `output`, for a shell."""
-    lines = [f"python train_net.py --config-file {_CONFIG}"]
+    lines = [f"{shlex.join(program('train'))} --config-file {_CONFIG}"]
     for name in ("train", "val"):
         values = (output / f"{name}.json", sets[name].image_root)
         keys = (f"data.{name}", f"data.{name}_images")
