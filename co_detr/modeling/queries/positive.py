@@ -85,11 +85,6 @@ class PositiveQueries(nn.Module):
             raise ConfigError(f'self_attention must be "group" or "self", got {self_attention!r}.')
         require_whole("model.auxiliary.positive_queries.min_queries", min_queries, least=0)
         require_whole("model.auxiliary.positive_queries.max_queries", max_queries)
-        if max_queries < min_queries:
-            raise ConfigError(
-                f"model.auxiliary.positive_queries.max_queries={max_queries} must be at least "
-                f"min_queries={min_queries}."
-            )
         self.num_classes = num_classes
         self.embed_dim = embed_dim
         self.padding = padding
