@@ -108,7 +108,9 @@ class SoftNmsFusion:
         self, sources: Sequence[Instances], weights: Sequence[float] | None = None
     ) -> Instances:
         every = _together(sources, weights)
-        rule = SoftNMSPostprocessor(len(every), self.iou_threshold, self.min_score, self.sigma)
+        rule = SoftNMSPostprocessor(
+            max(1, len(every)), self.iou_threshold, self.min_score, self.sigma
+        )
         return rule.thin_out(every)
 
 

@@ -316,4 +316,5 @@ def test_a_process_that_is_told_to_stop_says_how_to_go_on(trained, many, tmp_pat
     for process in ranks:
         process.send(signal.SIGTERM)
     assert [process.wait() for process in ranks] == [2, 2]
-    assert all("error: this process was told to stop" in process.output for process in ranks)
+    said = [process.output for process in ranks]
+    assert all("error: this process was told to stop" in output for output in said), said
