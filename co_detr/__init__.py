@@ -21,17 +21,21 @@ WITHOUT_DETECTRON2 = (
 )
 
 
-# Of the repository, where the package lies in it.
 _SCRIPTS = {"train": "train_net.py", "predict": "predict.py"}
 
 
-def program(command: str) -> list[str]:
-    """What a user starts "train" or "predict" with: the script of the repository, or, where the
-    package is installed without it, the command `co-detr`."""
-    script = _SCRIPTS[command]
+def script(command: str) -> str | None:
+    """The path of the repository's script for "train" or "predict"; None: the package is installed
+    without the repository."""
     above = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    is_there = os.path.isfile(os.path.join(above, script))
-    return ["python", script] if is_there else ["co-detr", command]
+    path = os.path.join(above, _SCRIPTS[command])
+    return path if os.path.isfile(path) else None
+
+
+def program(command: str) -> list[str]:
+    """What a user starts "train" or "predict" with: the script of the repository, or `co-detr`."""
+    path = script(command)
+    return ["co-detr", command] if path is None else ["python", os.path.basename(path)]
 
 
 def lacks_detectron2() -> bool:

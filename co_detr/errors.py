@@ -68,16 +68,24 @@ class ExportError(UserError):
     """A model cannot be exported, or an exported file is unreadable or differs from its model."""
 
 
-def require_whole(key: str, value: Any, least: int = 1) -> None:
-    """Raises a `ConfigError` unless a setting is a whole number of at least `least`."""
+def require_whole(key: str, value: Any, least: int = 1, or_null: str | None = None) -> None:
+    """Raises a `ConfigError` unless a setting is a whole number of at least `least`.
+
+    Args:
+        key: what the user calls it.
+        or_null: what null means, such as "for no limit", where it is allowed; "" says itself.
+    """
+    if value is None and or_null is not None:
+        return
     if not (_is_a(Integral, value) and value >= least):
-        raise ConfigError(f"{key}={value} must be a whole number of at least {least}.")
+        null = "" if or_null is None else f", or null {or_null}".rstrip()
+        raise ConfigError(f"{key}={value} must be a whole number of at least {least}{null}.")
 
 
-def require_share(key: str, value: Any) -> None:
-    """Raises a `ConfigError` unless a setting is a number from 0 to 1."""
-    if not (_is_a(Real, value) and 0 <= value <= 1):
-        raise ConfigError(f"{key}={value} must be from 0 to 1.")
+def require_share(key: str, value: Any, most: float = 1) -> None:
+    """Raises a `ConfigError` unless a setting is a number from 0 to `most`; see `require_whole`."""
+    if not (_is_a(Real, value) and 0 <= value <= most):
+        raise ConfigError(f"{key}={value} must be from 0 to {most:g}.")
 
 
 def _is_a(kind: type, value: Any) -> bool:

@@ -223,11 +223,8 @@ class Variation:
             *("vertical_flip", "quarter_turns", "brightness", "contrast", "saturation", "hue"),
             "blur",
         ):
-            value, top = getattr(self, name), tops.get(name, 1.0)
-            if not 0 <= value <= top:
-                raise ConfigError(
-                    f"dataloader.train.mapper.variation.{name}={value} must be from 0 to {top:g}."
-                )
+            key = f"dataloader.train.mapper.variation.{name}"
+            require_share(key, getattr(self, name), tops.get(name, 1.0))
         if len(self.blur_sigma) != 2 or not 0 <= self.blur_sigma[0] <= self.blur_sigma[1]:
             raise ConfigError(
                 f"dataloader.train.mapper.variation.blur_sigma={self.blur_sigma} must be the "

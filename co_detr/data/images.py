@@ -23,13 +23,13 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from co_detr.errors import ConfigError, DataError, first_line
+from co_detr.errors import ConfigError, DataError, first_line, require_whole
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 
@@ -129,16 +129,8 @@ class ImageReader:
     def __post_init__(self) -> None:
         if self.value_range is not None:
             object.__setattr__(self, "value_range", _checked_range(self.value_range))
-        limit = self.max_pixels
-        if limit is not None and not (_is_number(limit, Integral) and limit >= 1):
-            raise ConfigError(
-                f"data.max_image_pixels={limit} must be a whole number of at least 1, or null for "
-                "no limit."
-            )
-        if not (_is_number(self.channels, Integral) and self.channels >= 1):
-            raise ConfigError(
-                f"data.channels={self.channels} must be a whole number of at least 1."
-            )
+        require_whole("data.max_image_pixels", self.max_pixels, or_null="for no limit")
+        require_whole("data.channels", self.channels)
 
     @classmethod
     def of_data(cls, data: Mapping[str, Any]) -> ImageReader:
@@ -533,5 +525,5 @@ def _checked_range(value_range: Any) -> tuple[float, float]:
     return low, high
 
 
-def _is_number(value: Any, kind: type = Real) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

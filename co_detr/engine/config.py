@@ -258,9 +258,8 @@ def _check_batch(cfg: DictConfig) -> None:
         if name not in cfg.train:  # a config.yaml of an earlier version, for predictions
             continue
         value = cfg.train[name]
-        optional = name == "images_per_gpu"
-        if not (optional and value is None):
-            require_whole(f"train.{name}", value)
+        whole_share = "for all of a process's" if name == "images_per_gpu" else None
+        require_whole(f"train.{name}", value, or_null=whole_share)
         if loader.get(key) != value:
             raise ConfigError(
                 f"dataloader.train.{key}={loader.get(key)} is not train.{name}={value}: set "

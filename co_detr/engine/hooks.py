@@ -174,9 +174,8 @@ class CheckpointHook(HookBase):
         max_to_keep: int | None,
         eval_period: int = 0,
     ) -> None:
-        for name, value in (("period", period), ("max_to_keep", max_to_keep)):
-            if value is not None:
-                require_whole(f"train.checkpointer.{name}", value)
+        require_whole("train.checkpointer.period", period)
+        require_whole("train.checkpointer.max_to_keep", max_to_keep, or_null="for all")
         self.checkpointer = checkpointer
         self.period = period
         self.max_to_keep = max_to_keep

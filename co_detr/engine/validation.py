@@ -68,8 +68,7 @@ class ValidationLossSettings:
     max_images: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_images is not None:
-            require_whole("train.val_loss.max_images", self.max_images)
+        require_whole("train.val_loss.max_images", self.max_images, or_null="for all")
 
 
 class ValidationLoss:
@@ -209,8 +208,7 @@ class EarlyStop:
     min_delta: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.patience is not None:
-            require_whole("train.early_stop.patience", self.patience)
+        require_whole("train.early_stop.patience", self.patience, or_null="")
         if self.min_delta < 0:
             raise ConfigError(f"train.early_stop.min_delta={self.min_delta} must be at least 0.")
 

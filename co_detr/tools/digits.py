@@ -29,9 +29,8 @@ import pycocotools.mask as mask_utils
 from PIL import Image
 from tqdm import tqdm
 
-from co_detr.data.coco_file import read_json
 from co_detr.data.images import ImageReader
-from co_detr.errors import ConfigError, DataError
+from co_detr.errors import ConfigError
 
 GENERATOR = "co_detr.data.digits"  # as data sets of earlier versions have it
 
@@ -302,8 +301,8 @@ def load_photograph(name: str) -> Photograph:
 def _read(path: Path) -> dict[str, Any]:
     """The content of an annotation file, {} if it is not ours: `generate` then keeps it."""
     try:
-        content = read_json(str(path))
-    except DataError:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):  # no text, no json
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -51,7 +51,8 @@ class FakeGrid:
 @pytest.fixture
 def fake_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeGrid:
     """Two variants with two seeds and one."""
-    monkeypatch.setattr(run, "TRAIN_NET", Path(__file__).parent / "fake_train_net.py")
+    fake = str(Path(__file__).parent / "fake_train_net.py")
+    monkeypatch.setattr(run, "training_program", lambda: [fake])
     return FakeGrid(tmp_path / "grid", {"A": ([], [0, 1]), "B": ([], [0])})
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import co_detr
 from co_detr.errors import CheckpointError, ConfigError
 from co_detr.tools.ablate import run, runner
 from co_detr.tools.ablate.run import RECORD_FILE, RunState
@@ -195,7 +196,7 @@ def test_two_calls_at_once_are_refused(fake_grid) -> None:
 
 def test_without_the_repository_the_package_trains(monkeypatch, tmp_path) -> None:
     assert run.training_program() == [str(ROOT / "train_net.py")]
-    monkeypatch.setattr(run, "TRAIN_NET", tmp_path / "train_net.py")
+    monkeypatch.setattr(co_detr, "__file__", str(tmp_path / "co_detr" / "__init__.py"))
     command = [sys.executable, *run.training_program(), "--help"]
     said = subprocess.run(
         command, env={"PYTHONPATH": python_path()}, cwd=tmp_path, capture_output=True, text=True

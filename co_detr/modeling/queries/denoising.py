@@ -61,6 +61,9 @@ class DenoisingQueries(QuerySource):
         box_noise: factor of the largest shift of a positive's side, half of the box's extent.
         eps: bound of the inverse sigmoid on noised boxes.
         sees: name of the group of matched queries.
+
+    Raises:
+        ConfigError: if ``num_queries`` is no whole number of at least 1.
     """
 
     name = "denoising"

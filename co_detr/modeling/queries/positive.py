@@ -58,6 +58,9 @@ class PositiveQueries(nn.Module):
             while the same self-attention has to teach the matched queries that one is enough;
             seeing nobody, they leave that lesson alone.
 
+    Raises:
+        ConfigError: if a setting is none of its values, or out of its range.
+
     Attributes:
         permutation: ``n -> (n,)`` random order, on the host; replaceable, so that recorded draws
             can be fed.

@@ -116,6 +116,9 @@ class LearnedQueries(QuerySource):
     Args:
         num_queries: Q; embed_dim: width C.
         training_only: for further groups beside the one of inference (Group-DETR).
+
+    Raises:
+        ConfigError: if ``num_queries`` is no whole number of at least 1.
     """
 
     def __init__(
@@ -157,6 +160,9 @@ class AnchorQueries(QuerySource):
 
     Anchors are learned as logits. Content starts at zero.
     Source: DAB-DETR section 4.2; its code without patterns and without fixed centers.
+
+    Raises:
+        ConfigError: if ``num_queries`` is no whole number of at least 1.
     """
 
     def __init__(self, *, num_queries: int, embed_dim: int):
@@ -185,6 +191,9 @@ class PointQueries(QuerySource):
     Content starts at zero. Reference boxes have the point as their center and half the image's
     size, which is where the size predicted by a box head that is still zero starts, too.
     Source: Conditional-DETR section 3.2; ``ref_point_head`` of its code.
+
+    Raises:
+        ConfigError: if ``num_queries`` is no whole number of at least 1.
     """
 
     def __init__(self, *, num_queries: int, embed_dim: int):
@@ -234,6 +243,9 @@ class TwoStageQueries(QuerySource):
         with_features: whether the content tells what the token saw.
         training_only: for further groups with weights of their own beside the one of inference
             (Group-DETR).
+
+    Raises:
+        ConfigError: if ``ranking`` or ``num_queries`` cannot be.
     """
 
     class_layers = {"class_head": ClassRows()}
@@ -347,6 +359,9 @@ class HybridMatchingQueries(TwoStageQueries):
         loss_weight: of the one-to-many group, lambda in the paper.
 
     Further arguments are those of `TwoStageQueries`.
+
+    Raises:
+        ConfigError: if a number of queries is no whole number of at least 1.
     """
 
     training_modules = ("extra_content",)

@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from co_detr import script
 from co_detr.checkpoint.saving import FINAL, MARKER, has_checkpoints
 from co_detr.engine.trainer import GPU_PEAK
 from co_detr.engine.validation import HISTORY_FILE
@@ -29,7 +30,6 @@ from co_detr.errors import CheckpointError, ConfigError
 from co_detr.files import time_stamp, written_whole
 from co_detr.tools.ablate.grid import RunSpec
 
-TRAIN_NET = Path(__file__).resolve().parents[3] / "train_net.py"
 LOG_FILE = "log_ablate.txt"
 RECORD_FILE = "ablation_run.json"
 _NUMBERED = re.compile(r"model_(\d+)\.pth")
@@ -369,7 +369,8 @@ class TrainingProcess:
 def training_program() -> list[str]:
     """What Python runs to train: the script of the repository, or, where the package is installed
     without it, the package's own."""
-    return [str(TRAIN_NET)] if TRAIN_NET.is_file() else ["-m", "co_detr", "train"]
+    path = script("train")
+    return ["-m", "co_detr", "train"] if path is None else [path]
 
 
 def _end_with_parent() -> Callable[[], object] | None:
